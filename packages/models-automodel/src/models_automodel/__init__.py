@@ -1,0 +1,1 @@
+"""Pretrained models by one call: ``AutoModel.from_pretrained``."""

@@ -1,0 +1,33 @@
+"""The errors of the house: each says what, where and what to do."""
+
+from collections.abc import Sequence
+
+
+class ModelsError(Exception):
+  """Root of all errors raised here. Each subclass also derives from the built-in that fits it."""
+
+
+class CheckpointError(ModelsError, ValueError):
+  """A checkpoint that cannot be loaded: all of its problems at once.
+
+  Attributes:
+    problems: one sentence for each problem.
+  """
+
+  def __init__(self, where: str, problems: Sequence[str]):
+    self.where = where
+    self.problems = tuple(problems)
+    count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+    super().__init__("\n  - ".join([f"{where}: {count}", *self.problems]))
+
+
+class ConfigError(ModelsError, ValueError):
+  """A configuration that is incomplete, contradicts itself or asks for what a model cannot do."""
+
+
+class ShardingError(ModelsError, ValueError):
+  """A sharding that a mesh cannot hold."""
+
+
+class CacheError(ModelsError, ValueError):
+  """More tokens than a KV cache has room for."""

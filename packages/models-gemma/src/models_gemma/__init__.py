@@ -1,0 +1,1 @@
+"""Gemma models as Flax NNX modules."""

@@ -1,0 +1,1 @@
+"""Llama models as Flax NNX modules."""

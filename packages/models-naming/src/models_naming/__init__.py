@@ -1,0 +1,1 @@
+"""Names of pretrained checkpoints: family, version and configuration of a model id."""

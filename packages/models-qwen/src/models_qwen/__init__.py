@@ -1,0 +1,1 @@
+"""Qwen models as Flax NNX modules."""

@@ -1,0 +1,1 @@
+"""Where checkpoints lie: a model identifier becomes files."""
