@@ -115,12 +115,14 @@ class Checkpoint:
     dialect: which of a family's weight tables its names follow ("huggingface", "gguf").
     tensors: by name.
     metadata: what the headers hold besides tensors.
+    problems: what is wrong with the headers themselves; reported together with what doesn't fit a model.
   """
 
   files: Files
   dialect: str
   tensors: Mapping[str, TensorInfo]
   metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
+  problems: tuple[str, ...] = ()
 
 
 def as_files(place: str | os.PathLike | Files) -> Files:

@@ -1,0 +1,151 @@
+"""What every language model offers its callers, whatever its layers are."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from models_core import cache as cache_lib
+from models_core.cache import Cache
+from models_core.mesh import call_auto, explicit_axes, find_mesh, spec_of
+
+
+class CausalLM(nnx.Module):
+  """The calling convention of all models. A model adds its layers, `_hidden` and `_logits`.
+
+  Attributes:
+    config: has num_layers, vocab_size, embed_dim, num_kv_heads, head_dim and shd_config.
+    embedder: has the parameter `input_embedding` [V, D].
+  """
+
+  config: Any
+  embedder: Any
+
+  @abc.abstractmethod
+  def _hidden(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Normalised hidden states [B, T, D] and the cache, T slots further."""
+
+  @abc.abstractmethod
+  def _logits(self, hidden: jax.Array) -> jax.Array:
+    """[B, T, D] -> float32 [B, T, V]."""
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None = None,
+    attention_mask: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    output_hidden_states: bool = False,
+    skip_lm_head: bool = False,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Logits of the next token at each place.
+
+    Args:
+      tokens: int [B, T].
+      positions: int [B, T], of each token in its sequence; negative for padding.
+      cache: of `init_cache`, whose next T slots take these tokens' keys and values.
+      attention_mask: [B, T or 1, S], True where a query sees a key, S up to the cache's slots (or T without
+        a cache). None is causal attention.
+      segment_ids: int [B, T] of packed sequences, which don't see each other. Only without a cache.
+      output_hidden_states: keep the last hidden states as the `nnx.Intermediate` "all_hidden_states".
+      skip_lm_head: return the hidden states [B, T, D] instead of logits, for `compute_final_logits`.
+
+    Returns:
+      float32 logits [B, T, V] and the new cache, or None without one. A token that found no room in the cache
+      under jit, where that is no error yet, gets NaN.
+
+    Raises:
+      CacheError: if the cache has too few slots left.
+      ValueError: if shapes do not fit.
+    """
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    if tokens.ndim != 2 or positions.shape != tokens.shape:
+      raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must both be [B, T]")
+    if cache is not None:
+      cache_lib.check_room(cache, tokens.shape[1])
+    batch = PartitionSpec(*spec_of(tokens)[:1])
+    out_specs = (batch, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
+
+    def run(model, tokens, positions, cache, attention_mask, segment_ids):
+      hidden, new_cache = model._hidden(tokens, positions, cache, attention_mask, segment_ids)
+      if cache is not None:
+        layer = next(iter(cache.values()))
+        overflow = cache_lib.slots(layer, tokens.shape[1]) >= layer["k"].shape[1]
+        hidden = jnp.where(overflow[:, :, None], jnp.nan, hidden)
+      out = hidden if skip_lm_head else model._logits(hidden)
+      return out, new_cache, hidden if output_hidden_states else None
+
+    out, cache, hidden = self._call(run, out_specs, tokens, positions, cache, attention_mask, segment_ids)
+    if output_hidden_states:
+      self.sow(nnx.Intermediate, "all_hidden_states", hidden)
+    return out, cache
+
+  def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
+    """The head alone: [B, T, D] -> float32 [B, T, V]. For losses that take the vocabulary in chunks."""
+    return self._call(lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden)
+
+  def _call(self, run, out_specs, *args):
+    """`run(self, *args)` on a mesh of either kind."""
+    if explicit_axes(self._mesh()):
+      # Explicit arrays must be arguments of the region, so the parameters are, too.
+      graphdef, state = nnx.split(self)
+      return call_auto(lambda state, *args: run(nnx.merge(graphdef, state), *args), out_specs, state, *args)
+    # The weight goes along for its mesh.
+    return call_auto(lambda weight, *args: run(self, *args), out_specs, self._weight(), *args)
+
+  def _weight(self) -> jax.Array:
+    return self.embedder.input_embedding[...]
+
+  def _mesh(self):
+    return find_mesh(self._weight())
+
+  def init_cache(self, batch_size: int, cache_size: int, dtype: Any = None) -> Cache:
+    """An empty KV cache, placed on the mesh of the parameters.
+
+    Args:
+      batch_size: B, rows.
+      cache_size: S, the tokens that a row has room for.
+      dtype: of keys and values; None is the embedding's.
+    """
+    config, mesh = self.config, self._mesh()
+    return {
+      f"layer_{i}": cache_lib.init_layer(
+        batch_size,
+        cache_size,
+        config.num_kv_heads,
+        config.head_dim,
+        dtype or self._weight().dtype,
+        mesh=mesh,
+        spec=config.shd_config.spec("act_btnh", "b s k h"),
+      )
+      for i in range(config.num_layers)
+    }
+
+  @property
+  def num_embed(self) -> int:
+    """Rows of the embedding."""
+    return self.config.vocab_size
+
+  def get_model_input(self) -> dict[str, Any]:
+    """Arguments of a smallest call, for tools that trace a model."""
+    tokens = jnp.ones((2, 1), jnp.int32)
+    return {
+      "tokens": tokens,
+      "positions": jnp.zeros_like(tokens),
+      "cache": None,
+      "attention_mask": jnp.ones((2, 1, 1), bool),
+    }

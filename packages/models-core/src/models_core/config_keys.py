@@ -1,0 +1,195 @@
+"""Reading config.json: each key is used, known to be harmless, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models_core.errors import ConfigError
+from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling
+
+# Keys that change no logit: provenance, token ids, training, generation and what old versions wrote by default.
+HARMLESS = frozenset(
+  """
+  architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype auto_map
+  bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id use_cache initializer_range
+  attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp max_position_embeddings
+  tokenizer_class _attn_implementation _attn_implementation_internal attn_implementation _commit_hash
+  return_dict output_hidden_states output_attentions output_scores return_dict_in_generate torchscript use_bfloat16
+  tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
+  add_cross_attention tie_encoder_decoder finetuning_task id2label label2id task_specific_params problem_type
+  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
+  top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+  bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+  exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
+  transformers.js_config unsloth_version unsloth_fixed neftune_noise_alpha is_llama_config
+  """.split()
+)
+
+_MISSING = object()
+
+
+class ConfigKeys:
+  """A config.json that remembers which of its keys were read."""
+
+  def __init__(self, raw: Mapping[str, Any], where: str = "config.json"):
+    if not isinstance(raw, Mapping):
+      raise ConfigError(f"{where}: expected an object, found {type(raw).__name__}")
+    if raw.get("quantization_config") is not None:
+      method = raw["quantization_config"]
+      method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
+      raise ConfigError(
+        f"{where}: quantization_config ({method}): quantised weights are not supported here; "
+        "load the unquantised repository or a GGUF file"
+      )
+    self._raw, self._where = raw, where
+    self._read: set[str] = set()
+
+  def _take(self, key: str, default: Any) -> Any:
+    self._read.add(key)
+    value = self._raw.get(key)
+    if value is not None:
+      return value
+    if default is _MISSING:
+      raise ConfigError(f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it")
+    return default
+
+  def integer(self, key: str, default: Any = _MISSING) -> int:
+    """A positive whole number."""
+    value = self._take(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive whole number")
+    return int(value)
+
+  def number(self, key: str, default: Any = _MISSING) -> float:
+    """A positive number."""
+    value = self._take(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+  def boolean(self, key: str, default: Any = _MISSING) -> bool:
+    """True or false."""
+    value = self._take(key, default)
+    if not isinstance(value, bool):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected true or false")
+    return value
+
+  def expect(self, key: str, *values: Any) -> None:
+    """Refuses a key that is there with another value: the model doesn't implement it."""
+    value = self._take(key, values[0])
+    if value not in values:
+      expected = " or ".join(map(repr, values))
+      raise ConfigError(f"{self._where}: {key} is {value!r}; this architecture is implemented for {expected} alone")
+
+  def rope(self, default_theta: float | None = None) -> tuple[float, RopeScaling | None]:
+    """RoPE's theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`, or both.
+
+    Args:
+      default_theta: where neither spelling states it.
+
+    Raises:
+      ConfigError: where the spellings differ, or for a kind of scaling that is not implemented.
+    """
+    old, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
+    theta = self.number("rope_theta") if self._take("rope_theta", None) is not None else None
+    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
+      if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{self._where}: {name} is {value!r}, expected an object")
+    thetas = {"rope_theta": theta, "rope_parameters.rope_theta": (new or {}).get("rope_theta")}
+    # rope_scaling carries a theta of its own where new transformers wrote it under the old name.
+    thetas["rope_scaling.rope_theta"] = (old or {}).get("rope_theta")
+    stated = {name: float(value) for name, value in thetas.items() if value is not None}
+    if len(set(stated.values())) > 1:
+      raise ConfigError(f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one")
+    theta = next(iter(stated.values()), default_theta)
+    if theta is None:
+      raise ConfigError(f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it")
+    scalings = {
+      name: _scaling(value, f"{self._where}: {name}", self._raw)
+      for name, value in (("rope_scaling", old), ("rope_parameters", new))
+      if value is not None
+    }
+    if len(set(scalings.values())) > 1:
+      raise ConfigError(f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one")
+    return theta, next(iter(scalings.values()), None)
+
+  def done(self) -> None:
+    """Refuses keys that nobody read and that are not known to be harmless.
+
+    Raises:
+      ConfigError: naming all of them.
+    """
+    unknown = [k for k, v in self._raw.items() if k not in self._read and k not in HARMLESS and v is not None]
+    if unknown:
+      raise ConfigError(
+        f"{self._where}: {', '.join(f'{k}={self._raw[k]!r}' for k in sorted(unknown))}: not known to this "
+        "architecture. If the model's numbers don't depend on it, remove it from config.json or pass config="
+      )
+
+
+def _spell(values: Mapping[str, Any]) -> str:
+  return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _fields(cls: type, **keys: str):
+  def read(value: Mapping[str, Any], where: str):
+    missing = [key for key in keys.values() if value.get(key) is None]
+    if missing:
+      raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    return cls(**{field: _immutable(value[key]) for field, key in keys.items()})
+
+  return read, frozenset(keys.values())
+
+
+def _immutable(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+# rope_type -> the class of the scaling and, field by field, the key that holds it.
+_SCALINGS = {
+  "default": (lambda value, where: None, frozenset()),
+  "linear": _fields(LinearScaling, factor="factor"),
+  "llama3": _fields(
+    Llama3Scaling,
+    factor="factor",
+    low_freq_factor="low_freq_factor",
+    high_freq_factor="high_freq_factor",
+    original_max_position="original_max_position_embeddings",
+  ),
+  "frequency_factors": _fields(FrequencyFactors, factors="factors"),
+}
+
+
+def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
+  kinds = {value[key] for key in ("rope_type", "type") if value.get(key) is not None}
+  if len(kinds) > 1:
+    raise ConfigError(f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}")
+  kind = next(iter(kinds), "default")
+  if kind not in _SCALINGS:
+    raise ConfigError(f"{where}: rope_type {kind!r} is not implemented; known are {', '.join(_SCALINGS)}")
+  read, keys = _SCALINGS[kind]
+  unknown = [k for k in value if k not in keys | {"rope_type", "type", "rope_theta"} and value[k] is not None]
+  if kind != "default" and unknown:
+    raise ConfigError(f"{where}: {', '.join(sorted(unknown))} not known to rope_type {kind!r}")
+  return read(value, where)
+
+
+def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+  """The keys of a scaling, as `rope_scaling` and `rope_parameters` hold them. Empty without scaling."""
+  match scaling:
+    case None:
+      return {}
+    case LinearScaling(factor):
+      return {"rope_type": "linear", "factor": factor}
+    case Llama3Scaling(factor, low, high, length):
+      return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+      }
+    case FrequencyFactors(factors):
+      return {"rope_type": "frequency_factors", "factors": list(factors)}
+  raise ConfigError(f"a RoPE scaling of type {type(scaling).__name__} cannot be written to config.json")

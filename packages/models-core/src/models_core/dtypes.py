@@ -1,0 +1,13 @@
+"""Element types: which one products of mixed weights and activations use."""
+
+import numpy as np
+
+
+def common_dtype(a, b) -> np.dtype:
+  """The float type that holds both: the wider, or float32 where neither does (float16 and bfloat16)."""
+  a, b = np.dtype(a), np.dtype(b)
+  if a == b:
+    return a
+  if a.itemsize == b.itemsize:
+    return np.dtype(np.float32)
+  return a if a.itemsize > b.itemsize else b

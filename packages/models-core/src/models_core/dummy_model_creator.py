@@ -1,0 +1,59 @@
+"""Models with random weights, for tests, benchmarks and training from scratch."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from models_core.abstract import AbstractParameter, abstract_model
+from models_core.parameter import INITIALIZERS, SCALE
+
+
+def create_dummy_model(
+  model_class: Any,
+  config: Any,
+  mesh: Mesh | None = None,
+  dtype: Any = None,
+  random_seed: int = 0,
+  scale: float = SCALE,
+) -> nnx.Module:
+  """Creates a model with random parameters, each device making its own shards.
+
+  Norms are ones (or what their module calls neutral), biases zero, all else normal. A parameter's values
+  depend on the seed, its name and its dtype: they are the same on every mesh.
+
+  Args:
+    model_class: called as `model_class(config, rngs=...)`.
+    config: for the class.
+    mesh: of either kind; None is one device.
+    dtype: of all parameters; None keeps what the class declares.
+    random_seed: of the values.
+    scale: standard deviation of the random ones.
+  """
+  model = abstract_model(model_class, config, mesh)
+  groups: dict[Any, list[AbstractParameter]] = collections.defaultdict(list)
+  for parameter in model.parameters.values():
+    kind = (parameter.shape, np.dtype(dtype or parameter.dtype), parameter.sharding, parameter.init)
+    groups[kind].append(parameter)
+  seed = jax.random.key(random_seed)
+  arrays = {}
+  for (shape, kind, sharding, init), members in groups.items():
+    # One compilation for all parameters of a kind, whatever the number of layers.
+    make = jax.jit(
+      functools.partial(_make, shape=shape, dtype=kind, init=init), out_shardings=sharding
+    )
+    for parameter in members:
+      arrays[parameter.name] = make(seed, np.uint32(zlib.crc32(parameter.name.encode())), np.float32(scale))
+  return model.fill(arrays)
+
+
+def _make(seed: jax.Array, name: jax.Array, scale: jax.Array, *, shape, dtype, init: str) -> jax.Array:
+  key = jax.random.fold_in(seed, name)
+  return INITIALIZERS[init](key, shape, dtype, jax.numpy.asarray(scale, dtype))

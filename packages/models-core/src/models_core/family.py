@@ -1,0 +1,43 @@
+"""The contract between an architecture and the rest of the house."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from models_core.weights import WeightTable
+
+# The major contract. AutoModel refuses a family of another one.
+FAMILY_API_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """An architecture: what reads its configuration, holds its weights and computes its logits.
+
+  A package announces it by an entry point `models.families`: `llama3 = "models_llama.llama3"`, a module with
+  an attribute `FAMILY`.
+
+  Attributes:
+    name: the configuration category, such as "llama3".
+    model_types: values of config.json's `model_type` that it reads.
+    model_class: called as `model_class(config, rngs=...)`.
+    config_class: a frozen dataclass with a classmethod for each published size.
+    read_config: config.json -> configuration. Raises ConfigError on a key that it neither uses nor knows to be
+      harmless, and where two spellings differ.
+    write_config: configuration -> config.json, in the spellings of old and new transformers.
+    weights: a weight table for each dialect: "huggingface" always; "gguf", "orbax" where they exist.
+    api_version: the contract that it was written against.
+  """
+
+  name: str
+  model_types: tuple[str, ...]
+  model_class: type[nnx.Module]
+  config_class: type
+  read_config: Callable[[Mapping[str, Any]], Any]
+  write_config: Callable[[Any], dict[str, Any]]
+  weights: Mapping[str, WeightTable]
+  api_version: int = FAMILY_API_VERSION

@@ -1,0 +1,37 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from models_core.linear import Projection
+from models_core.mesh import shard
+from models_core.sharding import ShardingConfig
+
+
+class GatedMLP(nnx.Module):
+  """down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    hidden_dim: int,
+    activation: Callable[[jax.Array], jax.Array],
+    shd: ShardingConfig,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    up, down = shd.spec("ffw_weight_df", "f d"), shd.spec("ffw_weight_fd", "d f")
+    self.activation = activation
+    self.act_btf = shd.spec("act_btf", "b t f")
+    self.gate_proj = Projection("btd,fd->btf", (hidden_dim, embed_dim), up, rngs=rngs)
+    self.up_proj = Projection("btd,fd->btf", (hidden_dim, embed_dim), up, rngs=rngs)
+    self.down_proj = Projection("btf,df->btd", (embed_dim, hidden_dim), down, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, D]."""
+    hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(shard(hidden, self.act_btf))

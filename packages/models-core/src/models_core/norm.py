@@ -1,0 +1,23 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from models_core.parameter import parameter
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * w over the last axis, in float32 (arXiv:1910.07467)."""
+
+  def __init__(self, dim: int, eps: float, spec: PartitionSpec, *, rngs: nnx.Rngs):
+    self.eps = eps
+    self.w = parameter((dim,), spec, rngs=rngs, init="ones")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.w[...].astype(jnp.float32)).astype(x.dtype)

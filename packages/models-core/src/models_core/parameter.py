@@ -1,0 +1,36 @@
+"""How a module declares a parameter: shape, sharding and initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+# Standard deviation of random weights, as the published models were initialised.
+SCALE = 0.02
+
+INITIALIZERS = {
+  "normal": lambda key, shape, dtype, scale=SCALE: scale * jax.random.normal(key, shape, dtype),
+  "ones": lambda key, shape, dtype, scale=SCALE: jnp.ones(shape, dtype),
+  "zeros": lambda key, shape, dtype, scale=SCALE: jnp.zeros(shape, dtype),
+}
+
+
+def parameter(
+  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype=jnp.float32
+) -> nnx.Param:
+  """A parameter with its initial values.
+
+  Args:
+    shape: axes in the order of Hugging Face's files, output axes first.
+    spec: mesh axes of each axis; kept as metadata, no mesh is needed.
+    rngs: stream of keys.
+    init: one of INITIALIZERS; kept as metadata, so that a dummy model knows a norm from a projection.
+    dtype: of the values.
+  """
+  value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
+  # Eager sharding would demand a mesh in context while a model is only described.
+  return nnx.Param(value, out_sharding=spec, eager_sharding=False, init=init)

@@ -1,0 +1,226 @@
+"""The load plan: which bytes of which file become which part of which parameter, from headers alone."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from models_core.abstract import AbstractModel, AbstractParameter, misfit_notes
+from models_core.checkpoint import Checkpoint, TensorInfo
+from models_core.errors import CheckpointError
+from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
+
+# An error lists so many problems of a kind; the rest is counted.
+_MOST = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedParameter:
+  """A parameter and the tensors that fill it.
+
+  Attributes:
+    parameter: its name, shape and sharding.
+    dtype: that it will have.
+    pieces: the tensors and how each lies in the parameter.
+  """
+
+  parameter: AbstractParameter
+  dtype: np.dtype
+  pieces: tuple[Piece, ...]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the whole parameter."""
+    return math.prod(self.parameter.shape) * self.dtype.itemsize
+
+  @property
+  def shard_nbytes(self) -> int:
+    """Bytes of one device's shard."""
+    return math.prod(self.parameter.sharding.shard_shape(self.parameter.shape)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+  """What loading a checkpoint will do. Made without reading a byte of tensor data.
+
+  Attributes:
+    checkpoint: whose headers were read.
+    model: the structure to fill.
+    parameters: what fills each parameter, in the model's order.
+    ignored: tensors that are left out, with the reason.
+    ties: pairs of tensors whose bytes must be equal.
+  """
+
+  checkpoint: Checkpoint
+  model: AbstractModel
+  parameters: tuple[PlannedParameter, ...]
+  ignored: tuple[tuple[str, str], ...] = ()
+  ties: tuple[Tied, ...] = ()
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    """Files that hold a tensor of the plan."""
+    names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
+    names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
+    return tuple(sorted({self.checkpoint.tensors[name].file for name in names}))
+
+  @property
+  def num_parameters(self) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(planned.parameter.shape) for planned in self.parameters)
+
+  @property
+  def stored_nbytes(self) -> int:
+    """Bytes that are read from the checkpoint's files."""
+    tensors = self.checkpoint.tensors
+    names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
+    return sum(tensors[name].stop - tensors[name].start for name in names)
+
+  def bytes_per_device(self) -> dict[jax.Device, int]:
+    """Bytes that each device of the mesh will hold."""
+    total: dict[jax.Device, int] = collections.defaultdict(int)
+    for planned in self.parameters:
+      for device in planned.parameter.sharding.device_set:
+        total[device] += planned.shard_nbytes
+    return dict(sorted(total.items(), key=lambda item: item[0].id))
+
+  def casts(self) -> dict[tuple[str, str], int]:
+    """How many tensors change their dtype, by (stored, loaded)."""
+    tensors = self.checkpoint.tensors
+    changes = collections.Counter(
+      (_stored(tensors[piece.tensor]), planned.dtype.name)
+      for planned in self.parameters
+      for piece in planned.pieces
+      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].codec
+    )
+    return dict(changes)
+
+  def replicated(self) -> list[str]:
+    """Axes that stay whole because the mesh cannot hold their sharding."""
+    return misfit_notes(self.model.parameters)
+
+  def __str__(self) -> str:
+    per_device = self.bytes_per_device()
+    lines = [
+      f"{self.num_parameters:,} parameters, {_size(self.stored_nbytes)} to read from {len(self.files)} "
+      f"file{'s' * (len(self.files) != 1)} of {self.checkpoint.files.path}",
+      "each device holds:" if len(set(per_device.values())) > 1 else
+      f"each of {len(per_device)} device{'s' * (len(per_device) != 1)} holds {_size(next(iter(per_device.values()), 0))}",
+    ]
+    if len(set(per_device.values())) > 1:
+      lines += [f"  {device}: {_size(nbytes)}" for device, nbytes in per_device.items()]
+    lines += [f"{count} tensors: {stored} -> {loaded}" for (stored, loaded), count in self.casts().items()]
+    lines += [f"left out: {count} x {reason}" for reason, count in collections.Counter(r for _, r in self.ignored).items()]
+    lines += [f"{tie.tensor} must repeat {tie.twin}" for tie in self.ties]
+    lines += self.replicated()
+    return "\n".join(lines)
+
+
+def _stored(info: TensorInfo) -> str:
+  return info.codec.name if info.codec else info.dtype.name
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def plan_load(
+  checkpoint: Checkpoint, model: AbstractModel, table: WeightTable, *, dtype: np.dtype | None = None
+) -> LoadPlan:
+  """Resolves every parameter of a model to tensors of a checkpoint.
+
+  Args:
+    checkpoint: whose headers were read.
+    model: to fill.
+    table: of the checkpoint's dialect.
+    dtype: of the loaded floating-point parameters; None keeps each as it is stored.
+
+  Raises:
+    CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
+  """
+  tensors = checkpoint.tensors
+  problems = list(checkpoint.problems)
+  planned, used = [], set()
+  for parameter in model.parameters.values():
+    row, placeholders = _row_of(table, parameter.name)
+    found, trouble = _choose(row, placeholders, parameter, tensors)
+    problems += trouble
+    used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
+    if found:
+      stored = {tensors[piece.tensor].dtype for piece in found}
+      planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
+  left = [name for name in tensors if name not in used]
+  ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
+  ignored, unexpected = [], []
+  for name in left:
+    if any(name == tie.tensor for tie in ties):
+      continue
+    reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
+    if reason is not None:
+      ignored.append((name, reason))
+    else:
+      unexpected.append(name)
+  # Likenesses are sought for the first few: comparing all with all takes minutes.
+  problems += [
+    f"{name} {tensors[name].shape} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
+    for i, name in enumerate(unexpected)
+  ]
+  if problems:
+    raise CheckpointError(checkpoint.files.path, _shorten(problems))
+  return LoadPlan(checkpoint, model, tuple(planned), tuple(ignored), tuple(ties))
+
+
+def _row_of(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
+  found = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
+  if len(found) != 1:
+    what = "no row" if not found else f"{len(found)} rows"
+    raise TypeError(f"the weight table has {what} for the parameter {name}; each needs exactly one")
+  return found[0]
+
+
+def _choose(
+  row: Row, placeholders: Mapping[str, str], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
+) -> tuple[list[Piece], list[str]]:
+  """The one complete form of a parameter, or what is wrong with it."""
+  forms = [pieces(row, form, placeholders, parameter.shape) for form in row.forms]
+  complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
+  if len(complete) > 1:
+    names = " and ".join(form[0].tensor for form in complete)
+    return [], [f"{parameter.name} is doubled: the checkpoint holds it as {names}; remove one"]
+  if not complete:
+    nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
+    missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return [], [f"{missing[0]}{more} is missing: the parameter {parameter.name} {parameter.shape} needs it"]
+  wrong = []
+  for piece in complete[0]:
+    shape = tensors[piece.tensor].shape
+    if shape != piece.shape:
+      wrong.append(
+        f"{piece.tensor} has shape {shape}, but the parameter {parameter.name} {parameter.shape} needs {piece.shape}"
+      )
+  return ([], wrong) if wrong else (complete[0], [])
+
+
+def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:
+  """The dtype that a parameter gets from tensors of these: the widest of them, or `dtype` if they are floats."""
+  widest = max(stored, key=lambda d: (d.itemsize, d.name))
+  return dtype if dtype is not None and jax.numpy.issubdtype(widest, jax.numpy.floating) else widest
+
+
+def _near(name: str, used: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(used)[:5000], n=1, cutoff=0.9)
+  return f" (near: {near[0]})" if near else ""
+
+
+def _shorten(problems: Sequence[str]) -> list[str]:
+  shown = list(problems[:_MOST])
+  if len(problems) > _MOST:
+    shown.append(f"and {len(problems) - _MOST} more")
+  return shown

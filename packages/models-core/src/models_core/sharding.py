@@ -1,0 +1,167 @@
+"""Which mesh axis shards which axis of a parameter or an activation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from models_core.errors import ShardingError
+
+# A mesh axis, several of them, or None for replication; one for each array axis.
+AxisNames = str | tuple[str, ...] | None
+Spec = tuple[AxisNames, ...] | PartitionSpec
+
+# Fields whose name doesn't end with its letters.
+_LETTERS = {"rms_norm_weight": "d", "qk_norm_weight": "h"}
+
+# Where a field that is left out takes its entries from, letter by letter.
+_FALLBACKS = {
+  "lm_head_vd": "emb_vd",
+  "q_bias_nh": "q_weight_dnh",
+  "kv_bias_nh": "kv_weight_dnh",
+  "router_weight_ed": "exp_weight_edf",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardingConfig:
+  """Mesh axes by role. The letters at the end of a field's name are the axes that its entries shard.
+
+  `q_weight_dnh=("fsdp", "tp", None)` puts D on fsdp and N on tp, in whatever order the parameter keeps
+  its axes. v vocabulary, d model, n heads (KV heads too), h head, f feed-forward, e experts, b batch, t time.
+  """
+
+  emb_vd: Spec
+  q_weight_dnh: Spec
+  kv_weight_dnh: Spec
+  o_weight_nhd: Spec
+  ffw_weight_df: Spec
+  ffw_weight_fd: Spec
+  rms_norm_weight: Spec
+  act_btd: Spec
+  act_btf: Spec
+  act_btnh: Spec
+  lm_head_vd: Spec | None = None
+  q_bias_nh: Spec | None = None
+  kv_bias_nh: Spec | None = None
+  qk_norm_weight: Spec = (None,)
+  exp_weight_edf: Spec = ("tp", "fsdp", None)
+  exp_weight_efd: Spec = ("tp", None, "fsdp")
+  router_weight_ed: Spec | None = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, letters = getattr(self, field.name), _letters(field.name)
+      if value is not None and len(value) != len(letters):
+        raise ShardingError(
+          f"ShardingConfig.{field.name}={tuple(value)} has {len(value)} entries, but names "
+          f"{len(letters)} axes ({', '.join(letters.upper())}): give one entry for each"
+        )
+
+  @staticmethod
+  def get_default_sharding(is_sampling: bool = False) -> ShardingConfig:
+    """Parameters over fsdp and tp. For sampling, parameters over tp alone: no gathering at each step."""
+    fsdp = None if is_sampling else "fsdp"
+    return ShardingConfig(
+      emb_vd=("tp", fsdp),
+      q_weight_dnh=(fsdp, "tp", None),
+      kv_weight_dnh=(fsdp, "tp", None),
+      o_weight_nhd=("tp", None, fsdp),
+      ffw_weight_df=(fsdp, "tp"),
+      ffw_weight_fd=("tp", fsdp),
+      rms_norm_weight=("tp",),
+      act_btd=("fsdp", None, None if is_sampling else "tp"),
+      act_btf=("fsdp", None, "tp"),
+      act_btnh=("fsdp", None, "tp", None),
+      exp_weight_edf=("tp", fsdp, None),
+      exp_weight_efd=("tp", None, fsdp),
+    )
+
+  def spec(self, field: str, axes: str) -> PartitionSpec:
+    """Entries of `field` in the order of `axes`, such as "n h d". Axes that it doesn't name are replicated."""
+    value = getattr(self, field)
+    if value is None:
+      return self.spec(_FALLBACKS[field], axes)
+    entries = dict(zip(_letters(field), value, strict=True))
+    entries["k"] = entries.get("n")
+    return PartitionSpec(*(entries.get(axis) for axis in axes.split()))
+
+
+def _letters(field: str) -> str:
+  return _LETTERS.get(field) or field.rsplit("_", 1)[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Misfit:
+  """An axis that stays whole because the mesh cannot hold its spec.
+
+  Attributes:
+    axis: of the array.
+    size: of that axis.
+    names: the mesh axes that were asked for.
+    reason: what is in the way.
+    remedy: what would fit.
+  """
+
+  axis: int
+  size: int
+  names: tuple[str, ...]
+  reason: str
+  remedy: str
+
+
+def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
+  """The part of a spec that a mesh can hold.
+
+  Args:
+    shape: of the array.
+    spec: one entry for each leading axis.
+    mesh: of either kind.
+
+  Returns:
+    The spec with the axes that don't fit replicated, and these axes.
+
+  Raises:
+    ShardingError: if the spec is longer than the shape or uses a mesh axis twice.
+  """
+  if len(spec) > len(shape):
+    raise ShardingError(f"the spec {tuple(spec)} has more entries than the shape {tuple(shape)} has axes")
+  sizes = dict(mesh.shape)
+  entries: list[AxisNames] = []
+  misfits: list[Misfit] = []
+  used: set[str] = set()
+  for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+    names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    if double := used.intersection(names):
+      raise ShardingError(f"the spec {tuple(spec)} uses the mesh axis {sorted(double)[0]!r} twice")
+    used.update(names)
+    missing = [name for name in names if name not in sizes]
+    ways = math.prod(sizes.get(name, 1) for name in names)
+    if missing:
+      reason = f"the mesh has no axis {missing[0]!r}"
+      remedy = f"its axes are {', '.join(sizes)}: name one of them in the ShardingConfig"
+      misfits.append(Misfit(axis, size, names, reason, remedy))
+      entry = None
+    elif size % ways:
+      reason = f"{size} does not divide by {'*'.join(names)}={ways}"
+      divisors = [n for n in range(1, min(size, 4096) + 1) if size % n == 0]
+      remedy = f"sizes that divide: {', '.join(map(str, divisors[-8:]))}"
+      misfits.append(Misfit(axis, size, names, reason, remedy))
+      entry = None
+    entries.append(entry if names else None)
+  return PartitionSpec(*entries), tuple(misfits)
+
+
+def default_sharding() -> SingleDeviceSharding:
+  """Where arrays go without a mesh: the default device of this process."""
+  device = jax.config.jax_default_device
+  return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
+
+
+def named(mesh: Mesh | None, spec: PartitionSpec) -> NamedSharding | SingleDeviceSharding:
+  """The sharding of a spec that fits the mesh; one device without a mesh."""
+  return default_sharding() if mesh is None else NamedSharding(mesh, spec)

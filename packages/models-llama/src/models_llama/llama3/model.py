@@ -1,0 +1,133 @@
+"""Llama 3 (arXiv:2407.21783): grouped-query attention, RoPE with the 3.1 scaling, SwiGLU, pre-norms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models_core import rope
+from models_core.attention import attend, make_causal_attn_mask, visible_keys
+from models_core.cache import Cache, LayerCache, update
+from models_core.causal_lm import CausalLM
+from models_core.linear import Embedder, Head, Projection
+from models_core.mesh import shard
+from models_core.mlp import GatedMLP
+from models_core.norm import RMSNorm
+from models_core.remat import RematConfig
+from models_core.rope import Llama3Scaling, RopeScaling
+from models_core.sharding import ShardingConfig
+
+__all__ = ["Llama3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Numbers of a Llama model.
+
+  Attributes:
+    num_layers: decoder layers.
+    vocab_size: V, rows of the embedding.
+    embed_dim: D.
+    hidden_dim: F, of the feed-forward block.
+    num_heads: N, query heads.
+    head_dim: H.
+    num_kv_heads: K, key and value heads.
+    rope_theta: base of the RoPE frequencies.
+    norm_eps: added to the mean square in each norm.
+    rope_scaling: of the RoPE frequencies; None up to Llama 3.
+    weight_tying: the head is the embedding.
+    shd_config: mesh axes of parameters and activations.
+    remat_config: what the backward pass recomputes.
+  """
+
+  num_layers: int
+  vocab_size: int
+  embed_dim: int
+  hidden_dim: int
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int
+  rope_theta: float
+  norm_eps: float
+  rope_scaling: RopeScaling | None = None
+  weight_tying: bool = False
+  shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
+  remat_config: RematConfig = RematConfig.NONE
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    shd = config.shd_config
+    q, kv = shd.spec("q_weight_dnh", "n h d"), shd.spec("kv_weight_dnh", "k h d")
+    self.config = config
+    self.q_proj = Projection("btd,nhd->btnh", (N, H, D), q, rngs=rngs)
+    self.k_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.v_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+
+  def __call__(
+    self, x: jax.Array, positions: jax.Array, frequencies: np.ndarray, cache: LayerCache | None, mask: jax.Array
+  ) -> tuple[jax.Array, LayerCache | None]:
+    act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
+    q = shard(rope.rotate(self.q_proj(x), positions, frequencies), act_btnh)
+    k = shard(rope.rotate(self.k_proj(x), positions, frequencies), act_btnh)
+    v = shard(self.v_proj(x), act_btnh)
+    if cache is not None:
+      cache = update(cache, k, v, positions)
+      k, v = cache["k"], cache["v"]
+    out = attend(q, k, v, mask, scale=self.config.head_dim**-0.5)
+    return self.o_proj(shard(out, act_btnh)), cache
+
+
+class DecoderLayer(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    norm = config.shd_config.spec("rms_norm_weight", "d")
+    self.config = config
+    self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
+    self.attn = Attention(config, rngs=rngs)
+    self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
+    self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
+
+  def __call__(self, x, positions, frequencies, cache, mask):
+    attention = nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    act_btd = self.config.shd_config.spec("act_btd", "b t d")
+    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    x = shard(x + out, act_btd)
+    return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache
+
+
+class Llama3(CausalLM):
+  """Llama 3, 3.1, 3.2, 3.3. Peculiar to it: nothing but the scaling of long wavelengths in RoPE since 3.1."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    shd, D = config.shd_config, config.embed_dim
+    self.config = config
+    self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
+    self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+    self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
+    if not config.weight_tying:
+      self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
+
+  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+    config = self.config
+    frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    mask = visible_keys(positions, cache and cache["layer_0"], attention_mask, segment_ids)
+    layer_call = nnx.remat(DecoderLayer.__call__) if config.remat_config is RematConfig.DECODER else DecoderLayer.__call__
+    x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
+    new_cache: Cache = {}
+    for i, layer in enumerate(self.layers):
+      name = f"layer_{i}"
+      x, new_cache[name] = layer_call(layer, x, positions, frequencies, cache and cache[name], mask)
+    return self.final_norm(x), new_cache if cache is not None else None
+
+  def _logits(self, hidden):
+    return self.embedder.decode(hidden) if self.config.weight_tying else self.lm_head(hidden)
