@@ -1,1 +1,22 @@
-"""Pretrained models by one call: ``AutoModel.from_pretrained``."""
+"""Pretrained models by one call: `AutoModel.from_pretrained`."""
+
+from models_automodel.automodel import AutoModel, ModelModule, ModelSource, call_model_config, get_model_module
+from models_automodel.errors import ModelNameError, SourceFilesError
+from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, ShardingError
+from models_core.plan import LoadPlan
+
+__all__ = [
+  "AutoModel",
+  "CacheError",
+  "CheckpointError",
+  "ConfigError",
+  "LoadPlan",
+  "ModelModule",
+  "ModelNameError",
+  "ModelSource",
+  "ModelsError",
+  "ShardingError",
+  "SourceFilesError",
+  "call_model_config",
+  "get_model_module",
+]

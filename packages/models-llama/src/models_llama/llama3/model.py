@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -57,6 +57,85 @@ class ModelConfig:
   weight_tying: bool = False
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
+
+  @classmethod
+  def llama3_8b(cls) -> ModelConfig:
+    """Llama 3 8B."""
+    return cls(**_SHAPES["8b"])
+
+  @classmethod
+  def llama3_70b(cls) -> ModelConfig:
+    """Llama 3 70B."""
+    return cls(**_SHAPES["70b"])
+
+  @classmethod
+  def llama3p1_8b(cls) -> ModelConfig:
+    """Llama 3.1 8B."""
+    return cls(**_SHAPES["8b"], rope_scaling=_SCALING_3P1)
+
+  @classmethod
+  def llama3p1_70b(cls) -> ModelConfig:
+    """Llama 3.1 70B."""
+    return cls(**_SHAPES["70b"], rope_scaling=_SCALING_3P1)
+
+  @classmethod
+  def llama3p1_405b(cls) -> ModelConfig:
+    """Llama 3.1 405B."""
+    return cls(**_SHAPES["405b"], rope_scaling=_SCALING_3P1)
+
+  @classmethod
+  def llama3p2_1b(cls) -> ModelConfig:
+    """Llama 3.2 1B."""
+    return cls(**_SHAPES["1b"], rope_scaling=_SCALING_3P2, weight_tying=True)
+
+  @classmethod
+  def llama3p2_3b(cls) -> ModelConfig:
+    """Llama 3.2 3B."""
+    return cls(**_SHAPES["3b"], rope_scaling=_SCALING_3P2, weight_tying=True)
+
+  @classmethod
+  def llama3p3_70b(cls) -> ModelConfig:
+    """Llama 3.3 70B, which is Llama 3.1's."""
+    return cls.llama3p1_70b()
+
+  @classmethod
+  def deepseek_r1_distill_llama_8b(cls) -> ModelConfig:
+    """R1-Distill-Llama 8B, which is Llama 3.1's."""
+    return cls.llama3p1_8b()
+
+  @classmethod
+  def deepseek_r1_distill_llama_70b(cls) -> ModelConfig:
+    """R1-Distill-Llama 70B, which is Llama 3.3's."""
+    return cls.llama3p1_70b()
+
+
+_SCALING_3P1 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+_SCALING_3P2 = dataclasses.replace(_SCALING_3P1, factor=32.0)
+
+
+def _shape(num_layers: int, embed_dim: int, hidden_dim: int, num_heads: int, head_dim: int) -> dict[str, Any]:
+  """What differs between sizes, and what all of them share."""
+  return {
+    "num_layers": num_layers,
+    "vocab_size": 128256,
+    "embed_dim": embed_dim,
+    "hidden_dim": hidden_dim,
+    "num_heads": num_heads,
+    "head_dim": head_dim,
+    "num_kv_heads": 8,
+    "rope_theta": 500_000.0,
+    "norm_eps": 1e-5,
+  }
+
+
+_SHAPES = {
+  #              L    D      F      N    H
+  "1b": _shape(16, 2048, 8192, 32, 64),
+  "3b": _shape(28, 3072, 8192, 24, 128),
+  "8b": _shape(32, 4096, 14336, 32, 128),
+  "70b": _shape(80, 8192, 28672, 64, 128),
+  "405b": _shape(126, 16384, 53248, 128, 128),
+}
 
 
 class Attention(nnx.Module):

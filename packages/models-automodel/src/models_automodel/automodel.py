@@ -1,0 +1,268 @@
+"""From a model id or a directory to a model on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import models_naming
+import models_sources
+import numpy as np
+import tqdm
+from flax import nnx
+from jax.sharding import Mesh
+
+from models_automodel.errors import ModelNameError, name_errors, source_errors
+from models_automodel.families import family_module, family_of_config, family_of_model_type, load_family
+from models_automodel.overrides import override
+from models_core.abstract import abstract_model
+from models_core.checkpoint import Checkpoint, Files
+from models_core.errors import ConfigError
+from models_core.family import Family
+from models_core.gguf import gguf_config, read_gguf
+from models_core.loader import load
+from models_core.plan import LoadPlan, plan_load
+from models_core.safetensors_headers import parse_json, read_safetensors
+
+
+class ModelSource(enum.Enum):
+  """Where a checkpoint lies."""
+
+  HUGGINGFACE = "huggingface"
+  KAGGLE = "kaggle"
+  GCS = "gcs"
+  INTERNAL = "internal"
+  LOCAL = "local"
+
+
+class ModelModule(enum.Enum):
+  """A module of an architecture's package."""
+
+  MODEL = "model"
+  PARAMS = "params"
+  PARAMS_SAFETENSORS = "params_safetensors"
+
+
+class AutoModel:
+  """Pretrained models of every installed family."""
+
+  @classmethod
+  def from_pretrained(
+    cls,
+    model_id: str,
+    mesh: Mesh | None = None,
+    *,
+    model_source: ModelSource | str = ModelSource.HUGGINGFACE,
+    model_path: str | os.PathLike | None = None,
+    model_download_path: str | None = None,
+    **kwargs: Any,
+  ) -> tuple[nnx.Module, str]:
+    """Loads a model.
+
+    Args:
+      model_id: of the hub, or a local directory or GGUF file.
+      mesh: of either kind; None is one device.
+      model_source: where the checkpoint lies. A local path needs none.
+      model_path: a local directory or GGUF file, or an address of the source, to load instead.
+      model_download_path: the source's cache directory.
+      **kwargs: as listed below, or fields of the model's configuration.
+        dtype: of the parameters, such as "bfloat16"; None keeps each as it is stored.
+        revision: branch, tag or commit.
+        token: of the hub.
+        config: a configuration to use instead of the checkpoint's.
+        strict_sharding: raise where the mesh cannot hold a sharding instead of replicating that axis.
+        progress: show progress bars on a terminal.
+
+    Returns:
+      The model and the path of its files.
+
+    Raises:
+      CheckpointError: with all that is missing, unexpected, doubled or mis-shaped, before weights are read.
+      ConfigError: if the configuration is incomplete, contradicts itself or asks for what is not implemented.
+      MissingFamilyError: if the architecture's package is not installed.
+      ModelNameError: for a model that is unknown or not supported.
+      SourceFilesError: if the source cannot give the files.
+      TypeError: for a keyword argument that is none of these.
+    """
+    progress = kwargs.get("progress", True)
+    plan = cls.plan(
+      model_id,
+      mesh,
+      model_source=model_source,
+      model_path=model_path,
+      model_download_path=model_download_path,
+      **kwargs,
+    )
+    # None: bars on a terminal alone.
+    with (
+      source_errors(),
+      tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=None if progress else True) as bar,
+    ):
+      model = load(plan, on_bytes=bar.update)
+    return model, plan.checkpoint.files.path
+
+  @classmethod
+  def plan(
+    cls,
+    model_id: str,
+    mesh: Mesh | None = None,
+    *,
+    model_source: ModelSource | str = ModelSource.HUGGINGFACE,
+    model_path: str | os.PathLike | None = None,
+    model_download_path: str | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    config: Any = None,
+    strict_sharding: bool = False,
+    progress: bool = True,
+    **fields: Any,
+  ) -> LoadPlan:
+    """What `from_pretrained` would do, from the configuration and the headers alone. Same arguments and errors."""
+    found = find(
+      model_id,
+      model_source=model_source,
+      model_path=model_path,
+      model_download_path=model_download_path,
+      revision=revision,
+      token=token,
+      config=config,
+      progress=progress,
+    )
+    known = ("dtype", "revision", "token", "config", "strict_sharding", "progress", "model_path", "model_source")
+    final = override(found.config, fields, known)
+    model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
+    with source_errors():
+      checkpoint = found.checkpoint or read_safetensors(found.files)
+    table = found.family.weights.get(checkpoint.dialect)
+    if table is None:
+      raise ConfigError(f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect")
+    return plan_load(checkpoint, model, table, dtype=_dtype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A checkpoint that was identified, of which at most the configuration and GGUF headers were read."""
+
+  files: Files
+  family: Family
+  config: Any
+  checkpoint: Checkpoint | None
+
+
+def find(
+  model_id: str,
+  *,
+  model_source: ModelSource | str = ModelSource.HUGGINGFACE,
+  model_path: str | os.PathLike | None = None,
+  model_download_path: str | None = None,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  config: Any = None,
+  progress: bool = True,
+) -> Found:
+  """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
+  with source_errors():
+    files = _open_files(model_id, model_source, model_path, model_download_path, revision, token, progress)
+    names = set(files.names())
+    checkpoint = None
+    if "config.json" in names:
+      raw = _read_config_json(files)
+    elif any(name.endswith(".gguf") for name in names):
+      checkpoint = read_gguf(files)
+      raw = gguf_config(checkpoint)
+    else:
+      raw = None
+  if config is not None:
+    return Found(files, family_of_config(config, model_id), config, checkpoint)
+  if raw is None:
+    category, config = _by_name(model_id)
+    return Found(files, load_family(category, model_id), config, None)
+  model_type = raw.get("model_type")
+  if not isinstance(model_type, str):
+    raise ConfigError(f"{files.path}/config.json has no model_type: add it, or pass config=")
+  family = family_of_model_type(model_type, model_id)
+  return Found(files, family, family.read_config(raw), checkpoint)
+
+
+def _open_files(model_id, model_source, model_path, download_path, revision, token, progress) -> Files:
+  source = ModelSource(model_source)
+  place = os.fspath(model_path) if model_path is not None else model_id
+  if source is ModelSource.HUGGINGFACE and (model_path is not None or os.path.exists(os.path.expanduser(place))):
+    source = ModelSource.LOCAL
+  module = models_sources.get_source(source.value)
+  return module.open_files(place, revision=revision, token=token, download_path=download_path, progress=progress)
+
+
+def _read_config_json(files: Files) -> Mapping[str, Any]:
+  where = f"{files.path}/config.json"
+  try:
+    raw = parse_json(files.read("config.json", 0, files.size("config.json")))
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{where} is not valid JSON: {error}") from None
+  if not isinstance(raw, dict):
+    raise ConfigError(f"{where} is {type(raw).__name__}, expected an object")
+  return raw
+
+
+def _by_name(model_id: str) -> tuple[str, Any]:
+  """Category and preset of a checkpoint that has no configuration."""
+  with name_errors():
+    naming = models_naming.ModelNaming(model_id=model_id)
+  return naming.model_config_category, call_model_config(naming.model_name)
+
+
+def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
+  """A module of the package that holds a model's architecture, such as `models_llama.llama3.model`.
+
+  Raises:
+    MissingFamilyError: an ImportError with the command that installs it.
+    ModelNameError: if the name is unknown.
+  """
+  with name_errors():
+    category = models_naming.get_model_config_category(model_name)
+  package = family_module(category, model_name)
+  return importlib.import_module(f"{package.__name__}.{module_type.value}")
+
+
+# Variants of a size whose numbers are the size's own unless they have a preset.
+_VARIANTS = ("_instruct", "_it", "_base", "_pt")
+
+
+def call_model_config(model_name: str) -> Any:
+  """The preset of a model's name: "llama-3.1-8b" -> `ModelConfig.llama3p1_8b()`.
+
+  Raises:
+    ModelNameError: for a size that has no preset, with those that have one.
+  """
+  with name_errors():
+    config_id = models_naming.get_model_config_id(model_name)
+  config_class = get_model_module(model_name, ModelModule.MODEL).ModelConfig
+  candidates = [config_id, *(config_id.removesuffix(v) for v in _VARIANTS if config_id.endswith(v))]
+  for candidate in candidates:
+    if preset := getattr(config_class, candidate, None):
+      return preset()
+  raise ModelNameError(
+    f"{model_name}: {config_class.__module__}.ModelConfig has no preset {config_id}; it has "
+    f"{', '.join(presets(config_class))}. A checkpoint with a config.json loads whatever its name"
+  )
+
+
+def presets(config_class: type) -> list[str]:
+  """Names of a configuration's presets."""
+  return [name for name, member in vars(config_class).items() if isinstance(member, classmethod)]
+
+
+def _dtype(dtype: Any) -> np.dtype | None:
+  if dtype is None:
+    return None
+  try:
+    return jnp.dtype(dtype)
+  except TypeError:
+    raise TypeError(f"dtype={dtype!r} is no data type; use jnp.bfloat16, 'float32', ...") from None

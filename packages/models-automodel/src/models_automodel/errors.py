@@ -1,0 +1,38 @@
+"""Errors of names and sources, joined to the root that all others derive from."""
+
+import contextlib
+from collections.abc import Iterator
+
+import models_naming
+import models_sources
+from models_core.errors import ModelsError
+
+
+class ModelNameError(ModelsError, ValueError):
+  """A model id that is unknown, or names what cannot be loaded."""
+
+
+class SourceFilesError(ModelsError, OSError):
+  """Files that cannot be had from a source."""
+
+
+class MissingFamilyError(ModelsError, ImportError):
+  """A model whose architecture's package is not installed, or speaks another contract."""
+
+
+@contextlib.contextmanager
+def name_errors() -> Iterator[None]:
+  """Turns a naming error into a ModelNameError."""
+  try:
+    yield
+  except models_naming.NamingError as error:
+    raise ModelNameError(str(error)) from error
+
+
+@contextlib.contextmanager
+def source_errors() -> Iterator[None]:
+  """Turns a source's error into a SourceFilesError."""
+  try:
+    yield
+  except models_sources.SourceError as error:
+    raise SourceFilesError(str(error)) from error

@@ -1,0 +1,83 @@
+"""Architectures, found by the entry points `models.families`. Only the one that is asked for is imported."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from types import ModuleType
+from typing import Any
+
+import models_naming
+from models_automodel.errors import MissingFamilyError, ModelNameError
+from models_core.errors import ModelsError
+from models_core.family import FAMILY_API_VERSION, Family
+
+GROUP = "models.families"
+
+
+@functools.cache
+def installed() -> dict[str, importlib.metadata.EntryPoint]:
+  """Entry points by the name of the family."""
+  return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def family_module(category: str, wanted_by: str) -> ModuleType:
+  """The package of an architecture, such as `models_llama.llama3`.
+
+  Args:
+    category: the family's name.
+    wanted_by: what needs it, for the error.
+
+  Raises:
+    MissingFamilyError: with the command that installs it.
+  """
+  entry = installed().get(category)
+  if entry is None:
+    distribution = models_naming.distribution_of(category)
+    remedy = distribution.install_command if distribution else "install the package that announces it"
+    raise MissingFamilyError(f"{wanted_by} is a {category} model: {remedy}")
+  return importlib.import_module(entry.module)
+
+
+def load_family(category: str, wanted_by: str) -> Family:
+  """The family of a category. As `family_module`."""
+  family = family_module(category, wanted_by).FAMILY
+  if family.api_version != FAMILY_API_VERSION:
+    raise MissingFamilyError(
+      f"{installed()[category].value} is written for version {family.api_version} of the family contract, "
+      f"models-core has {FAMILY_API_VERSION}: upgrade the older of the two"
+    )
+  return family
+
+
+def family_of_model_type(model_type: str, wanted_by: str) -> Family:
+  """The family that reads a `model_type` of config.json.
+
+  Raises:
+    ModelNameError: if no family does.
+  """
+  if (category := models_naming.category_of_model_type(model_type)) is not None:
+    return load_family(category, wanted_by)
+  # A third party's: its entry point has to be asked.
+  for category in installed():
+    if models_naming.distribution_of(category) is None:
+      family = load_family(category, wanted_by)
+      if model_type in family.model_types:
+        return family
+  raise ModelNameError(
+    f"{wanted_by}: no installed family reads model_type {model_type!r}; installed are {', '.join(installed()) or 'none'}"
+  )
+
+
+def family_of_config(config: Any, wanted_by: str) -> Family:
+  """The family that a configuration object belongs to.
+
+  Raises:
+    ModelsError: if no family's package defines its class.
+  """
+  module = type(config).__module__
+  for category, entry in installed().items():
+    if module == entry.module or module.startswith(f"{entry.module}."):
+      return load_family(category, wanted_by)
+  raise ModelsError(f"config={type(config).__qualname__} of {module} belongs to no installed family")

@@ -1,0 +1,39 @@
+"""Fields of a configuration as keyword arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()) -> Any:
+  """The configuration with some fields replaced.
+
+  Args:
+    config: a frozen dataclass.
+    fields: new values; those of enum fields may be their names or values as strings.
+    known: other keywords that the caller takes, for the nearest match.
+
+  Raises:
+    TypeError: for a name that the configuration has no field for, with the nearest one.
+  """
+  own = {field.name: field for field in dataclasses.fields(config)}
+  for name in fields:
+    if name not in own:
+      near = difflib.get_close_matches(name, [*own, *known], n=1)
+      hint = f": did you mean {near[0]!r}?" if near else f"; fields of {type(config).__name__}: {', '.join(own)}"
+      raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}{hint}")
+  return dataclasses.replace(config, **{name: _value(getattr(config, name), new) for name, new in fields.items()})
+
+
+def _value(old: Any, new: Any) -> Any:
+  if isinstance(old, enum.Enum) and isinstance(new, str):
+    kind = type(old)
+    try:
+      return kind[new.upper()]
+    except KeyError:
+      raise TypeError(f"{new!r} is none of {', '.join(member.name for member in kind)}") from None
+  return new
