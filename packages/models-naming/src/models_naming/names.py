@@ -9,9 +9,9 @@ from models_naming.refusals import reason_against
 from models_naming.spelling import normalise, standardise
 from models_naming.third_party import third_party_families
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_NAME = r"[a-z0-9][a-z0-9._-]*"
 # A size decides where a family ends: without it `gemma-5-2b` would be a version of `gemma`.
-_VERSION = re.compile(r"(?:(?:coder|math)-)?\d+(?:\.\d+)?[bm](?![^-_.])")
+_VERSION = r"(?:(?:coder|math)-)?\d+(?:\.\d+)?[bm](?![^-_.])"
 
 
 def get_model_name_from_model_id(model_id: str) -> str:
@@ -80,11 +80,11 @@ def get_model_config_id(model_name: str) -> str:
 def _match(model_name: str) -> tuple[str, str, FamilyInfo]:
   """Prefix, version and family of a name."""
   name = normalise(model_name)
-  if not _NAME.fullmatch(name):
+  if not re.fullmatch(_NAME, name):
     raise _unknown(model_name)
   own = max((p for p in FAMILIES if name.startswith(p)), key=len, default="")
   reason = reason_against(name)
-  if own and not reason and _VERSION.match(name, len(own)):
+  if own and not reason and re.match(_VERSION, name[len(own) :]):
     return own, name[len(own) :], FAMILIES[own]
   # Longer than an own prefix, or it would take names that the own family leaves out on purpose.
   theirs = third_party_families()

@@ -44,12 +44,12 @@ _KINDS = immutabledict(
   }
 )
 
-_QUANTISED = re.compile(
-  r"(?:-qat)?[-_.](gguf|ggml|gptq|awq|bnb|hqq|aqlm|exl[23]|quantized|spinquant|qlora"
+# The name of the original, then the marker. The atomic group passes over `-qat-...-unquantized`: those are bfloat16.
+_QUANTISED = (
+  r"((?>(?:.*-qat-\w+-unquantized)?).*?)(?:-qat)?[-_.]"
+  r"(gguf|ggml|gptq|awq|bnb|hqq|aqlm|exl[23]|quantized|spinquant|qlora"
   r"|(?:nv|mx)?fp[48]|nf4|u?int[248]|[2-8]-?bits?|w\d+a\d+|q[2-8](?:_[0-9a-z]+)*)(?![^-_.])"
 )
-# Trained to bear quantisation, stored in bfloat16.
-_UNQUANTISED = re.compile(r"-qat-\w+-unquantized")
 
 
 def reason_against(name: str) -> str | None:
@@ -60,11 +60,8 @@ def reason_against(name: str) -> str | None:
   for word in re.split(r"[-_.]", name):
     if word in _KINDS:
       return f"{word!r} in a name means {_KINDS[word]}; {_REMEDY}"
-  unquantised = _UNQUANTISED.search(name)
-  quantised = _QUANTISED.search(name, unquantised.end() if unquantised else 0)
+  quantised = re.match(_QUANTISED, name)
   if quantised:
-    original = name[: quantised.start()]
-    return (
-      f"quantised weights ({quantised[1]}) are not loadable; take {known_names().get(original, original)}"
-    )
+    original, marker = quantised.groups()
+    return f"quantised weights ({marker}) are not loadable; take {known_names().get(original, original)}"
   return None
