@@ -5,7 +5,9 @@ import struct
 
 REPO = "org/name"
 HEADER = b'{"w":{"dtype":"U8","shape":[300000],"data_offsets":[0,300000]}}'
-WEIGHTS = struct.pack("<Q", len(HEADER)) + HEADER + b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(9375))
+WEIGHTS = (
+  struct.pack("<Q", len(HEADER)) + HEADER + b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(9375))
+)
 CONFIG = b'{"model_type": "llama"}'
 FILES = {
   "config.json": CONFIG,

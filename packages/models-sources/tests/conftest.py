@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-
 from models_sources import huggingface
 from models_sources.testing import HubServer
 
@@ -23,8 +22,15 @@ def waits(monkeypatch):
   return seconds
 
 
+@pytest.fixture(scope="session")
+def session():
+  """The client library's connections: made once, for that costs more than a test."""
+  yield
+  huggingface_hub.close_session()
+
+
 @pytest.fixture
-def hub(monkeypatch, tmp_path, waits):
+def hub(monkeypatch, tmp_path, waits, session):
   """A running hub that the client library is pointed at, with an empty cache and no saved token."""
   for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     monkeypatch.delenv(name, raising=False)
@@ -35,4 +41,3 @@ def hub(monkeypatch, tmp_path, waits):
   with HubServer() as server:
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     yield server
-    huggingface_hub.close_session()

@@ -3,7 +3,6 @@ import pathlib
 
 import pytest
 from huggingface_hub import constants
-
 from models_sources import ConnectionFailedError, CorruptFilesError, SourceError, get_source
 
 from .checkpoint import CONFIG, FILES, REPO, WEIGHTS, flipped
@@ -40,7 +39,9 @@ def test_a_burst_of_503_is_waited_out(hub, commit, waits):
 
 def test_a_lasting_503_is_an_error(hub, commit, waits):
   hub.fail("api", status=503, times=99)
-  with pytest.raises(ConnectionFailedError, match="answers 503 about its list of files of org/name: try later"):
+  with pytest.raises(
+    ConnectionFailedError, match="answers 503 about its list of files of org/name: try later"
+  ):
     open_files(REPO)
   assert len(waits) == 4
 
@@ -76,7 +77,9 @@ def test_a_broken_connection_is_made_again(hub, commit, waits, fault):
 
 def test_nobody_listens(hub, waits, monkeypatch):
   monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9/")
-  with pytest.raises(ConnectionFailedError, match=r"no connection .* http://127.0.0.1:9 \(ConnectError\)") as caught:
+  with pytest.raises(
+    ConnectionFailedError, match=r"no connection .* http://127.0.0.1:9 \(ConnectError\)"
+  ) as caught:
     open_files(REPO)
   assert "password" not in str(caught.value)
   assert len(waits) == 4
@@ -185,7 +188,9 @@ def test_a_lasting_flipped_bit_leaves_nothing_behind(hub, files):
   files.fetch(["config.json"])
   kept = blobs(files)
   hub.fail("storage GET", alter=flipped, times=99)
-  with pytest.raises(CorruptFilesError, match=r"model.safetensors of org/name .* came twice with other bytes"):
+  with pytest.raises(
+    CorruptFilesError, match=r"model.safetensors of org/name .* came twice with other bytes"
+  ):
     files.fetch(["model.safetensors", "config.json"])
   assert blobs(files) == kept
   assert os.listdir(files.path) == ["config.json"]

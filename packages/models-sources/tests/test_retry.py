@@ -1,5 +1,4 @@
 import pytest
-
 from models_sources import AccessError, ConnectionFailedError
 from models_sources.retry import Policy, with_retries
 

@@ -55,7 +55,9 @@ class LocalFiles:
       FilesNotFoundError: naming every file that there isn't.
     """
     here = self.names()
-    absent = [n for n in names if n not in here and not os.path.isfile(os.path.join(self.path, check_name(n)))]
+    absent = [
+      n for n in names if n not in here and not os.path.isfile(os.path.join(self.path, check_name(n)))
+    ]
     if absent:
       raise missing_files(self.path, absent, here)
     return self._directory()
@@ -83,7 +85,9 @@ def open_files(
     InvalidNameError: a revision is given.
   """
   if revision is not None:
-    raise InvalidNameError(f"{identifier} is of this machine and has no revision {revision!r}: leave revision out")
+    raise InvalidNameError(
+      f"{identifier} is of this machine and has no revision {revision!r}: leave revision out"
+    )
   path = os.path.abspath(os.path.expanduser(identifier))
   if not os.path.exists(path):
     raise FilesNotFoundError(

@@ -19,12 +19,16 @@ def check_name(name: str, kind: str = "file name") -> str:
     InvalidNameError: it is absolute, empty, or has a part `..`, `.` or an empty one.
   """
   if _FOREIGN.search(name) or any(part in ("", ".", "..") for part in name.split("/")):
-    raise InvalidNameError(f"{name!r} is no {kind}: it has to be relative and must not lead out of its directory")
+    raise InvalidNameError(
+      f"{name!r} is no {kind}: it has to be relative and must not lead out of its directory"
+    )
   return name
 
 
 def missing_files(place: str, names: Sequence[str], available: Collection[str]) -> FilesNotFoundError:
   """The error for files that `place` doesn't have, with the nearest names that it does have."""
   near = sorted({match for name in names for match in difflib.get_close_matches(name, available, n=2)})
-  hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(sorted(available)[:8]) or 'no files'}"
+  hint = (
+    f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(sorted(available)[:8]) or 'no files'}"
+  )
   return FilesNotFoundError(f"{place} has no {', '.join(names)}; {hint}")

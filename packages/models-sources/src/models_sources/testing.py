@@ -202,19 +202,29 @@ class HubServer:
     if request.host == "storage":
       return self._stored(request.path)
     for old, new in self._moved.items():
-      if (target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)) != request.path:
+      if (
+        target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)
+      ) != request.path:
         return _Answer(307, {"Location": target + (f"?{query}" if query else "")})
     if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", request.path):
-      return self._listed(request, match[1], match[3] or "main", match[2] == "tree", "blobs" in parse_qs(query))
+      return self._listed(
+        request, match[1], match[3] or "main", match[2] == "tree", "blobs" in parse_qs(query)
+      )
     if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path):
       return self._resolved(request, match[1], unquote(match[2]), unquote(match[3]))
     return _error(404, "", "Not found")
 
-  def _commit(self, request: Request, name: str, revision: str, of_file: bool) -> tuple[str, dict[str, bytes]] | _Answer:
+  def _commit(
+    self, request: Request, name: str, revision: str, of_file: bool
+  ) -> tuple[str, dict[str, bytes]] | _Answer:
     repo, token = self._repos.get(name), request.headers.get("authorization", "").removeprefix("Bearer ")
     allowed = repo is not None and (repo.readers is None or token in repo.readers)
     if repo is None or not (allowed or repo.gated):
-      return _error(404 if token else 401, "RepoNotFound", "Repository not found" if token else "Invalid username or password.")
+      return _error(
+        404 if token else 401,
+        "RepoNotFound",
+        "Repository not found" if token else "Invalid username or password.",
+      )
     if of_file and not allowed:
       return _error(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted.")
     commit = repo.refs.get(revision, revision)
@@ -230,7 +240,9 @@ class HubServer:
     if tree:
       return _json([_tree_entry(file, data) for file, data in files.items()])
     siblings = [_sibling(file, data) if blobs else {"rfilename": file} for file, data in files.items()]
-    return _json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
+    return _json(
+      {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}
+    )
 
   def _resolved(self, request: Request, name: str, revision: str, file: str) -> _Answer:
     found = self._commit(request, name, revision, of_file=True)
@@ -243,9 +255,15 @@ class HubServer:
       return dataclasses.replace(missing, headers={**missing.headers, **headers})
     data = files[file]
     if not file.endswith(LARGE):
-      return _Answer(200, headers | {"ETag": f'"{_git_hash(data)}"', "Accept-Ranges": "bytes"}, data, ranges=True)
+      return _Answer(
+        200, headers | {"ETag": f'"{_git_hash(data)}"', "Accept-Ranges": "bytes"}, data, ranges=True
+      )
     linked = hashlib.sha256(data).hexdigest()
-    headers |= {"X-Linked-Etag": f'"{linked}"', "X-Linked-Size": str(len(data)), "ETag": f'"{_git_hash(linked.encode())}"'}
+    headers |= {
+      "X-Linked-Etag": f'"{linked}"',
+      "X-Linked-Size": str(len(data)),
+      "ETag": f'"{_git_hash(linked.encode())}"',
+    }
     return _Answer(302, headers | {"Location": f"{self.storage}/blobs/{linked}?{SIGNATURE}"})
 
   def _stored(self, path: str) -> _Answer:
@@ -281,7 +299,9 @@ def _json(value: Any) -> _Answer:
 
 def _error(status: int, code: str, message: str) -> _Answer:
   headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-  return _Answer(status, headers | {"Content-Type": "application/json"}, json.dumps({"error": message}).encode())
+  return _Answer(
+    status, headers | {"Content-Type": "application/json"}, json.dumps({"error": message}).encode()
+  )
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -319,20 +339,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.server.connections.discard(self.connection)
     super().finish()
 
-  def do_HEAD(self) -> None:  # noqa: N802
+  def do_HEAD(self) -> None:
     self.do_GET()
 
-  def do_GET(self) -> None:  # noqa: N802
+  def do_GET(self) -> None:
     url, hub = urlsplit(self.path), self.server.hub
     headers = {name.lower(): value for name, value in self.headers.items()}
     request = Request(self.server.host, self.command, url.path, headers)
     fault = hub._take_fault(request)
     if fault.reset and fault.cut is None:
       return self._hang_up(reset=True)
-    answer = hub._answer(request, url.query) if fault.status is None else _error(fault.status, "", "told to fail")
-    status, body, extra = answer.status, answer.body, {}
+    answer = (
+      hub._answer(request, url.query) if fault.status is None else _error(fault.status, "", "told to fail")
+    )
+    status, body = answer.status, answer.body
+    extra: dict[str, str] = {}
     if answer.ranges and not fault.ignore_range and (match := _RANGE.fullmatch(request.range or "")):
-      status, body, extra = _part(body, int(match[1]) + fault.shift, int(match[2]) + fault.shift if match[2] else None)
+      status, body, extra = _part(
+        body, int(match[1]) + fault.shift, int(match[2]) + fault.shift if match[2] else None
+      )
     if fault.alter is not None:
       body = fault.alter(body)
     self.send_response(status)

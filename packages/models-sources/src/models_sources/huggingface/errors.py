@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import email.utils
 import importlib
+import json
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +30,9 @@ _UnsupportedProtocol: type[Exception] = _http.UnsupportedProtocol
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
 
 _GET_TOKEN = "set HF_TOKEN or pass token= of an account that may read it"
+_NO_HUB = (
+  "{endpoint} does not answer as a hub does about {what} of {repo}: check HF_ENDPOINT and the proxy settings"
+)
 
 # The first row that fits decides: a class comes after its subclasses.
 _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
@@ -43,7 +47,11 @@ _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
     FilesNotFoundError,
     "{repo} has no revision {revision}: check the spelling among its branches, tags and commits at {page}/tree/main",
   ),
-  (hub.RemoteEntryNotFoundError, FilesNotFoundError, "{repo} has no {what} at revision {revision}: see {page}/tree/main"),
+  (
+    hub.RemoteEntryNotFoundError,
+    FilesNotFoundError,
+    "{repo} has no {what} at revision {revision}: see {page}/tree/main",
+  ),
   (hub.DisabledRepoError, AccessError, "{repo} is disabled by its author or by the hub: see {page}"),
   (
     hub.LocalTokenNotFoundError,
@@ -58,8 +66,9 @@ _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
   (
     hub.FileMetadataError,
     SourceError,
-    "{endpoint} does not answer as a hub does about {what} of {repo}: check HF_ENDPOINT and the proxy settings",
+    _NO_HUB,
   ),
+  (json.JSONDecodeError, SourceError, _NO_HUB),
   (_UnsupportedProtocol, InvalidNameError, "{endpoint} is no http or https address: check HF_ENDPOINT"),
   (
     ssl.SSLCertVerificationError,
@@ -69,10 +78,33 @@ _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
 )
 
 _BY_STATUS: dict[int, tuple[type[SourceError], str]] = {
-  401: (AccessError, "{endpoint} does not accept the token for {repo}: renew it, then " + _GET_TOKEN),
-  403: (AccessError, "the token may not read {what} of {repo}: widen its permissions at {endpoint}/settings/tokens"),
-  404: (FilesNotFoundError, "{endpoint} does not know {what} of {repo} at revision {revision}"),
+  401: (AccessError, "{answering} does not accept the token for {repo}: renew it, then " + _GET_TOKEN),
+  403: (
+    AccessError,
+    "the token may not read {what} of {repo}: widen its permissions at {endpoint}/settings/tokens",
+  ),
+  404: (FilesNotFoundError, "{answering} does not know {what} of {repo} at revision {revision}"),
 }
+
+
+# What an exception is that stands for no answer at all, or for half of one.
+_NO_ANSWER: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
+  (lambda e: isinstance(e, TransportError), "no connection for {what} of {repo} at {endpoint} ({kind})"),
+  # The client's own check of a body's length raises a bare OSError; that of a full disk has an errno.
+  (
+    lambda e: type(e) is OSError and e.errno is None,
+    "{what} of {repo} came with another length than promised",
+  ),
+  # After a failed connection the client closes the session that all threads share.
+  (
+    lambda e: isinstance(e, RuntimeError) and "closed" in str(e),
+    "the connection for {what} of {repo} was closed",
+  ),
+  (
+    lambda e: isinstance(e, hub.LocalEntryNotFoundError) and e.__cause__ is None,
+    "{what} of {repo} did not come",
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +123,19 @@ class Subject:
   endpoint: str
   what: str = "its list of files"
 
-  def say(self, template: str) -> str:
+  def say(self, template: str, **more: object) -> str:
     """The template with the words put in."""
-    return template.format(page=f"{self.endpoint}/{self.repo}", **dataclasses.asdict(self))
+    return template.format(page=f"{self.endpoint}/{self.repo}", **dataclasses.asdict(self), **more)
 
 
 def public_address(url: str) -> str:
   """A URL without user, password, query and fragment, any of which may carry a credential."""
   parts = urlsplit(url)
   return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+def _host(url: str) -> str:
+  return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -122,19 +158,23 @@ def _retry_after(headers: Any) -> float | None:
     return None
 
 
-def of_status(status: int, headers: Any, subject: Subject) -> SourceError:
-  """The error for an answer with that status."""
-  if status in _LATER:
-    error = ConnectionFailedError(subject.say(f"{{endpoint}} answers {status} about {{what}} of {{repo}}: try later"))
-    error.retry_after = _retry_after(headers)
-      # After a failed connection the client closes the session that all threads share.
-    if isinstance(cause, RuntimeError) and "closed" in str(cause):
-      return ConnectionFailedError(subject.say("the connection for {what} of {repo} was closed"))
-  if isinstance(error, hub.LocalEntryNotFoundError):
-    return ConnectionFailedError(subject.say("{what} of {repo} did not come from {endpoint}"))
-  return error
-  kind, template = _BY_STATUS.get(status, (SourceError, f"{{endpoint}} answers {status} about {{what}} of {{repo}}"))
-  return kind(subject.say(template))
+def _of_response(response: Any, subject: Subject) -> SourceError:
+  """The error for an answer that no class of error is for."""
+  status, host = response.status_code, _host(str(response.request.url))
+  # A storage host knows no tokens: it refuses a signature that is too old, and the next attempt gets a new one.
+  refused = status in (401, 403) and host != _host(subject.endpoint)
+  if status in _LATER or refused:
+    error = ConnectionFailedError(
+      subject.say(
+        "{answering} answers {status} about {what} of {repo}: try later", answering=host, status=status
+      )
+    )
+    error.retry_after = _retry_after(response.headers)
+    return error
+  kind, template = _BY_STATUS.get(
+    status, (SourceError, "{answering} answers {status} about {what} of {repo}")
+  )
+  return kind(subject.say(template, answering=host, status=status))
 
 
 def translate(error: Exception, subject: Subject) -> Exception:
@@ -148,17 +188,8 @@ def translate(error: Exception, subject: Subject) -> Exception:
       return ours(subject.say(template))
   for cause in chain:
     if isinstance(cause, hub.HfHubHTTPError):
-      return of_status(cause.response.status_code, cause.response.headers, subject)
-    if isinstance(cause, TransportError):
-      return ConnectionFailedError(
-        subject.say(f"no connection for {{what}} of {{repo}} at {{endpoint}} ({type(cause).__name__})")
-      )
-    # The client's own check of a body's length raises a bare OSError; a full disk has an errno.
-    if type(cause) is OSError and cause.errno is None:
-      return ConnectionFailedError(subject.say("{what} of {repo} came with another length than {endpoint} promises"))
-    # After a failed connection the client closes the session that all threads share.
-    if isinstance(cause, RuntimeError) and "closed" in str(cause):
-      return ConnectionFailedError(subject.say("the connection for {what} of {repo} was closed"))
-  if isinstance(error, hub.LocalEntryNotFoundError):
-    return ConnectionFailedError(subject.say("{what} of {repo} did not come from {endpoint}"))
+      return _of_response(cause.response, subject)
+    for fits, template in _NO_ANSWER:
+      if fits(cause):
+        return ConnectionFailedError(subject.say(template, kind=type(cause).__name__))
   return error

@@ -84,5 +84,7 @@ def _body(answer: Any, start: int, stop: int, size: int | None) -> bytes:
   expected = max(0, end - start)
   # Where nobody knows the file's size, its end is wherever the answer ends.
   if len(data) < expected and total is not None:
-    raise ConnectionFailedError(f"{len(data)} of {expected} bytes of {file} came before the connection closed")
+    raise ConnectionFailedError(
+      f"{len(data)} of {expected} bytes of {file} came before the connection closed"
+    )
   return bytes(data)
