@@ -183,7 +183,8 @@ def _target(piece: Piece, shard: _Shard) -> tuple[Index, np.ndarray] | None:
     else:
       index.append(bounds)
       at.append(slice(None))
-  return tuple(index), shard.buffer[tuple(at)]
+  # The ellipsis makes a view also of a single element.
+  return tuple(index), shard.buffer[(*at, ...)]
 
 
 def _fill_rows(piece, info, shape, targets, start, stop, reader: _Reader) -> None:
