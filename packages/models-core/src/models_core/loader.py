@@ -56,16 +56,18 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
   reader = _Reader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
-  with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
-    try:
-      for tie in plan.ties:
-        reader.check_equal(tie.tensor, tie.twin)
-      return _place(plan, reader, pool)
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
-    finally:
-      reader.close()
+  try:
+    # Leaving the pool waits for its threads: no file is closed under a read.
+    with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
+      try:
+        for tie in plan.ties:
+          reader.check_equal(tie.tensor, tie.twin)
+        return _place(plan, reader, pool)
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+  finally:
+    reader.close()
 
 
 @dataclasses.dataclass(frozen=True)
