@@ -153,8 +153,11 @@ def plan_load(
     row, placeholders = _row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
     problems += trouble
-    used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
-    if found:
+    used.update(piece.tensor for piece in found)
+    if not found:
+      # What is there of any form is part of the trouble that is reported already.
+      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
+    else:
       stored = {tensors[piece.tensor].dtype for piece in found}
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
   left = [name for name in tensors if name not in used]
