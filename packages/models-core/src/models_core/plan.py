@@ -153,13 +153,13 @@ def plan_load(
     row, placeholders = _row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
     problems += trouble
-    used.update(piece.tensor for piece in found)
-    if not found:
-      # What is there of any form is part of the trouble that is reported already.
-      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
-    else:
+    if found:
+      used.update(piece.tensor for piece in found)
       stored = {tensors[piece.tensor].dtype for piece in found}
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
+    else:
+      # What there is of any form belongs to the trouble that was just noted.
+      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
   left = [name for name in tensors if name not in used]
   ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
   ignored, unexpected = [], []

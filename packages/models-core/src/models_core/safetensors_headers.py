@@ -107,14 +107,14 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
   """tensor -> file; None, and a problem, where the index cannot be used."""
   try:
     parsed = parse_json(files.read(INDEX, 0, files.size(INDEX)))
-    weight_map = parsed["weight_map"] if isinstance(parsed, Mapping) else None
+    weight_map = parsed.get("weight_map") if isinstance(parsed, Mapping) else None
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"the file name {file!r} leaves the directory")
     return weight_map
-  except (ValueError, KeyError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     problems.append(f"{INDEX} cannot be read: {error}")
     return None
 
