@@ -188,6 +188,8 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   kept = [axis for axis in flat_theirs if "/" not in axis]
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
+  if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
+    raise ValueError(f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0")
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
   select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
