@@ -6,7 +6,7 @@
       ...
       assert [r.line for r in hub.requests] == ["GET /api/models/org/name/revision/main"]
 
-Large files are served as the hub does it: by a redirect to a storage host (another port, so another origin) with a
+Large files are served as the hub does it: by a redirect to a storage host (another name and another port) with a
 signed address. Only the standard library is needed.
 """
 
@@ -41,7 +41,6 @@ class Request:
     method: GET or HEAD.
     path: without the query.
     headers: with names in lower case.
-    sent: called with nothing, how many bytes of the body have been sent up to now.
   """
 
   host: str
@@ -112,7 +111,7 @@ class _Answer:
 
 
 class HubServer:
-  """A hub and its storage host, on two ports of 127.0.0.1, while the context lasts.
+  """A hub and its storage host, on two ports of the loopback, while the context lasts.
 
   Attributes:
     requests: all that came, in order. Clear it to start anew.
@@ -122,6 +121,7 @@ class HubServer:
     self.requests: list[Request] = []
     self._faults: list[Fault] = []
     self._repos: dict[str, _Repo] = {}
+    self._blobs: dict[str, bytes] = {}
     self._moved: dict[str, str] = {}
     self._lock = threading.Lock()
     self._servers = {host: _Server(self, host) for host in ("hub", "storage")}
@@ -170,6 +170,7 @@ class HubServer:
       commit = hashlib.sha1(repr((repo, len(place.commits), sorted(files))).encode()).hexdigest()
       place.commits[commit] = dict(files)
       place.refs[revision] = commit
+      self._blobs |= {hashlib.sha256(data).hexdigest(): data for data in files.values()}
     return commit
 
   def move(self, old: str, new: str) -> None:
@@ -267,12 +268,10 @@ class HubServer:
     return _Answer(302, headers | {"Location": f"{self.storage}/blobs/{linked}?{SIGNATURE}"})
 
   def _stored(self, path: str) -> _Answer:
-    for repo in self._repos.values():
-      for files in repo.commits.values():
-        for data in files.values():
-          if path == f"/blobs/{hashlib.sha256(data).hexdigest()}":
-            return _Answer(200, {"Accept-Ranges": "bytes"}, data, ranges=True)
-    return _error(403, "", "Access denied")
+    data = self._blobs.get(path.removeprefix("/blobs/"))
+    if data is None:
+      return _error(403, "", "Access denied")
+    return _Answer(200, {"Accept-Ranges": "bytes"}, data, ranges=True)
 
 
 def _git_hash(data: bytes) -> str:
@@ -315,7 +314,9 @@ class _Server(http.server.ThreadingHTTPServer):
 
   @property
   def address(self) -> str:
-    return f"http://127.0.0.1:{self.server_address[1]}"
+    # Two names of one machine: some clients take another port for the same host.
+    name = {"hub": "127.0.0.1", "storage": "localhost"}[self.host]
+    return f"http://{name}:{self.server_address[1]}"
 
   def close(self) -> None:
     self.server_close()

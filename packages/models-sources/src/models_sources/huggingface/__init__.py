@@ -242,7 +242,7 @@ class HubFiles:
       )
 
     for force in (False, True):
-      self.hub.ask(lambda sender, force=force: get(sender, force=force), POLICY, name)  # type: ignore[misc]
+      self.hub.ask(functools.partial(get, force=force), POLICY, name)
       if not is_new or self._is_intact_or_removed(name, entry):
         return
     raise self._corrupt(name)
