@@ -31,6 +31,18 @@ def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
   return window, first
 
 
+def read_common_window(keys: ConfigKeys, num_layers: int) -> int | None:
+  """The window of every layer, or None: transformers' models with experts read no first layer.
+
+  Raises:
+    ConfigError: where `layer_types` says otherwise.
+  """
+  slides = keys.boolean("use_sliding_window", False)
+  if keys.sliding_layers(num_layers) not in (None, (slides,) * num_layers):
+    raise ConfigError(f"layer_types differs from use_sliding_window={slides}, which holds for all layers: remove it")
+  return keys.integer("sliding_window") if slides else None
+
+
 def write_window(window: int | None, first: int, num_layers: int) -> dict[str, Any]:
   """The keys of `read_window`."""
   slides = [window is not None and i >= first for i in range(num_layers)]

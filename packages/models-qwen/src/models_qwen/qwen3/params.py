@@ -87,7 +87,10 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   keys.expect("use_qk_norm", True)
   keys.expect("shared_expert_intermediate_size", 0)
   theta, scaling = keys.rope()
-  sliding_window, max_window_layers = windows.read_window(keys, layers)
+  if sparse:
+    sliding_window, max_window_layers = windows.read_common_window(keys, layers), 0
+  else:
+    sliding_window, max_window_layers = windows.read_window(keys, layers)
   config = ModelConfig(
     num_layers=layers,
     vocab_size=keys.integer("vocab_size"),
@@ -101,8 +104,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     rope_scaling=scaling,
     use_tied_embedding=keys.boolean("tie_word_embeddings", False),
     sliding_window=sliding_window,
-    # transformers' sparse model slides in every layer or in none.
-    max_window_layers=0 if sparse else max_window_layers,
+    max_window_layers=max_window_layers,
     **(_read_experts(keys, raw) if sparse else {}),
   )
   keys.done(HARMLESS)
