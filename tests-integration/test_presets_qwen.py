@@ -104,7 +104,15 @@ def test_preset_has_the_published_values(repository):
   hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, tied, _, *experts = SIZES[size]
   config = call_model_config(models_naming.get_model_name_from_model_id(repository))
   dense = ("num_layers", "vocab_size", "embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")
-  assert [getattr(config, n) for n in dense] == [layers, vocab, hidden, intermediate, heads, head_dim, kv_heads]
+  assert [getattr(config, n) for n in dense] == [
+    layers,
+    vocab,
+    hidden,
+    intermediate,
+    heads,
+    head_dim,
+    kv_heads,
+  ]
   assert (config.use_tied_embedding, config.rope_theta, config.norm_eps) == (tied, theta, eps)
   assert config.rope_scaling == SCALINGS.get(repository)
   assert config.sliding_window is None

@@ -72,7 +72,9 @@ def checkpoint(tmp_path_factory, open_checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_logits(checkpoint, case, placement, tokens, assert_parity):
   source = checkpoint(case)
-  assert_parity(placement.logits(source.model(placement), tokens), source.logits(tokens), what=f"qwen2 {case}")
+  assert_parity(
+    placement.logits(source.model(placement), tokens), source.logits(tokens), what=f"qwen2 {case}"
+  )
 
 
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
@@ -125,7 +127,9 @@ def test_error_of_bfloat16(checkpoint, placement, tokens):
   assert np.max(ours) <= np.max(theirs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("untied", "tied", "divisible", "inert window")])
+@pytest.mark.parametrize(
+  "case", [case for case in CASES if case not in ("untied", "tied", "divisible", "inert window")]
+)
 def test_an_option_matters(checkpoint, case, tokens):
   """Without it transformers' logits differ by a thousand tolerances."""
   source = checkpoint(case)

@@ -77,13 +77,17 @@ def checkpoint(tmp_path_factory, open_checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_logits(checkpoint, case, placement, tokens, assert_parity):
   source = checkpoint(case)
-  assert_parity(placement.logits(source.model(placement), tokens), source.logits(tokens), what=f"qwen3 {case}")
+  assert_parity(
+    placement.logits(source.model(placement), tokens), source.logits(tokens), what=f"qwen3 {case}"
+  )
 
 
 @pytest.mark.parametrize("placement", ["explicit-eager", "auto-eager-inside"], indirect=True)
 def test_eager_logits(checkpoint, placement, tokens, assert_parity):
   source = checkpoint("sparse")
-  assert_parity(placement.logits(source.model(placement), tokens), source.logits(tokens), what="qwen3 sparse eager")
+  assert_parity(
+    placement.logits(source.model(placement), tokens), source.logits(tokens), what="qwen3 sparse eager"
+  )
 
 
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
@@ -141,7 +145,9 @@ def _fused(tensors: dict, layers) -> dict:
 
 @pytest.mark.parametrize("placement", PLACES, indirect=True)
 @pytest.mark.parametrize("fused", [(), (0, 1, 2, 3), (1, 3)], ids=["split", "fused", "mixed"])
-def test_experts_split_fused_and_mixed(checkpoint, open_checkpoint, fused, placement, tokens, assert_parity, tmp_path):
+def test_experts_split_fused_and_mixed(
+  checkpoint, open_checkpoint, fused, placement, tokens, assert_parity, tmp_path
+):
   source = checkpoint("sparse")
   tensors = safetensors.torch.load_file(source.path / "model.safetensors")
   assert "model.layers.0.mlp.experts.7.up_proj.weight" in tensors

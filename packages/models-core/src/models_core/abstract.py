@@ -82,7 +82,7 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
   """
   # A module with annotated parameters would demand a mesh in context.
   with nnx.use_eager_sharding(False):
-    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: model_class(config, rngs=_no_rngs()))
   graphdef, state = nnx.split(model)
   parameters = {}
   for path, variable in nnx.to_flat_state(state):
@@ -96,6 +96,20 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh does not hold every sharding:\n  - " + "\n  - ".join(notes))
   return AbstractModel(parameters, graphdef, state)
+
+
+class _OneKey(nnx.RngStream):
+  """The same key at each call. To count the calls while tracing takes time quadratic in their number."""
+
+  def __call__(self) -> jax.Array:
+    return self.key[...]
+
+
+def _no_rngs() -> nnx.Rngs:
+  """For values that nobody will see."""
+  rngs = nnx.Rngs(params=0)
+  rngs.params = _OneKey(0, tag="params")  # type: ignore[attr-defined]
+  return rngs
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

@@ -189,7 +189,7 @@ def _yarn(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> YarnS
     _positive(number, f"{where}.{key}")
   if not isinstance(truncate := value.get("truncate", True), bool):
     raise ConfigError(f"{where}.truncate is {truncate!r}, expected true or false")
-  return YarnScaling(value["factor"], length, **options, truncate=truncate)
+  return YarnScaling(value["factor"], **{"original_max_position": length, **options}, truncate=truncate)
 
 
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")

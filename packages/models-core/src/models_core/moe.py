@@ -1,7 +1,7 @@
 """Sparse feed-forward blocks: each token goes through the few experts that its router chose.
 
-Tokens are sorted by expert, so that each expert multiplies its own rows alone. On a mesh each device sorts its own
-tokens for its own experts, and the parts are summed.
+Tokens are sorted by expert, so that each expert multiplies its own rows alone. On a mesh each device sorts
+its own tokens for its own experts, and the parts are summed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _BLOCK = 64
 class Experts(nnx.Module):
   """E gated feed-forward blocks, stacked: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F].
 
-  The router is the family's. `exp_weight_edf` and `exp_weight_efd` shard the parameters: E and F may lie on any mesh
-  axes; what lies on the tokens' own axes is gathered, F and D as fsdp does it, E's tokens instead of its weights.
+  The router is the family's. `exp_weight_edf` and `exp_weight_efd` shard the parameters over any mesh axes.
+  While they multiply, E and F stay sharded and D is whole. Where an axis shards the tokens, too, E has
+  precedence, for which the tokens are gathered, and F gives way.
   """
 
   def __init__(
@@ -104,7 +105,9 @@ def _sharded(x, experts, weights, gate, up, down, *, activation, rows, e, f):
   # No mesh is named: the one in context is the user's.
   axes = set(jax.sharding.get_abstract_mesh().auto_axes)
   specs = (tokens, tokens, tokens, wide, wide, narrow)
-  return jax.shard_map(run, in_specs=specs, out_specs=tokens, axis_names=axes)(x, experts, weights, gate, up, down)
+  return jax.shard_map(run, in_specs=specs, out_specs=tokens, axis_names=axes)(
+    x, experts, weights, gate, up, down
+  )
 
 
 def _varying(array: jax.Array, axes: Names) -> jax.Array:
@@ -113,7 +116,7 @@ def _varying(array: jax.Array, axes: Names) -> jax.Array:
 
 
 def _apply(x, experts, weights, gate, up, down, first, activation, mesh_axes) -> jax.Array:
-  """The part of the result that these experts, of which `first` is the number of the first, give: float32 [B, T, D]."""
+  """What these experts, numbered from `first`, give to the result: float32 [B, T, D]."""
   B, T, n = experts.shape
   E = gate.shape[0]
   group = experts.reshape(-1).astype(jnp.int32) - first
@@ -163,7 +166,9 @@ def _dot_in_blocks(x, w, sizes, axis, mesh_axes):
   def multiply(expert, start, _, out):
     rows = lax.dynamic_slice_in_dim(padded, start, _BLOCK)
     # What a block writes past its group, the next group's first block writes again.
-    return lax.dynamic_update_slice_in_dim(out, lax.dot_general(rows, w[expert], (((1,), (axis - 1,)), ((), ()))), start, 0)
+    return lax.dynamic_update_slice_in_dim(
+      out, lax.dot_general(rows, w[expert], (((1,), (axis - 1,)), ((), ()))), start, 0
+    )
 
   out = _varying(jnp.zeros((M + _BLOCK, w.shape[3 - axis]), x.dtype), mesh_axes)
   out = _for_blocks(sizes, multiply, out)[:M]
@@ -172,7 +177,9 @@ def _dot_in_blocks(x, w, sizes, axis, mesh_axes):
 
 def _weight_gradient(x, dy, sizes, mesh_axes):
   """[M, D], [M, F] -> [E, F, D]: the outer products of each group's rows."""
-  return lax.platform_dependent(x, dy, sizes, cpu=functools.partial(_outer_in_blocks, mesh_axes=mesh_axes), default=_ragged_outer)
+  return lax.platform_dependent(
+    x, dy, sizes, cpu=functools.partial(_outer_in_blocks, mesh_axes=mesh_axes), default=_ragged_outer
+  )
 
 
 def _ragged_outer(x, dy, sizes):

@@ -12,7 +12,9 @@ KEYS = ("sliding_window", "max_window_layers")
 
 
 def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
-  """The window, or None, and the first layer that has it. As in transformers, `layer_types` wins over `max_window_layers`.
+  """The window, or None, and the first layer that has it.
+
+  `layer_types` wins over `max_window_layers`, as in transformers.
 
   Raises:
     ConfigError: where the layers that slide are not all from one on, or `use_sliding_window` denies that any does.
@@ -20,14 +22,18 @@ def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
   slides, types = keys.boolean("use_sliding_window", False), keys.sliding_layers(num_layers)
   if not slides:
     if types is not None and any(types):
-      raise ConfigError("layer_types names sliding layers, but use_sliding_window is false: correct one of them")
+      raise ConfigError(
+        "layer_types names sliding layers, but use_sliding_window is false: correct one of them"
+      )
     return None, 0
   window = keys.integer("sliding_window")
   if types is None:
     return window, keys.integer("max_window_layers", minimum=0)
   first = num_layers - sum(types)
   if any(types[:first]):
-    raise ConfigError(f"layer_types has {sum(types)} sliding layers, which are not the last ones: not implemented")
+    raise ConfigError(
+      f"layer_types has {sum(types)} sliding layers, which are not the last ones: not implemented"
+    )
   return window, first
 
 
@@ -39,7 +45,9 @@ def read_common_window(keys: ConfigKeys, num_layers: int) -> int | None:
   """
   slides = keys.boolean("use_sliding_window", False)
   if keys.sliding_layers(num_layers) not in (None, (slides,) * num_layers):
-    raise ConfigError(f"layer_types differs from use_sliding_window={slides}, which holds for all layers: remove it")
+    raise ConfigError(
+      f"layer_types differs from use_sliding_window={slides}, which holds for all layers: remove it"
+    )
   return keys.integer("sliding_window") if slides else None
 
 

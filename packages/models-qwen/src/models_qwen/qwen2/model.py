@@ -44,8 +44,8 @@ class ModelConfig:
     norm_eps: added to the mean square in each norm.
     rope_scaling: of the RoPE frequencies, such as YarnScaling.
     use_tied_embedding: the head is the embedding.
-    sliding_window: a query of a sliding layer sees so many tokens, its own among them; None where no layer slides.
-    max_window_layers: the first layer that slides, with `sliding_window`; those below see all.
+    sliding_window: tokens that a query sees, its own among them, in layers that slide; None where none does.
+    max_window_layers: the first layer that slides; those below see all.
     shd_config: mesh axes of parameters and activations.
     remat_config: what the backward pass recomputes.
   """
@@ -141,7 +141,9 @@ class DecoderLayer(nnx.Module):
     self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
 
   def __call__(self, x, positions, rotary, cache, mask):
-    attention = nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    attention = (
+      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    )
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
     x = shard(x + out, act_btd)
@@ -165,7 +167,11 @@ class Qwen2(CausalLM):
     rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
     everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
-    layer_call = nnx.remat(DecoderLayer.__call__) if config.remat_config is RematConfig.DECODER else DecoderLayer.__call__
+    layer_call = (
+      nnx.remat(DecoderLayer.__call__)
+      if config.remat_config is RematConfig.DECODER
+      else DecoderLayer.__call__
+    )
     x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):

@@ -68,7 +68,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     ConfigError: on a missing, contradictory or unknown key.
   """
   keys = ConfigKeys(raw)
-  heads, hidden, layers = (keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+  heads, hidden, layers = (
+    keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+  )
   keys.expect("hidden_act", "silu", "swish")
   keys.expect("use_mrope", False)
   theta, scaling = keys.rope()

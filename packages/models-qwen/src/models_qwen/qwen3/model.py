@@ -1,4 +1,4 @@
-"""Qwen 3 (arXiv:2505.09388), dense and mixture of experts: norms on q and k before RoPE, SwiGLU, pre-norms."""
+"""Qwen 3 (arXiv:2505.09388), dense or with experts: norms on q and k before RoPE, SwiGLU, pre-norms."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ from models_core.sharding import ShardingConfig
 __all__ = ["ModelConfig", "Qwen3", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
 
-def _preset(*fields: Any, tied: bool = False, experts: tuple[int, int, int] | None = None, **more: Any) -> Any:
-  """A published model, by the fields of its configuration in their order; experts: how many, per token, their F."""
+def _preset(
+  *fields: Any, tied: bool = False, experts: tuple[int, int, int] | None = None, **more: Any
+) -> Any:
+  """A published model, by its configuration's fields in their order; experts: how many, per token, their F."""
   if experts is not None:
-    more |= dict(zip(("num_experts", "num_experts_per_tok", "moe_hidden_dim"), experts, strict=True), norm_topk_prob=True)
+    more |= dict(
+      zip(("num_experts", "num_experts_per_tok", "moe_hidden_dim"), experts, strict=True), norm_topk_prob=True
+    )
   return classmethod(lambda cls: cls(*fields, use_tied_embedding=tied, **more))
 
 
@@ -49,8 +53,8 @@ class ModelConfig:
     norm_eps: added to the mean square in each norm.
     rope_scaling: of the RoPE frequencies, such as YarnScaling.
     use_tied_embedding: the head is the embedding.
-    sliding_window: a query of a sliding layer sees so many tokens, its own among them; None where no layer slides.
-    max_window_layers: the first layer that slides, with `sliding_window`; those below see all.
+    sliding_window: tokens that a query sees, its own among them, in layers that slide; None where none does.
+    max_window_layers: the first layer that slides; those below see all. With experts, all slide or none.
     num_experts: E, of a sparse layer; None in a dense model.
     num_experts_per_tok: experts that a token goes through.
     moe_hidden_dim: F of an expert.
@@ -84,11 +88,17 @@ class ModelConfig:
   remat_config: RematConfig = RematConfig.NONE
 
   def __post_init__(self):
-    experts = {k: getattr(self, k) for k in ("num_experts", "num_experts_per_tok", "moe_hidden_dim", "norm_topk_prob")}
+    experts = {
+      k: getattr(self, k) for k in ("num_experts", "num_experts_per_tok", "moe_hidden_dim", "norm_topk_prob")
+    }
     if len({value is None for value in experts.values()}) > 1:
-      raise ConfigError(f"{', '.join(f'{k}={v}' for k, v in experts.items())}: give all of them, or None for a dense model")
+      raise ConfigError(
+        f"{', '.join(f'{k}={v}' for k, v in experts.items())}: give all of them, or None for a dense model"
+      )
     if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
-      raise ConfigError(f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}: too many")
+      raise ConfigError(
+        f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}: too many"
+      )
 
   def is_sparse(self, layer: int) -> bool:
     """Whether a layer has experts."""
@@ -186,7 +196,9 @@ class DecoderLayer(nnx.Module):
       self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
 
   def __call__(self, x, positions, rotary, cache, mask):
-    attention = nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    attention = (
+      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    )
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
     x = shard(x + out, act_btd)
@@ -210,7 +222,11 @@ class Qwen3(CausalLM):
     rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
     everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
-    layer_call = nnx.remat(DecoderLayer.__call__) if config.remat_config is RematConfig.DECODER else DecoderLayer.__call__
+    layer_call = (
+      nnx.remat(DecoderLayer.__call__)
+      if config.remat_config is RematConfig.DECODER
+      else DecoderLayer.__call__
+    )
     x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):

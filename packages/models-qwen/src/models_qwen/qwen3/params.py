@@ -1,4 +1,4 @@
-"""Qwen 3 checkpoints, dense and mixture of experts: where their weights lie and what their configuration says."""
+"""Qwen 3 checkpoints, dense or with experts: where their weights lie and what their configuration says."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   """
   keys = ConfigKeys(raw)
   sparse = raw.get("model_type") == "qwen3_moe"
-  heads, hidden, layers = (keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+  heads, hidden, layers = (
+    keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+  )
   keys.expect("hidden_act", "silu", "swish")
   for bias in ("attention_bias", "qkv_bias"):
     keys.expect(bias, False)
