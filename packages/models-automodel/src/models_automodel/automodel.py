@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fnmatch
 import importlib
 import os
 from collections.abc import Mapping
@@ -47,6 +48,15 @@ class ModelModule(enum.Enum):
   MODEL = "model"
   PARAMS = "params"
   PARAMS_SAFETENSORS = "params_safetensors"
+
+
+# What belongs to a model besides its weights: whoever gets the directory finds them there.
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
+               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "LICENSE*")  # fmt: skip
+
+
+def _is_companion(name: str) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
 
 
 class AutoModel:
@@ -99,13 +109,13 @@ class AutoModel:
       model_download_path=model_download_path,
       **kwargs,
     )
-    # None: bars on a terminal alone.
-    with (
-      source_errors(),
-      tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=None if progress else True) as bar,
-    ):
-      model = load(plan, on_bytes=bar.update)
-    return model, plan.checkpoint.files.path
+    files = plan.checkpoint.files
+    hidden = None if progress else True  # None: bars on a terminal alone.
+    with source_errors():
+      files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
+      with tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+        model = load(plan, on_bytes=bar.update)
+    return model, files.path
 
   @classmethod
   def plan(
