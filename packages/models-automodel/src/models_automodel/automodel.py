@@ -192,7 +192,7 @@ def find(
   if config is not None:
     return Found(files, family_of_config(config, model_id), config, checkpoint)
   if raw is None:
-    category, config = _by_name(model_id)
+    category, config = _by_name(model_id, files.path)
     return Found(files, load_family(category, model_id), config, None)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
@@ -221,11 +221,14 @@ def _read_config_json(files: Files) -> Mapping[str, Any]:
   return raw
 
 
-def _by_name(model_id: str) -> tuple[str, Any]:
+def _by_name(model_id: str, where: str) -> tuple[str, Any]:
   """Category and preset of a checkpoint that has no configuration."""
-  with name_errors():
-    naming = models_naming.ModelNaming(model_id=model_id)
-  return naming.model_config_category, call_model_config(naming.model_name)
+  try:
+    with name_errors():
+      naming = models_naming.ModelNaming(model_id=model_id)
+    return naming.model_config_category, call_model_config(naming.model_name)
+  except ModelNameError as error:
+    raise ModelNameError(f"{where} has no config.json, so the name must do, but {error}") from error
 
 
 def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
