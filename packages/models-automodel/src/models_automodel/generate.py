@@ -103,13 +103,13 @@ def _stream(
   leaves, structure = jax.tree.flatten(model)
   step = _compile(structure, pick)
   cache = make_cache()
-  positions = np.arange(len(prompt), dtype=np.int32)
-  token, position, cache = step(leaves, prompt[None], positions[None], cache, sampling)
-  for remaining in range(count - 1, -1, -1):
+  positions = np.arange(len(prompt) + count, dtype=np.int32)[None]
+  token, cache = step(leaves, prompt[None], positions[:, : len(prompt)], cache, sampling)
+  for place in range(len(prompt), len(prompt) + count):
     current = token
-    if remaining:
+    if place + 1 < len(prompt) + count:
       # Dispatched before the current token is waited for, so that the device never idles.
-      token, position, cache = step(leaves, token, position, cache, sampling)
+      token, cache = step(leaves, token, positions[:, place : place + 1], cache, sampling)
     value = int(current[0, 0])
     yield value
     if value in stop_ids:
@@ -118,7 +118,7 @@ def _stream(
 
 @functools.lru_cache(maxsize=16)
 def _compile(structure: Any, pick: _Pick) -> Callable:
-  """The step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1], its position and the cache.
+  """The step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1] and the cache.
 
   It takes the model as a list of arrays: flattening a module at every step would take longer than a small model.
   """
@@ -128,10 +128,9 @@ def _compile(structure: Any, pick: _Pick) -> Callable:
     hidden, cache = model(tokens, positions, cache, None, skip_lm_head=True)
     # Only the last place's logits are ever made.
     logits = model.compute_final_logits(hidden[:, -1:])[0, -1]
-    position = positions[:, -1:] + 1
     key, temperature, top_p = sampling
-    token = pick(logits, jax.random.fold_in(key, position[0, 0]), temperature, top_p)
-    return token.astype(jnp.int32)[None, None], position, cache
+    token = pick(logits, jax.random.fold_in(key, positions[0, -1]), temperature, top_p)
+    return token.astype(jnp.int32)[None, None], cache
 
   return jax.jit(step, donate_argnames=("cache",))
 
