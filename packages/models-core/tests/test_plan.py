@@ -58,7 +58,9 @@ class Recorded:
 
 
 class TestProblems:
-  def test_all_kinds_are_one_error_by_name_and_nothing_beyond_the_headers_first_read_is_read(self, save_sharded, toy):
+  def test_all_kinds_are_one_error_by_name_and_nothing_beyond_the_headers_first_read_is_read(
+    self, save_sharded, toy
+  ):
     big = 400_000  # Floats: more than the first read of a header takes.
     groups = {
       "m-1.safetensors": {"m.0.w": zeros(big), "m.1.w": zeros(big + 1)},
