@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from models_core.abstract import abstract_model
 from models_core.attention import attend, visible_keys
 from models_core.cache import update
 from models_core.causal_lm import CausalLM
-from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CacheError
 from models_core.linear import Embedder, Projection
 from models_core.mesh import call_auto, find_mesh, shard, spec_of
@@ -68,27 +68,41 @@ def run(model, *args, **kwargs):
   return model(*args, **kwargs)
 
 
+def make(mesh):
+  """A model with values that need no compilation."""
+  model, rng = abstract_model(Model, Config(), mesh), np.random.default_rng(0)
+  arrays = {
+    name: jax.device_put(rng.normal(size=p.shape).astype(np.float32) * 0.5, p.sharding)
+    for name, p in model.parameters.items()
+  }
+  return model.fill(arrays)
+
+
 @pytest.fixture(scope="module")
-def plain():
-  model = create_dummy_model(Model, Config(), scale=0.5)
-  return np.asarray(run(model, TOKENS, POSITIONS)[0])
+def single():
+  """A model without a mesh."""
+  return make(None)
+
+
+@pytest.fixture(scope="module")
+def plain(single):
+  return np.asarray(run(single, TOKENS, POSITIONS)[0])
 
 
 @pytest.fixture
 def model(mesh):
-  return create_dummy_model(Model, Config(), mesh, scale=0.5)
+  return make(mesh)
 
 
 def close(actual, expected):
   np.testing.assert_allclose(np.asarray(actual), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_logits_are_those_of_one_device_eagerly_in_jit_and_in_a_mesh_context(model, mesh, plain):
+def test_logits_are_those_of_one_device_eagerly_and_in_a_mesh_context(model, mesh, plain):
   logits, cache = model(TOKENS, POSITIONS)
   assert cache is None
   assert logits.dtype == jnp.float32
   close(logits, plain)
-  close(run(model, TOKENS, POSITIONS)[0], plain)
   with jax.set_mesh(mesh):
     close(run(model, TOKENS, POSITIONS)[0], plain)
 
@@ -115,23 +129,23 @@ def test_decoding_token_by_token_gives_the_logits_of_one_pass(model, mesh, plain
   assert cache["layer_0"]["k"].sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", None, "tp")), 4)
 
 
-def test_hidden_states_and_the_head_apart_give_the_logits(model, plain):
+def test_hidden_states_and_the_head_apart_give_the_logits(single, plain):
   @nnx.jit
   def apart(model):
     hidden, _ = model(TOKENS, POSITIONS, skip_lm_head=True)
     return hidden, model.compute_final_logits(hidden)
 
-  hidden, logits = apart(model)
+  hidden, logits = apart(single)
   assert hidden.shape == (2, T, D)
   close(logits, plain)
 
 
-def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(model, mesh):
+def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, model, mesh):
   def loss(model):
     return (model(TOKENS, POSITIONS)[0] ** 2).mean()
 
   grads = nnx.jit(nnx.grad(loss))(model)
-  expected = nnx.jit(nnx.grad(loss))(create_dummy_model(Model, Config(), scale=0.5))
+  expected = nnx.jit(nnx.grad(loss))(single)
   for grad, other, parameter in zip(*map(jax.tree.leaves, (grads, expected, nnx.state(model))), strict=True):
     close(grad, np.asarray(other))
     assert grad.shape == parameter.shape
@@ -150,16 +164,16 @@ def test_a_call_that_overflows_the_cache_is_an_error_and_nan_under_jit(model):
   assert np.isfinite(np.asarray(logits)[:, :2]).all()
 
 
-def test_left_padding_changes_nothing(model, plain):
+def test_left_padding_changes_nothing(single, plain):
   tokens = np.concatenate([np.zeros((2, 2), int), TOKENS], axis=1)
   positions = np.concatenate([np.full((2, 2), -1), POSITIONS], axis=1)
-  close(np.asarray(run(model, tokens, positions)[0])[:, 2:], plain)
+  close(np.asarray(run(single, tokens, positions)[0])[:, 2:], plain)
 
 
-def test_packed_segments_are_separate_sequences(model, plain):
+def test_packed_segments_are_separate_sequences(single, plain):
   tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
   segments = np.repeat([[1, 2]], T, axis=1)
-  close(np.asarray(run(model, tokens, positions, segment_ids=segments)[0]).reshape(2, T, V), plain)
+  close(np.asarray(run(single, tokens, positions, segment_ids=segments)[0]).reshape(2, T, V), plain)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +185,13 @@ def test_tokens_and_positions_are_rows_of_equal_shape(tokens, positions):
     model(np.zeros(tokens, int), np.zeros(positions, int))
 
 
-def test_the_smallest_input_is_one(model):
-  assert run(model, **model.get_model_input())[0].shape == (2, 1, V)
-  assert model.num_embed == V
+def test_positions_may_be_of_any_integer_type(single, plain):
+  close(run(single, TOKENS.astype(np.uint8), POSITIONS.astype(np.uint32), single.init_cache(2, T))[0], plain)
+
+
+def test_the_smallest_input_is_one(single):
+  assert run(single, **single.get_model_input())[0].shape == (2, 1, V)
+  assert single.num_embed == V
 
 
 class TestMesh:
