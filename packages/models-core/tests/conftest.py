@@ -41,8 +41,8 @@ KINDS = {
 }
 
 
-def encode(tensors, metadata=None):
-  """A safetensors file with these tensors."""
+def encode(tensors, metadata=None, data_start=None):
+  """A safetensors file with these tensors, whose data starts at a multiple of 64 bytes plus `data_start`."""
   header, data = {} if metadata is None else {"__metadata__": metadata}, b""
   for name, tensor in tensors.items():
     raw = tensor.tobytes()
@@ -53,6 +53,8 @@ def encode(tensors, metadata=None):
     }
     data += raw
   text = json.dumps(header).encode()
+  if data_start is not None:
+    text += b" " * ((data_start - 8 - len(text)) % 64)
   return struct.pack("<Q", len(text)) + text + data
 
 
@@ -88,10 +90,10 @@ def kinds():
 def save(tmp_path):
   """Writes a safetensors file of any dtype into a directory of the test's own, and returns the directory."""
 
-  def write(tensors, name="model.safetensors", metadata=None, folder="checkpoint"):
+  def write(tensors, name="model.safetensors", metadata=None, folder="checkpoint", data_start=None):
     directory = tmp_path / folder
     directory.mkdir(exist_ok=True)
-    (directory / name).write_bytes(encode(tensors, metadata))
+    (directory / name).write_bytes(encode(tensors, metadata, data_start))
     return directory
 
   return write

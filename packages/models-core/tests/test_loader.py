@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import json
 import os
+import pathlib
 import threading
 import warnings
 
@@ -424,6 +425,41 @@ class TestMemory:
     assert_same(model.x[...], x)
     assert_same(model.y[...], x)
     assert len(clutter) == 50
+
+  @pytest.mark.parametrize("data_start", [0, 8, 32])
+  @pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "tp"), P("fsdp", "tp")], ids=str)
+  def test_only_aligned_runs_of_the_file_are_mapped(self, save, plan, rng, mesh, spec, data_start):
+    x = rng.normal(size=(16, 32)).astype(np.float32)
+    directory = save({"x": x}, data_start=data_start)
+    array = load(plan(directory, {"x": (x.shape, spec)}, WeightTable(("x", "x", "v d")), mesh)).x[...]
+    assert_same(array, x)
+    whole_rows = "tp" not in spec
+    where = f"{directory.name}/model.safetensors"
+    maps = [line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if where in line]
+    bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for shard in array.addressable_shards:
+      pointer = shard.data.unsafe_buffer_pointer()
+      assert any(low <= pointer < high for low, high in bounds) == (whole_rows and data_start == 0)
+
+  def test_a_mapped_file_may_be_removed_and_its_arrays_donated(self, save, plan, rng, mesh):
+    x = rng.normal(size=(16, 32)).astype(np.float32)
+    directory = save({"x": x}, data_start=0)
+    before = (directory / "model.safetensors").read_bytes()
+    made = plan(directory, {"x": (x.shape, P("fsdp"))}, WeightTable(("x", "x", "v d")), mesh)
+    array, kept = load(made).x[...], load(made).x[...]
+    doubled = jax.jit(lambda a: a * 2, donate_argnums=0)(array)
+    np.testing.assert_array_equal(doubled, 2 * x)
+    assert (directory / "model.safetensors").read_bytes() == before
+    (directory / "model.safetensors").unlink()
+    gc.collect()
+    assert_same(kept, x)
+
+  @pytest.mark.parametrize("dtype", [None, np.dtype(np.float16)], ids=["as stored", "cast"])
+  def test_a_cast_never_maps(self, save, plan, rng, dtype):
+    x = rng.normal(size=(4, 16)).astype(np.float32)
+    directory = save({"x": x}, data_start=0)
+    array = load(plan(directory, {"x": (x.shape, P())}, WeightTable(("x", "x", "v d")), dtype=dtype)).x[...]
+    np.testing.assert_array_equal(array, x if dtype is None else x.astype(dtype))
 
   @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7)])
   def test_aligned_memory_is_aligned(self, shape):
