@@ -19,14 +19,22 @@ ALIGNMENT = 64
 # Scratch that stays in a core's cache, in bytes.
 CHUNK = 2 << 20
 
+# From this many bytes on, memory is pages of its own, which go back to the system one by one.
+_OWN_PAGES = 1 << 20
+
 OnBytes = Callable[[int], None]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Uninitialised memory that a CPU device can alias."""
   nbytes = math.prod(shape) * dtype.itemsize
-  memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-  start = -memory.ctypes.data % ALIGNMENT
+  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_POPULATE"):
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+  else:
+    # Pages that are asked for at once cost half of those that are touched one by one.
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
