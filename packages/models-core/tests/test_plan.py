@@ -248,7 +248,7 @@ class TestCosts:
     made = plan(directory, self.PARAMETERS, self.TABLE, mesh, dtype=BF16)
     assert str(made).splitlines() == [
       f"44 parameters, 0.0 MiB to read from 1 file of {directory}",
-      "each of 4 devices holds 0.0 MiB",
+      "4 devices, each holding 0.0 MiB",
       "1 tensors: float32 -> bfloat16",
     ]
 

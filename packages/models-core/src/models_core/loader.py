@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
 from models_core.weights import Piece, arrange, part_shape
+
+_log = logging.getLogger(__name__)
 
 # The unit of parallel work, in bytes.
 _TASK = 32 << 20
@@ -49,6 +52,8 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
   Raises:
     CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
   """
+  if notes := plan.notes():
+    _log.warning("\n".join([f"{plan.checkpoint.files.path}:", *notes]))
   return plan.model.fill(load_arrays(plan, on_bytes=on_bytes))
 
 

@@ -90,11 +90,11 @@ class TensorReader:
       if not count:
         raise CheckpointError(f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"])
       done += count
-      self._on_bytes(count)
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
     """Elements from `element` on, into contiguous memory of the same dtype."""
     self._pread(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
+    self._on_bytes(target.nbytes)
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
     """Elements, decoded; valid until this thread's next call."""
@@ -107,6 +107,7 @@ class TensorReader:
     if scratch is None or scratch.nbytes < nbytes:
       scratch = self._scratch.buffer = aligned_empty((max(nbytes, CHUNK),), np.dtype(np.uint8))
     self._pread(info, start, scratch[:nbytes])
+    self._on_bytes(nbytes)
     return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
