@@ -110,7 +110,7 @@ class LoadPlan:
   def notes(self) -> list[str]:
     """What is not as one might take for granted: axes that stay whole, tensors that are left out."""
     left_out = collections.Counter(reason for _, reason in self.ignored)
-    return self.replicated() + [f"left out: {_count(n, "tensor")}: {why}" for why, n in left_out.items()]
+    return self.replicated() + [f"left out: {_count(n, 'tensor')}: {why}" for why, n in left_out.items()]
 
   def __str__(self) -> str:
     devices = collections.Counter(self.bytes_per_device().values())
