@@ -80,7 +80,9 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
   Raises:
     ShardingError: with `strict`, listing every axis that does not fit.
   """
-  model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
+  # A module with annotated parameters would demand a mesh in context.
+  with nnx.use_eager_sharding(False):
+    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model)
   parameters = {}
   for path, variable in nnx.to_flat_state(state):

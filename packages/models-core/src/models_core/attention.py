@@ -59,7 +59,7 @@ def visible_keys(
     bool [B, T, S].
 
   Raises:
-    ValueError: if shapes do not fit, or for segments together with a cache.
+    ValueError: if shapes do not fit, for a mask of floats, or for segments together with a cache.
   """
   B, T = positions.shape
   if layer is None:
@@ -94,6 +94,8 @@ def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
   if mask.ndim != 3 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, T) or mask.shape[2] > S:
     remedy = "; make_causal_attn_mask makes one from [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
+  if jnp.issubdtype(mask.dtype, jnp.floating):
+    raise ValueError(f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key")
   mask = jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
   return jnp.broadcast_to(mask, (B, T, S))
 

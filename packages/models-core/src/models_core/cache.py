@@ -66,7 +66,7 @@ def _full(shape, value, dtype, mesh, spec) -> jax.Array:
 def check_room(cache: Cache, new_tokens: int) -> None:
   """Refuses a call that would write past the cache.
 
-  Under jit only the sizes are known: a call that overflows there writes nothing and gives NaN logits for its row.
+  Under jit only the sizes are known: tokens that find no room there are not written, and their logits are NaN.
 
   Raises:
     CacheError: naming the row and the sizes.

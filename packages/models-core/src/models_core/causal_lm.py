@@ -61,7 +61,8 @@ class CausalLM(nnx.Module):
       attention_mask: [B, T or 1, S], True where a query sees a key, S up to the cache's slots (or T without
         a cache). None is causal attention.
       segment_ids: int [B, T] of packed sequences, which don't see each other. Only without a cache.
-      output_hidden_states: keep the last hidden states as the `nnx.Intermediate` "all_hidden_states".
+      output_hidden_states: keep the last hidden states as the `nnx.Intermediate` "all_hidden_states", a
+        tuple of one array [B, T, D], for `nnx.capture` or `nnx.pop`.
       skip_lm_head: return the hidden states [B, T, D] instead of logits, for `compute_final_logits`.
 
     Returns:
@@ -91,7 +92,10 @@ class CausalLM(nnx.Module):
 
     out, cache, hidden = self._call(run, out_specs, tokens, positions, cache, attention_mask, segment_ids)
     if output_hidden_states:
-      self.sow(nnx.Intermediate, "all_hidden_states", hidden)
+      if hasattr(self, "__captures__"):  # inside nnx.capture
+        self.sow(nnx.Intermediate, "all_hidden_states", hidden)
+      else:
+        self.all_hidden_states = nnx.Intermediate((hidden,))
     return out, cache
 
   def compute_final_logits(self, hidden: jax.Array) -> jax.Array:

@@ -57,16 +57,13 @@ class ConfigKeys:
   def integer(self, key: str, default: Any = _MISSING) -> int:
     """A positive whole number."""
     value = self._take(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**63 or value % 1:
       raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive whole number")
     return int(value)
 
   def number(self, key: str, default: Any = _MISSING) -> float:
     """A positive number."""
-    value = self._take(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive number")
-    return float(value)
+    return _positive(self._take(key, default), f"{self._where}: {key}")
 
   def boolean(self, key: str, default: Any = _MISSING) -> bool:
     """True or false."""
@@ -92,14 +89,14 @@ class ConfigKeys:
       ConfigError: where the spellings differ, or for a kind of scaling that is not implemented.
     """
     old, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
-    theta = self.number("rope_theta") if self._take("rope_theta", None) is not None else None
+    theta = self._take("rope_theta", None)
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
       if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{self._where}: {name} is {value!r}, expected an object")
     thetas = {"rope_theta": theta, "rope_parameters.rope_theta": (new or {}).get("rope_theta")}
     # rope_scaling carries a theta of its own where new transformers wrote it under the old name.
     thetas["rope_scaling.rope_theta"] = (old or {}).get("rope_theta")
-    stated = {name: float(value) for name, value in thetas.items() if value is not None}
+    stated = {name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None}
     if len(set(stated.values())) > 1:
       raise ConfigError(f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one")
     theta = next(iter(stated.values()), default_theta)
@@ -128,6 +125,12 @@ class ConfigKeys:
       )
 
 
+def _positive(value: Any, what: str) -> float:
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e308:
+    raise ConfigError(f"{what} is {value!r}, expected a positive number")
+  return float(value)
+
+
 def _spell(values: Mapping[str, Any]) -> str:
   return ", ".join(f"{name}={value}" for name, value in values.items())
 
@@ -137,13 +140,17 @@ def _fields(cls: type, **keys: str):
     missing = [key for key in keys.values() if value.get(key) is None]
     if missing:
       raise ConfigError(f"{where} lacks {', '.join(missing)}")
-    return cls(**{field: _immutable(value[key]) for field, key in keys.items()})
+    return cls(**{field: _numbers(value[key], f"{where}.{key}") for field, key in keys.items()})
 
   return read, frozenset(keys.values())
 
 
-def _immutable(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
+def _numbers(value: Any, what: str) -> Any:
+  """A positive number as it is, or a tuple of such numbers."""
+  numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+  for number in numbers:
+    _positive(number, what)
+  return numbers if isinstance(value, (list, tuple)) else value
 
 
 # rope_type -> the class of the scaling and, field by field, the key that holds it.
@@ -162,7 +169,7 @@ _SCALINGS = {
 
 
 def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
-  kinds = {value[key] for key in ("rope_type", "type") if value.get(key) is not None}
+  kinds = {str(value[key]) for key in ("rope_type", "type") if value.get(key) is not None}
   if len(kinds) > 1:
     raise ConfigError(f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}")
   kind = next(iter(kinds), "default")

@@ -8,6 +8,8 @@ def common_dtype(a, b) -> np.dtype:
   a, b = np.dtype(a), np.dtype(b)
   if a == b:
     return a
+  if (a.kind in "iub") != (b.kind in "iub"):
+    return b if a.kind in "iub" else a
   if a.itemsize == b.itemsize:
     return np.dtype(np.float32)
   return a if a.itemsize > b.itemsize else b

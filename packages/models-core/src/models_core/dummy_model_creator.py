@@ -26,22 +26,24 @@ def create_dummy_model(
 ) -> nnx.Module:
   """Creates a model with random parameters, each device making its own shards.
 
-  Norms are ones (or what their module calls neutral), biases zero, all else normal. A parameter's values
-  depend on the seed, its name and its dtype: they are the same on every mesh.
+  Norms are ones (or what their module calls neutral), biases and integers zero, all else normal. A parameter's values
+  depend on the seed and its name: they are the same on every mesh, and in every dtype but for rounding.
 
   Args:
     model_class: called as `model_class(config, rngs=...)`.
     config: for the class.
     mesh: of either kind; None is one device.
-    dtype: of all parameters; None keeps what the class declares.
+    dtype: of the floating-point parameters; None keeps what the class declares.
     random_seed: of the values.
     scale: standard deviation of the random ones.
   """
   model = abstract_model(model_class, config, mesh)
   groups: dict[Any, list[AbstractParameter]] = collections.defaultdict(list)
   for parameter in model.parameters.values():
-    kind = (parameter.shape, np.dtype(dtype or parameter.dtype), parameter.sharding, parameter.init)
-    groups[kind].append(parameter)
+    floating = jax.numpy.issubdtype(parameter.dtype, jax.numpy.floating)
+    kind = np.dtype(dtype) if dtype is not None and floating else parameter.dtype
+    init = parameter.init if floating else "zeros"
+    groups[parameter.shape, kind, parameter.sharding, init].append(parameter)
   seed = jax.random.key(random_seed)
   arrays = {}
   for (shape, kind, sharding, init), members in groups.items():
@@ -56,4 +58,4 @@ def create_dummy_model(
 
 def _make(seed: jax.Array, name: jax.Array, scale: jax.Array, *, shape, dtype, init: str) -> jax.Array:
   key = jax.random.fold_in(seed, name)
-  return INITIALIZERS[init](key, shape, dtype, jax.numpy.asarray(scale, dtype))
+  return INITIALIZERS[init](key, shape, dtype, scale)

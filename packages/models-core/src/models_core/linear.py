@@ -40,8 +40,8 @@ class Embedder(nnx.Module):
     self.input_embedding = parameter((vocab_size, embed_dim), spec, rngs=rngs)
 
   def encode(self, tokens: jax.Array) -> jax.Array:
-    """[B, T] -> [B, T, D]. A token beyond the vocabulary gives NaN, not a neighbour's embedding."""
-    return self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan)
+    """[B, T] -> [B, T, D]. A token outside of the vocabulary gives NaN, not a neighbour's embedding."""
+    return self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
   def decode(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> logits [B, T, V] in float32, of a tied head."""

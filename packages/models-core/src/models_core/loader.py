@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from models_core.checkpoint import Files, TensorInfo
+from models_core.checkpoint import Files, LocalFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.plan import LoadPlan, PlannedParameter
+from models_core.safetensors_headers import read_header
 from models_core.weights import Piece, arrange, part_shape
 
 # XLA's CPU client aliases host memory that starts at such a multiple, in bytes.
@@ -56,16 +57,18 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
   reader = _Reader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
-  with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
-    try:
-      for tie in plan.ties:
-        reader.check_equal(tie.tensor, tie.twin)
-      return _place(plan, reader, pool)
-    except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      raise
-    finally:
-      reader.close()
+  try:
+    # Leaving the pool waits for its threads: no file is closed under a read.
+    with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
+      try:
+        for tie in plan.ties:
+          reader.check_equal(tie.tensor, tie.twin)
+        return _place(plan, reader, pool)
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+  finally:
+    reader.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +186,8 @@ def _target(piece: Piece, shard: _Shard) -> tuple[Index, np.ndarray] | None:
     else:
       index.append(bounds)
       at.append(slice(None))
-  return tuple(index), shard.buffer[tuple(at)]
+  # The ellipsis makes a view also of a single element.
+  return tuple(index), shard.buffer[(*at, ...)]
 
 
 def _fill_rows(piece, info, shape, targets, start, stop, reader: _Reader) -> None:
@@ -253,9 +257,14 @@ class _Reader:
       for name in names:
         path = self._where if os.path.isfile(self._where) else os.path.join(self._where, name)
         self._open[name] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        size, last = os.fstat(self._open[name]).st_size, max(t.stop for t in tensors.values() if t.file == name)
+        described = {t.name: t for t in tensors.values() if t.file == name}
+        size, last = os.fstat(self._open[name]).st_size, max(t.stop for t in described.values())
         if size < last:
           raise CheckpointError(path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"])
+        if name.endswith(".safetensors"):
+          found = {t.name: t for t in read_header(LocalFiles(self._where), name)[0]}
+          if changed := next((t for t in described if found.get(t) != described[t]), None):
+            raise CheckpointError(path, [f"{changed} is not where its header described it: it changed meanwhile"])
     except BaseException:
       self.close()
       raise

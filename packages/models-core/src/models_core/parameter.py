@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 SCALE = 0.02
 
 INITIALIZERS = {
-  "normal": lambda key, shape, dtype, scale=SCALE: scale * jax.random.normal(key, shape, dtype),
+  # Drawn in float32 and rounded, so that a dtype changes no value beyond its precision.
+  "normal": lambda key, shape, dtype, scale=SCALE: (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype),
   "ones": lambda key, shape, dtype, scale=SCALE: jnp.ones(shape, dtype),
   "zeros": lambda key, shape, dtype, scale=SCALE: jnp.zeros(shape, dtype),
 }

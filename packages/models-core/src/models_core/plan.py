@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from models_core.abstract import AbstractModel, AbstractParameter, misfit_notes
 from models_core.checkpoint import Checkpoint, TensorInfo
+from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
 
@@ -151,10 +153,13 @@ def plan_load(
     row, placeholders = _row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
     problems += trouble
-    used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
     if found:
+      used.update(piece.tensor for piece in found)
       stored = {tensors[piece.tensor].dtype for piece in found}
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
+    else:
+      # What there is of any form belongs to the trouble that was just noted.
+      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
   left = [name for name in tensors if name not in used]
   ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
   ignored, unexpected = [], []
@@ -209,9 +214,19 @@ def _choose(
 
 
 def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:
-  """The dtype that a parameter gets from tensors of these: the widest of them, or `dtype` if they are floats."""
-  widest = max(stored, key=lambda d: (d.itemsize, d.name))
-  return dtype if dtype is not None and jax.numpy.issubdtype(widest, jax.numpy.floating) else widest
+  """The dtype that a parameter gets from tensors of these: one that holds them all, or `dtype` if they are floats.
+
+  64-bit types become 32-bit ones unless JAX has them enabled.
+
+  Raises:
+    TypeError: if `dtype` is no floating-point type.
+  """
+  if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+    raise TypeError(f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become")
+  loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
+  if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):
+    loaded = dtype
+  return np.dtype(jax.dtypes.canonicalize_dtype(loaded))
 
 
 def _near(name: str, used: Iterable[str]) -> str:

@@ -50,8 +50,11 @@ def read_safetensors(files: Files) -> Checkpoint:
 
   Where there is an index, it decides which files count; else `model.safetensors` alone, else all of them.
 
+  Returns:
+    The checkpoint. Its `problems` name every file that is missing or broken and every tensor that is doubled.
+
   Raises:
-    CheckpointError: naming every file that is missing or broken and every tensor that is doubled.
+    CheckpointError: if there is nothing to read.
   """
   names = set(files.names())
   problems: list[str] = []
@@ -61,11 +64,12 @@ def read_safetensors(files: Files) -> Checkpoint:
   elif SINGLE in names:
     wanted = [SINGLE]
   else:
-    wanted = sorted(name for name in names if name.endswith(".safetensors"))
+    wanted = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
   if not wanted and not problems:
     raise CheckpointError(files.path, [_nothing_found(names)])
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
+  read: set[str] = set()
   for name in wanted:
     if name not in names:
       problems.append(f"{name} is missing, but {INDEX} names it: the download or copy is incomplete")
@@ -75,6 +79,7 @@ def read_safetensors(files: Files) -> Checkpoint:
     except CheckpointError as error:
       problems += [f"{name}: {problem}" for problem in error.problems]
       continue
+    read.add(name)
     metadata |= extra
     for info in found:
       if (twin := tensors.get(info.name)) is not None:
@@ -82,12 +87,12 @@ def read_safetensors(files: Files) -> Checkpoint:
       else:
         tensors[info.name] = info
   if index is not None:
-    read = {name for name in wanted if name in names}
-    for tensor, file in index.items():
-      if tensor not in tensors and file in read and not any(p.startswith(f"{file}:") for p in problems):
-        problems.append(f"{tensor} is missing: {INDEX} says that {file} holds it")
-  checkpoint = Checkpoint(files, "huggingface", tensors, metadata, tuple(problems))
-  return checkpoint
+    problems += [
+      f"{tensor} is missing: {INDEX} says that {file} holds it"
+      for tensor, file in index.items()
+      if tensor not in tensors and file in read
+    ]
+  return Checkpoint(files, "huggingface", tensors, metadata, tuple(problems))
 
 
 def _nothing_found(names: set[str]) -> str:
@@ -102,14 +107,14 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
   """tensor -> file; None, and a problem, where the index cannot be used."""
   try:
     parsed = parse_json(files.read(INDEX, 0, files.size(INDEX)))
-    weight_map = parsed["weight_map"] if isinstance(parsed, Mapping) else None
+    weight_map = parsed.get("weight_map") if isinstance(parsed, Mapping) else None
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"the file name {file!r} leaves the directory")
     return weight_map
-  except (ValueError, KeyError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     problems.append(f"{INDEX} cannot be read: {error}")
     return None
 
@@ -168,7 +173,7 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
   for tensor, entry in header.items():
     try:
       infos.append(_tensor(tensor, entry, name, 8 + length))
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError) as error:
       problems.append(f"{tensor}: {error}")
   infos.sort(key=lambda info: (info.start, info.stop))
   end = 8 + length
@@ -189,6 +194,8 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
 def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
   if not isinstance(entry, dict):
     raise ValueError("its entry is no object")
+  if lacking := [key for key in ("dtype", "shape", "data_offsets") if key not in entry]:
+    raise ValueError(f"its entry lacks {', '.join(lacking)}")
   kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if kind not in DTYPES:
     raise ValueError(f"its dtype {kind!r} is not one of {', '.join(DTYPES)}")

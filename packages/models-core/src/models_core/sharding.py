@@ -136,9 +136,10 @@ def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[Pa
   used: set[str] = set()
   for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
     names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-    if double := used.intersection(names):
-      raise ShardingError(f"the spec {tuple(spec)} uses the mesh axis {sorted(double)[0]!r} twice")
-    used.update(names)
+    for name in names:
+      if name in used:
+        raise ShardingError(f"the spec {tuple(spec)} uses the mesh axis {name!r} twice")
+      used.add(name)
     missing = [name for name in names if name not in sizes]
     ways = math.prod(sizes.get(name, 1) for name in names)
     if missing:

@@ -142,7 +142,7 @@ class Piece:
     select: an index into `split` that drops the axes of fused tensors, a number or a full slice each.
     order: the remaining axes in the parameter's order.
     target: position along the parameter's stacked axes, a number or a full slice each.
-    values: the checkpoint's numbers -> ours.
+    values: where the dialect stores other numbers.
   """
 
   tensor: str
@@ -151,7 +151,7 @@ class Piece:
   select: tuple[int | slice, ...]
   order: tuple[int, ...]
   target: tuple[int | slice, ...]
-  values: Callable[[np.ndarray], np.ndarray] | None = None
+  values: Values | None = None
 
   @property
   def run(self) -> int | None:
@@ -188,6 +188,8 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   kept = [axis for axis in flat_theirs if "/" not in axis]
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
+  if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
+    raise ValueError(f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0")
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
   select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
@@ -197,8 +199,7 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
     at = dict(zip(stacked, index, strict=True))
     target = tuple(at.get(group[0], slice(None)) for group in ours)
     name = form.name.format(**placeholders, **at)
-    values = row.values.load if row.values else None
-    result.append(Piece(name, tensor_shape, split, select, order, target, values))
+    result.append(Piece(name, tensor_shape, split, select, order, target, row.values))
   return result
 
 
@@ -245,7 +246,20 @@ def arrange(data: np.ndarray, piece: Piece, shape: Sequence[int]) -> np.ndarray:
     shape: of the part of the parameter that it fills.
   """
   part = data.reshape(piece.split)[piece.select].transpose(piece.order).reshape(shape)
-  return part if piece.values is None else piece.values(part)
+  return part if piece.values is None else piece.values.load(part)
+
+
+def put_back(part: np.ndarray, piece: Piece, tensor: np.ndarray) -> None:
+  """The inverse of `arrange`: writes a part of a parameter into its place in a tensor.
+
+  Args:
+    part: of the parameter.
+    piece: that describes the tensor.
+    tensor: contiguous, of `piece.shape`.
+  """
+  part = part if piece.values is None else piece.values.save(part)
+  place = tensor.reshape(piece.split)[piece.select]
+  place[...] = part.reshape([place.shape[axis] for axis in piece.order]).transpose(np.argsort(piece.order))
 
 
 def part_shape(piece: Piece, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,211 @@
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from models_automodel import (
+  AutoModel,
+  CheckpointError,
+  ConfigError,
+  ModelModule,
+  ModelNameError,
+  ModelsError,
+  ModelSource,
+  ShardingError,
+  SourceFilesError,
+  call_model_config,
+  get_model_module,
+)
+from models_core.remat import RematConfig
+
+
+def weights(model):
+  return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def logits(model):
+  tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
+  return np.asarray(model(tokens, np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5)))[0])
+
+
+@pytest.mark.parametrize("as_argument", ["model_id", "model_path", "pathlib"])
+def test_a_local_directory_of_any_name_loads(checkpoint, as_argument):
+  directory, tensors = checkpoint
+  if as_argument == "model_id":
+    model, path = AutoModel.from_pretrained(str(directory))
+  else:
+    place = directory if as_argument == "pathlib" else str(directory)
+    model, path = AutoModel.from_pretrained("some/name-that-nobody-knows", model_path=place)
+  assert path == str(directory)
+  np.testing.assert_array_equal(weights(model)["lm_head.w"], tensors["lm_head.weight"])
+  np.testing.assert_array_equal(
+    weights(model)["layers.1.attn.o_proj.w"].reshape(16, 16), tensors["model.layers.1.self_attn.o_proj.weight"]
+  )
+
+
+@pytest.mark.parametrize(
+  "make_mesh",
+  [lambda d: jax.make_mesh((2, 2), ("fsdp", "tp")), lambda d: Mesh(np.array(d).reshape(2, 2), ("fsdp", "tp"))],
+  ids=["explicit", "auto"],
+)
+def test_a_mesh_of_either_kind_holds_the_same_model(checkpoint, make_mesh):
+  directory, _ = checkpoint
+  mesh = make_mesh(jax.devices()[:4])
+  model, _ = AutoModel.from_pretrained(str(directory), mesh)
+  assert weights(model)["lm_head.w"].sharding.mesh == mesh
+  assert weights(model)["lm_head.w"].addressable_shards[0].data.shape == (32, 8)
+  np.testing.assert_allclose(logits(model), logits(AutoModel.from_pretrained(str(directory))[0]), atol=1e-6)
+
+
+def test_config_fields_are_keyword_arguments(checkpoint):
+  directory, _ = checkpoint
+  model, _ = AutoModel.from_pretrained(str(directory), dtype="bfloat16", remat_config="decoder", rope_theta=77.0)
+  assert model.config.remat_config is RematConfig.DECODER
+  assert model.config.rope_theta == 77.0
+  assert {w.dtype for w in weights(model).values()} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+  ("keyword", "near"), [("dtpye", "dtype"), ("rope_teta", "rope_theta"), ("strict_shard", "strict_sharding")]
+)
+def test_an_unknown_keyword_is_a_type_error_with_the_nearest_one(checkpoint, keyword, near):
+  with pytest.raises(TypeError, match=f"'{keyword}'.*did you mean '{near}'"):
+    AutoModel.from_pretrained(str(checkpoint[0]), **{keyword: 1})
+
+
+def test_a_configuration_can_be_handed_over(checkpoint, config):
+  directory, _ = checkpoint
+  changed = dataclasses.replace(config, rope_scaling=None)
+  model, _ = AutoModel.from_pretrained(str(directory), config=changed)
+  assert model.config == changed
+  with pytest.raises(ModelsError, match="belongs to no installed family"):
+    AutoModel.from_pretrained(str(directory), config=pytest)
+
+
+def test_dtype_must_be_one(checkpoint):
+  with pytest.raises(TypeError, match="dtype='bloat16'"):
+    AutoModel.from_pretrained(str(checkpoint[0]), dtype="bloat16")
+
+
+def test_one_error_names_what_is_missing_extra_mis_shaped_and_doubled(edit_config, checkpoint):
+  from models_llama.llama3 import FAMILY  # noqa: F401 - its files are rewritten below
+
+  directory = edit_config()
+  import safetensors.numpy
+
+  tensors = dict(checkpoint[1])
+  doubled = {"model.norm.weight": tensors["model.norm.weight"]}
+  del tensors["model.layers.0.mlp.up_proj.weight"]
+  tensors["model.layers.0.mlp.side_proj.weight"] = np.zeros((3, 3), np.float32)
+  tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+  (directory / "model.safetensors").unlink()
+  safetensors.numpy.save_file(tensors, directory / "a.safetensors")
+  safetensors.numpy.save_file(doubled, directory / "b.safetensors")
+  with pytest.raises(CheckpointError) as caught:
+    AutoModel.from_pretrained(str(directory))
+  text = str(caught.value)
+  assert "4 problems" in text
+  assert "model.layers.0.mlp.up_proj.weight is missing" in text
+  assert "model.layers.0.mlp.side_proj.weight (3, 3) is unexpected" in text
+  assert "lm_head.weight has shape (63, 16), but the parameter lm_head.w (64, 16) needs (64, 16)" in text
+  assert "model.norm.weight is doubled: in a.safetensors and in b.safetensors" in text
+
+
+def test_the_plan_costs_a_mesh_without_reading_weights(checkpoint, tmp_path):
+  directory, tensors = checkpoint
+  headers = (directory / "model.safetensors").read_bytes()
+  length = int.from_bytes(headers[:8], "little") + 8
+  (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+  # A file of holes: right in size, without data.
+  with open(tmp_path / "model.safetensors", "wb") as file:
+    file.write(headers[:length])
+    file.truncate(len(headers))
+  mesh = jax.make_mesh((2, 2), ("fsdp", "tp"))
+  plan = AutoModel.plan(str(tmp_path), mesh)
+  assert plan.num_parameters == sum(t.size for t in tensors.values())
+  assert plan.stored_nbytes == sum(t.nbytes for t in tensors.values())
+  model, _ = AutoModel.from_pretrained(str(directory), mesh)
+  for device, nbytes in plan.bytes_per_device().items():
+    shards = [s.data.nbytes for w in weights(model).values() for s in w.addressable_shards if s.device == device]
+    assert nbytes == sum(shards)
+  assert "each of 4 devices holds" in str(plan)
+
+
+def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
+  mesh = jax.make_mesh((1, 4), ("fsdp", "tp"))
+  assert "k_proj" in str(AutoModel.plan(str(checkpoint[0]), mesh))
+  with pytest.raises(ShardingError, match=r"k_proj.*2 does not divide by tp=4 \(sizes that divide: 1, 2\)"):
+    AutoModel.from_pretrained(str(checkpoint[0]), mesh, strict_sharding=True)
+
+
+@pytest.mark.parametrize(
+  ("changes", "error", "message"),
+  [
+    ({"model_type": ...}, ConfigError, "no model_type"),
+    ({"model_type": "mamba"}, ModelNameError, "no installed family reads model_type 'mamba'"),
+    ({"model_type": "qwen3"}, ImportError, r'is a qwen3 model: pip install "models-automodel\[qwen\]"'),
+    ({"hidden_size": ...}, ConfigError, "hidden_size is missing"),
+    ({"hidden_act": "gelu"}, ConfigError, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, ConfigError, "attention_bias"),
+    ({"moe_layers": 3}, ConfigError, "moe_layers=3"),
+    ({"quantization_config": {"quant_method": "gptq"}}, ConfigError, "gptq"),
+    ({"rope_theta": 5.0}, ConfigError, "stated twice and differs"),
+  ],
+)
+def test_a_config_that_does_not_fit_is_refused(edit_config, changes, error, message):
+  with pytest.raises(error, match=message) as caught:
+    AutoModel.from_pretrained(str(edit_config(**changes)))
+  assert isinstance(caught.value, ModelsError)
+
+
+def test_broken_json_is_a_config_error_that_names_the_file(edit_config):
+  directory = edit_config()
+  (directory / "config.json").write_text('{"model_type": "llama", "model_type": "qwen2"}')
+  with pytest.raises(ConfigError, match=r"config\.json is not valid JSON: 'model_type' is doubled"):
+    AutoModel.from_pretrained(str(directory))
+
+
+def test_a_missing_directory_is_said_so(tmp_path):
+  with pytest.raises(SourceFilesError, match="nowhere"):
+    AutoModel.from_pretrained("any/name", model_path=tmp_path / "nowhere")
+
+
+def test_a_source_that_is_not_installed_is_said_so():
+  with pytest.raises(SourceFilesError, match=r"no source 'internal'.*models\.sources"):
+    AutoModel.from_pretrained("any/name", model_source=ModelSource.INTERNAL)
+
+
+def test_presets_resolve_by_name_and_variant():
+  assert call_model_config("llama-3.1-8b") == call_model_config("Llama-3.1-8B-Instruct")
+  assert call_model_config("llama-3.2-1b").weight_tying
+  assert get_model_module("llama-3.1-8b", ModelModule.MODEL).__name__ == "models_llama.llama3.model"
+  with pytest.raises(ModelNameError, match="has no preset llama3p1_9b; it has llama3_8b, "):
+    call_model_config("llama-3.1-9b")
+  with pytest.raises(ModelNameError, match="nearest known"):
+    call_model_config("lama-3.1-8b")
+
+
+def test_without_config_json_the_preset_of_the_name_is_taken(edit_config):
+  directory = edit_config()
+  (directory / "config.json").unlink()
+  with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \(64, 16\).*\(128256, 2048\)"):
+    AutoModel.from_pretrained("meta-llama/Llama-3.2-1B", model_path=directory)
+
+
+def test_importing_it_imports_no_family():
+  code = "import sys, models_automodel; print([m for m in sys.modules if m.split('.')[0] in ('models_llama', 'tokenizers', 'huggingface_hub')])"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"
+
+
+def test_the_package_is_typed():
+  import models_automodel
+
+  assert (pathlib.Path(models_automodel.__file__).parent / "py.typed").exists()

@@ -1,0 +1,317 @@
+"""What every architecture must hold, as a test class that its package subclasses.
+
+    class TestLlama3(FamilyContract):
+      family = FAMILY
+      config = ModelConfig(...)               # tiny, every field off its default
+      changes = {"num_layers": 3, ...}        # another value for each field
+
+The tests want four devices: `jax.config.update("jax_num_cpu_devices", 4)` in the package's conftest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from models_core.abstract import abstract_model
+from models_core.dummy_model_creator import create_dummy_model
+from models_core.family import FAMILY_API_VERSION, Family
+from models_core.loader import load
+from models_core.plan import plan_load
+from models_core.remat import RematConfig
+from models_core.safetensors_headers import DTYPES, read_safetensors
+from models_core.checkpoint import LocalFiles
+from models_core.sharding import ShardingConfig
+from models_core.weights import WeightTable, pieces, put_back
+
+# Of the largest logit, in float32.
+TOLERANCE = 2e-5
+
+# Of the sequences that all tests use. Their vocabulary is the first 32 tokens.
+B, T = 2, 7
+TOKENS = np.random.default_rng(0).integers(0, 32, (B, T), np.int32)
+POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
+
+MESHES = {
+  "explicit": lambda: jax.make_mesh((2, 2), ("fsdp", "tp"), devices=jax.devices()[:4]),
+  "auto": lambda: Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tp")),
+}
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+  """Compares logits: the largest error against the largest value."""
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape
+  assert np.isfinite(expected).all()
+  error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
+  assert error <= tolerance * scale, f"largest error {error:.3g}, largest value {scale:.3g}"
+
+
+def write_checkpoint(directory: pathlib.Path, family: Family, config: Any, model: nnx.Module) -> dict[str, np.ndarray]:
+  """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
+  tensors = to_tensors(model, family.weights["huggingface"])
+  header, end = {}, 0
+  codes = {dtype: code for code, dtype in DTYPES.items()}
+  for name, array in tensors.items():
+    header[name] = {
+      "dtype": codes[array.dtype],
+      "shape": array.shape,
+      "data_offsets": [end, end := end + array.nbytes],
+    }
+  text = json.dumps(header).encode()
+  data = b"".join(array.tobytes() for array in tensors.values())
+  (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+  (directory / "config.json").write_text(json.dumps(family.write_config(config)))
+  return tensors
+
+
+def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
+  """A model's parameters as a checkpoint's tensors, in each row's first form."""
+  tensors: dict[str, np.ndarray] = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
+    (row, at), = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
+    for piece in pieces(row, row.forms[0], at, value.shape):
+      tensor = tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
+      put_back(value[piece.target], piece, tensor)
+  return tensors
+
+
+@nnx.jit
+def _call(model, tokens, positions, cache=None, mask=None, segment_ids=None):
+  return model(tokens, positions, cache, mask, segment_ids=segment_ids)
+
+
+class FamilyContract:
+  """Subclass it with a family and a tiny configuration.
+
+  Attributes:
+    family: under test.
+    config: tiny, with at least two layers, two query heads for each KV head and 32 tokens.
+    changes: another value for each field of the configuration but `shd_config` and `remat_config`.
+  """
+
+  family: ClassVar[Family]
+  config: ClassVar[Any]
+  changes: ClassVar[Mapping[str, Any]]
+
+  @pytest.fixture(scope="class", autouse=True)
+  @classmethod
+  def _devices(cls):
+    assert jax.device_count() >= 4, 'four devices are wanted: jax.config.update("jax_num_cpu_devices", 4)'
+
+  @pytest.fixture(scope="class")
+  @classmethod
+  def model(cls):
+    """On one device, with weights large enough for attention to matter."""
+    return cls.make(cls.config)
+
+  @pytest.fixture(scope="class", params=sorted(MESHES))
+  @classmethod
+  def mesh(cls, request):
+    """One of each kind."""
+    return MESHES[request.param]()
+
+  @pytest.fixture(scope="class")
+  @classmethod
+  def expected(cls, model):
+    """Logits [B, T, V] of the plain sequence, on one device."""
+    return np.asarray(_call(model, TOKENS, POSITIONS)[0])
+
+  @classmethod
+  def make(cls, config: Any, mesh: Mesh | None = None) -> nnx.Module:
+    """A random model of the family."""
+    return create_dummy_model(cls.family.model_class, config, mesh, scale=0.3)
+
+  @classmethod
+  def shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
+    """Of all parameters."""
+    return {name: p.shape for name, p in abstract_model(cls.family.model_class, config).parameters.items()}
+
+  # Table
+
+  def test_speaks_this_contract(self):
+    assert self.family.api_version == FAMILY_API_VERSION
+    assert "huggingface" in self.family.weights
+
+  def test_every_parameter_has_one_row_in_every_dialect(self):
+    for config in self._all_configs():
+      for table in self.family.weights.values():
+        for name in self.shapes(config):
+          assert len([row for row in table.rows if row.match(name) is not None]) == 1, name
+
+  def test_no_row_is_dead(self):
+    names = {name for config in self._all_configs() for name in self.shapes(config)}
+    for dialect, table in self.family.weights.items():
+      for row in table.rows:
+        assert any(row.match(name) is not None for name in names), f"{dialect}: no configuration has {row.ours}"
+
+  def test_loads_what_the_table_writes_bit_by_bit(self, model, mesh, tmp_path):
+    write_checkpoint(tmp_path, self.family, self.config, model)
+    config = self.family.read_config(json.loads((tmp_path / "config.json").read_text()))
+    abstract = abstract_model(self.family.model_class, config, mesh)
+    loaded = load(plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"]))
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
+    assert ours.keys() == theirs.keys()
+    for path, variable in ours.items():
+      assert isinstance(theirs[path].get_value(), jax.Array), f"{path} is abstract"
+      np.testing.assert_array_equal(variable.get_value(), theirs[path].get_value())
+
+  # Configuration
+
+  def _all_configs(self) -> Iterator[Any]:
+    yield self.config
+    for name, value in self.changes.items():
+      yield dataclasses.replace(self.config, **{name: value})
+
+  def test_every_config_field_changes_shapes_or_output(self, model, expected):
+    own = {field.name for field in dataclasses.fields(self.config)} - {"shd_config", "remat_config"}
+    assert own == set(self.changes), "give another value for each field of the configuration"
+    shapes = self.shapes(self.config)
+    for name, value in self.changes.items():
+      config = dataclasses.replace(self.config, **{name: value})
+      if self.shapes(config) == shapes:
+        logits, _ = _call(self.make(config), TOKENS, POSITIONS)
+        assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), f"{name} changes nothing"
+
+  def test_sharding_config_decides_the_shardings(self):
+    names = [field.name for field in dataclasses.fields(ShardingConfig)]
+    default = self.config.shd_config
+    turned = {n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names}
+    config = dataclasses.replace(self.config, shd_config=ShardingConfig(**turned))
+    specs = [
+      {n: p.sharding.spec for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()}
+      for c in (self.config, config)
+    ]
+    assert specs[0] != specs[1]
+
+  @pytest.mark.parametrize("remat", [RematConfig.BLOCK, RematConfig.DECODER])
+  def test_remat_recomputes_and_changes_no_number(self, model, expected, remat):
+    config = dataclasses.replace(self.config, remat_config=remat)
+    again = self.make(config)
+    assert_close(_call(again, TOKENS, POSITIONS)[0], expected)
+    graphdef, state = nnx.split(again)
+    loss = lambda state: nnx.merge(graphdef, state)(TOKENS, POSITIONS)[0].sum()
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(state))
+    assert "remat" in jaxpr or "checkpoint" in jaxpr
+
+  def test_config_survives_config_json(self):
+    for config in self._all_configs():
+      raw = json.loads(json.dumps(self.family.write_config(config)))
+      again = self.family.read_config(raw)
+      assert again == config, "write_config and read_config disagree"
+
+  # Cache, padding, packing
+
+  @pytest.mark.parametrize("factor", [1, 2, 8])
+  def test_prefill_and_decode_equal_one_pass_whatever_the_cache_size(self, model, expected, factor):
+    cache = model.init_cache(B, T * factor)
+    split = T - 3
+    parts = []
+    for start, stop in [(0, split), *((t, t + 1) for t in range(split, T))]:
+      logits, cache = _call(model, TOKENS[:, start:stop], POSITIONS[:, start:stop], cache)
+      parts.append(logits)
+    assert_close(np.concatenate(parts, axis=1), expected)
+    np.testing.assert_array_equal(cache["layer_0"]["end_index"], [T] * B)
+
+  def test_left_padding_and_chunked_prefill_change_nothing(self, model, expected):
+    pad = 3
+    tokens = np.pad(TOKENS, ((0, 0), (pad, 0)))
+    positions = np.pad(POSITIONS, ((0, 0), (pad, 0)), constant_values=-1)
+    total = T + pad
+    causal = np.tril(np.ones((total, total), bool)) & (np.arange(total) >= pad)
+    for mask in (None, np.broadcast_to(causal, (B, total, total))):
+      cache, parts = model.init_cache(B, total + 2), []
+      for start, stop in [(0, 2), (2, 6), (6, total)]:
+        part = None if mask is None else mask[:, start:stop]
+        logits, cache = _call(model, tokens[:, start:stop], positions[:, start:stop], cache, part)
+        parts.append(logits)
+      assert_close(np.concatenate(parts, axis=1)[:, pad:], expected)
+
+  def test_right_padding_changes_nothing(self, model, expected):
+    tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
+    assert_close(_call(model, tokens, positions)[0][:, : T], expected)
+
+  def test_segments_equal_separate_sequences(self, model, mesh, expected):
+    tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
+    segment_ids = np.repeat(np.arange(1, B + 1, dtype=np.int32), T)[None]
+    for packed in (model, self.make(self.config, mesh)):
+      logits, _ = _call(packed, tokens, positions, None, None, segment_ids)
+      assert_close(np.asarray(logits).reshape(expected.shape), expected)
+
+  def test_writing_past_the_cache_is_an_error(self, model):
+    cache = model.init_cache(B, T)
+    _, cache = model(TOKENS[:, :-1], POSITIONS[:, :-1], cache)
+    with pytest.raises(ValueError, match="cache_size"):
+      model(TOKENS[:, -2:], POSITIONS[:, -2:], cache)
+    logits, _ = _call(model, TOKENS[:, -2:], POSITIONS[:, -2:], cache)
+    assert np.isfinite(logits[:, 0]).all()
+    assert np.isnan(logits[:, 1]).all()
+
+  def test_the_head_can_be_left_out_and_computed_apart(self, model, mesh, expected):
+    for sharded in (model, self.make(self.config, mesh)):
+      hidden, _ = sharded(TOKENS, POSITIONS, output_hidden_states=True, skip_lm_head=True)
+      kept = nnx.pop(sharded, nnx.Intermediate)["all_hidden_states"].get_value()[0]
+      np.testing.assert_array_equal(kept, hidden)
+      assert_close(sharded.compute_final_logits(hidden[:, -1:]), expected[:, -1:])
+
+  # Meshes
+
+  @pytest.mark.parametrize("inside", [False, True], ids=["outside set_mesh", "inside set_mesh"])
+  def test_sharded_equals_unsharded(self, mesh, expected, inside):
+    model = self.make(self.config, mesh)
+    call = functools.partial(_call, model, TOKENS, POSITIONS)
+    if inside:
+      with jax.set_mesh(mesh):
+        logits, cache = call(model.init_cache(B, T))
+    else:
+      logits, cache = call(model.init_cache(B, T))
+    assert_close(logits, expected)
+    assert cache["layer_0"]["k"].sharding.device_set == set(mesh.devices.flat)
+
+  def test_eager_equals_jitted(self, mesh, expected):
+    assert_close(self.make(self.config, mesh)(TOKENS, POSITIONS)[0], expected)
+
+  def test_dummy_values_are_the_same_on_every_mesh(self, model, mesh):
+    for ours, theirs in zip(
+      jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(self.make(self.config, mesh))), strict=True
+    ):
+      np.testing.assert_array_equal(ours, theirs)
+
+  def test_gradient_steps_with_donated_state(self, model, mesh):
+    def loss(model, tokens, positions):
+      logits, _ = model(tokens, positions)
+      return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def step(model, optimizer, tokens, positions):
+      value, grads = nnx.value_and_grad(loss)(model, tokens, positions)
+      optimizer.update(model, grads)
+      return value
+
+    losses = {}
+    for name, trained in (("one device", self.make(self.config)), ("mesh", self.make(self.config, mesh))):
+      optimizer = nnx.Optimizer(trained, optax.sgd(0.1), wrt=nnx.Param)
+      losses[name] = [float(step(trained, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
+    assert losses["one device"][2] < losses["one device"][0]
+    np.testing.assert_allclose(losses["mesh"], losses["one device"], rtol=1e-4)
+
+  @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+  def test_half_precision_stays_half_and_near(self, expected, dtype):
+    model = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
+    logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
+    assert logits.dtype == jnp.float32
+    assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)
+    assert_close(logits, expected, tolerance=0.1)

@@ -1,0 +1,318 @@
+"""Repositories of the Hugging Face hub, or of another hub that speaks its protocol (`HF_ENDPOINT`).
+
+A revision is resolved once, when the files are opened; all that follows is of that one commit, whatever happens to
+the branch meanwhile. Headers are read by byte ranges; only the files that are fetched are downloaded, into the cache
+that `huggingface_hub` shares between all programs, and each is checked against the hub's own hash.
+
+What is in the cache is never asked for again. Offline (`HF_HUB_OFFLINE=1`) no request is made at all.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import build_hf_headers, tqdm, validate_repo_id
+
+from models_sources.errors import (
+  ConnectionFailedError,
+  CorruptFilesError,
+  FilesNotFoundError,
+  InvalidNameError,
+  SourceError,
+)
+from models_sources.huggingface.cache import FULL_COMMIT, Entry, RepoCache, entry_of
+from models_sources.huggingface.digest import is_intact, is_intact_file
+from models_sources.huggingface.errors import Subject, public_address, translate
+from models_sources.huggingface.ranges import read_range
+from models_sources.names import check_name, missing_files
+from models_sources.retry import Policy, with_retries
+
+T = TypeVar("T")
+
+POLICY = Policy()
+# With the cache to fall back on, a hub that is down is not waited for.
+FALLBACK_POLICY = dataclasses.replace(POLICY, attempts=2)
+
+_PARALLEL_DOWNLOADS = 8
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+_log = logging.getLogger(__name__)
+
+
+class _Silent(tqdm):
+  """A progress bar that is never shown."""
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def is_offline() -> bool:
+  """Whether the user forbids requests, before or after `huggingface_hub` was imported."""
+  return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+
+
+def _endpoint() -> str:
+  return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hub:
+  """One repository as the hub serves it: the requests, each with its errors translated and its retries."""
+
+  repo: str
+  revision: str
+  endpoint: str
+  token: str | bool | None = dataclasses.field(repr=False)
+
+  def ask(self, action: Callable[[dict[str, Any]], T], policy: Policy, what: str = "its list of files") -> T:
+    """Calls `action` with the arguments that all functions of the client take; translates and retries."""
+    subject = Subject(self.repo, self.revision, public_address(self.endpoint), what)
+
+    def attempt() -> T:
+      try:
+        return action({**_sender(), "token": self.token})
+      except Exception as error:
+        translated = translate(error, subject)
+        if translated is error:
+          raise
+        # The original may quote a signed address.
+        raise translated from None
+
+    return with_retries(attempt, policy)
+
+  def info(self, policy: Policy) -> tuple[str, dict[str, Entry]]:
+    """The commit that the revision is now, and what it holds."""
+
+    def action(sender: dict[str, Any]) -> Any:
+      api = HfApi(endpoint=self.endpoint, **sender)
+      timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+      return api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=timeout)
+
+    info = self.ask(action, policy)
+    if not FULL_COMMIT.fullmatch(info.sha or ""):
+      raise SourceError(f"{public_address(self.endpoint)} names no commit for {self.repo}: check HF_ENDPOINT")
+    return info.sha, {check_name(s.rfilename): entry_of(s) for s in info.siblings or ()}
+
+
+@functools.cache
+def _sender() -> dict[str, str]:
+  return {"library_name": "models-sources", "library_version": importlib.metadata.version("models-sources")}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFiles:
+  """The files of one commit of one repository.
+
+  Attributes:
+    hub: how the repository is asked.
+    commit: the full hash that everything is of.
+    cache: where downloads are kept.
+    listing: all files of the commit, None where only the cache can be asked.
+    unreachable: why only the cache can be asked, in words; empty if the hub can.
+    progress: whether downloads show progress bars.
+  """
+
+  hub: _Hub
+  commit: str
+  cache: RepoCache
+  listing: Mapping[str, Entry] | None = dataclasses.field(repr=False)
+  unreachable: str = ""
+  progress: bool = True
+
+  @property
+  def path(self) -> str:
+    """The directory that `fetch` puts the files in. It exists once a file of the commit is cached."""
+    return str(self.cache.snapshot(self.commit))
+
+  def names(self) -> Sequence[str]:
+    """Names of all files of the commit, sorted; of those in the cache where the hub cannot be asked."""
+    return self.cache.files(self.commit) if self.listing is None else sorted(self.listing)
+
+  def size(self, name: str) -> int:
+    """Bytes of a file."""
+    if (path := self._cached(name)) is not None:
+      return path.stat().st_size
+    if (size := self._entries([name])[name].size) is not None:
+      return size
+
+    def head(sender: dict[str, Any]) -> int | None:
+      timeout = constants.HF_HUB_ETAG_TIMEOUT
+      return get_hf_file_metadata(self._url(name), timeout=timeout, endpoint=self.hub.endpoint, **sender).size
+
+    if (size := self.hub.ask(head, POLICY, name)) is None:
+      raise SourceError(f"{public_address(self.hub.endpoint)} tells no size of {name} of {self.hub.repo}")
+    return size
+
+  def read(self, name: str, start: int, stop: int) -> bytes:
+    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`; a cached file is read from the cache."""
+    if (path := self._cached(name)) is not None:
+      with path.open("rb") as file:
+        file.seek(start)
+        return file.read(max(0, stop - start))
+    entry = self._entries([name])[name]
+    end = stop if entry.size is None else min(stop, entry.size)
+    if start >= end:
+      return b""
+
+    def get(sender: dict[str, Any]) -> bytes:
+      timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+      headers = build_hf_headers(**sender)
+      return read_range(self._url(name), start, end, headers=headers, timeout=timeout, size=entry.size)
+
+    for _ in range(2):
+      data = self.hub.ask(get, POLICY, name)
+      if (start, end) != (0, entry.size) or is_intact(entry, len(data), [data]):
+        return data
+    raise self._corrupt(name)
+
+  def fetch(self, names: Sequence[str]) -> str:
+    """Downloads those of the named files that the cache lacks. Returns the directory that holds them.
+
+    Raises:
+      FilesNotFoundError: naming every file that the commit, or offline the cache, lacks.
+      AccessError: the repository is gated, or the token may not read it.
+      ConnectionFailedError: a file did not come, after all retries.
+      CorruptFilesError: a file came twice with other bytes than the hub's hash is of.
+    """
+    wanted = {name: entry for name, entry in self._entries(names).items() if self._cached(name) is None}
+    if wanted:
+      with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(wanted))) as pool:
+        downloads = [pool.submit(self._download, name, entry) for name, entry in wanted.items()]
+        try:
+          for download in concurrent.futures.as_completed(downloads):
+            download.result()
+        except BaseException:
+          pool.shutdown(wait=False, cancel_futures=True)
+          raise
+    if names and self.listing is not None:
+      self.cache.remember(self.hub.revision, self.commit, self.listing)
+    return self.path
+
+  def _entries(self, names: Sequence[str]) -> dict[str, Entry]:
+    """What is known about the named files."""
+    for name in names:
+      check_name(name)
+    place = f"{self.hub.repo} at commit {self.commit}"
+    if self.listing is not None:
+      if absent := [name for name in names if name not in self.listing]:
+        raise missing_files(place, absent, self.listing)
+      return {name: self.listing[name] for name in names}
+    if absent := [name for name in names if self._cached(name) is None]:
+      raise FilesNotFoundError(
+        f"{', '.join(absent)} of {place}: not in the cache {self.cache.folder.parent}, and {self.unreachable}"
+      )
+    return {name: Entry(None) for name in names}
+
+  def _cached(self, name: str) -> pathlib.Path | None:
+    return self.cache.file(self.commit, check_name(name))
+
+  def _url(self, name: str) -> str:
+    return hf_hub_url(self.hub.repo, name, revision=self.commit, endpoint=self.hub.endpoint)
+
+  def _corrupt(self, name: str) -> CorruptFilesError:
+    return CorruptFilesError(
+      f"{name} of {self.hub.repo} at commit {self.commit} came twice with other bytes than the hub's hash is of: "
+      "something on the way changes them; check the proxy and the disk"
+    )
+
+  def _download(self, name: str, entry: Entry) -> None:
+    is_new = not self.cache.has_blob(entry)
+
+    def get(sender: dict[str, Any], *, force: bool) -> None:
+      hf_hub_download(
+        self.hub.repo,
+        name,
+        revision=self.commit,
+        cache_dir=self.cache.folder.parent,
+        endpoint=self.hub.endpoint,
+        force_download=force,
+        tqdm_class=None if self.progress else _Silent,
+        **sender,
+      )
+
+    for force in (False, True):
+      self.hub.ask(functools.partial(get, force=force), POLICY, name)
+      if not is_new or self._is_intact_or_removed(name, entry):
+        return
+    raise self._corrupt(name)
+
+  def _is_intact_or_removed(self, name: str, entry: Entry) -> bool:
+    """Checks a file that has just been downloaded; a broken one leaves the cache, its link and its bytes."""
+    link = self.cache.snapshot(self.commit) / name
+    # Whatever disappears meanwhile, another process that found the same has removed.
+    with contextlib.suppress(FileNotFoundError):
+      blob = link.parent / link.readlink() if link.is_symlink() else link
+      before = blob.stat()
+      if is_intact_file(entry, blob):
+        return True
+      # Another process may have put a good one in its place.
+      if os.path.samestat(blob.stat(), before):
+        link.unlink()
+        blob.unlink(missing_ok=True)
+    return False
+
+
+def open_files(
+  identifier: str,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  download_path: str | None = None,
+  progress: bool = True,
+) -> HubFiles:
+  """The files of a model repository, at the one commit that the revision is now.
+
+  One request; none if the revision is a full commit hash whose files have been fetched before, and none offline.
+  Where the hub cannot be reached, the revision is what the cache last knew it to be, and a warning is logged.
+
+  Args:
+    identifier: `organisation/name`.
+    revision: branch, tag or commit; None is `main`.
+    token: of the user's account; None takes HF_TOKEN or the saved one, True insists on one, False sends none.
+    download_path: directory of the cache; None is the one that all programs share (`HF_HUB_CACHE`).
+    progress: False shows no progress bars for these files.
+
+  Raises:
+    InvalidNameError: the identifier or the revision cannot be one.
+    FilesNotFoundError: no such repository or revision; offline, none in the cache.
+    AccessError: the token is not accepted, or may not read the repository.
+    ConnectionFailedError: the hub cannot be reached, after all retries, and the cache knows nothing.
+  """
+  try:
+    validate_repo_id(identifier)
+  except HFValidationError:
+    raise InvalidNameError(
+      f"{identifier!r} is no name of a repository, which is organisation/name; for a directory ask the source 'local'"
+    ) from None
+  asked = check_name(constants.DEFAULT_REVISION if revision is None else revision, "revision")
+  hub = _Hub(identifier, asked, _endpoint(), token)
+  cache = RepoCache.of(identifier, download_path)
+  known = cache.resolve(asked)
+  if is_offline():
+    if known is None:
+      raise FilesNotFoundError(
+        f"{identifier} at revision {asked} is not in the cache {cache.folder.parent}, and HF_HUB_OFFLINE forbids to "
+        "ask the hub: unset it, or fetch the files once where there is a connection"
+      )
+    return HubFiles(hub, known, cache, None, "HF_HUB_OFFLINE forbids to ask the hub: unset it", progress)
+  if known == asked and (listing := cache.listing(asked)) is not None:
+    return HubFiles(hub, asked, cache, listing, progress=progress)
+  try:
+    commit, found = hub.info(POLICY if known is None else FALLBACK_POLICY)
+  except ConnectionFailedError as error:
+    if known is None:
+      raise
+    _log.warning("%s; using commit %s of %s from the cache", error, known, identifier)
+    return HubFiles(hub, known, cache, None, f"the hub could not be asked: {error}", progress)
+  return HubFiles(hub, commit, cache, found, progress=progress)

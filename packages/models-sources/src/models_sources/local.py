@@ -1,0 +1,97 @@
+"""Files of this machine: a directory, or one safetensors or GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from models_sources.errors import FilesNotFoundError, InvalidNameError
+from models_sources.names import check_name, missing_files
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFiles:
+  """A directory, or one file.
+
+  Attributes:
+    path: absolute, with symbolic links as they are.
+  """
+
+  path: str
+
+  def names(self) -> Sequence[str]:
+    """Names of the regular files at the top level, sorted. A link counts as what it points to."""
+    if os.path.isfile(self.path):
+      return [os.path.basename(self.path)]
+    with os.scandir(self.path) as entries:
+      return sorted(entry.name for entry in entries if entry.is_file())
+
+  def _locate(self, name: str) -> str:
+    check_name(name)
+    place = os.path.join(self._directory(), name)
+    known = name == os.path.basename(self.path) if os.path.isfile(self.path) else os.path.isfile(place)
+    if not known:
+      raise missing_files(self.path, [name], self.names())
+    return place
+
+  def _directory(self) -> str:
+    return os.path.dirname(self.path) if os.path.isfile(self.path) else self.path
+
+  def size(self, name: str) -> int:
+    """Bytes of a file."""
+    return os.stat(self._locate(name)).st_size
+
+  def read(self, name: str, start: int, stop: int) -> bytes:
+    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
+    with open(self._locate(name), "rb") as file:
+      file.seek(start)
+      return file.read(max(0, stop - start))
+
+  def fetch(self, names: Sequence[str]) -> str:
+    """They are here already. Returns the directory that holds them.
+
+    Raises:
+      FilesNotFoundError: naming every file that there isn't.
+    """
+    here = self.names()
+    absent = [
+      n for n in names if n not in here and not os.path.isfile(os.path.join(self.path, check_name(n)))
+    ]
+    if absent:
+      raise missing_files(self.path, absent, here)
+    return self._directory()
+
+
+def open_files(
+  identifier: str,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  download_path: str | None = None,
+  progress: bool = True,
+) -> LocalFiles:
+  """The files of a directory, or one file; `~` is the home directory.
+
+  Args:
+    identifier: path of a directory or of a file.
+    revision: must be None; a directory has no versions.
+    token: has no effect: nothing is asked for.
+    download_path: has no effect: nothing is downloaded.
+    progress: has no effect.
+
+  Raises:
+    FilesNotFoundError: nothing is there.
+    InvalidNameError: a revision is given.
+  """
+  if revision is not None:
+    raise InvalidNameError(
+      f"{identifier} is of this machine and has no revision {revision!r}: leave revision out"
+    )
+  path = os.path.abspath(os.path.expanduser(identifier))
+  if not os.path.exists(path):
+    raise FilesNotFoundError(
+      f"there is no file or directory {path}: check the spelling; "
+      "for a repository of a hub ask its source, such as 'huggingface'"
+    )
+  return LocalFiles(path)

@@ -1,0 +1,400 @@
+"""A model hub on the loopback, for tests: it speaks the protocol of the Hugging Face hub, and fails when told to.
+
+    with HubServer() as hub:
+      commit = hub.add("org/name", {"config.json": b"{}", "model.safetensors": weights})
+      monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+      ...
+      assert [r.line for r in hub.requests] == ["GET /api/models/org/name/revision/main"]
+
+Large files are served as the hub does it: by a redirect to a storage host (another name and another port) with a
+signed address. Only the standard library is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import http.server
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = (".safetensors", ".gguf", ".bin")
+SIGNATURE = "X-Signature=not-to-be-shown"
+
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+_BLOCK = 64 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A request that came.
+
+  Attributes:
+    host: "hub" or "storage".
+    method: GET or HEAD.
+    path: without the query.
+    headers: with names in lower case.
+  """
+
+  host: str
+  method: str
+  path: str
+  headers: Mapping[str, str]
+  _sent: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
+
+  @property
+  def line(self) -> str:
+    """Method and path."""
+    return f"{self.method} {self.path}"
+
+  @property
+  def range(self) -> str | None:
+    """The header Range."""
+    return self.headers.get("range")
+
+  @property
+  def sent(self) -> int:
+    """Bytes of the body that have been sent up to now."""
+    return self._sent[0]
+
+
+@dataclasses.dataclass
+class Fault:
+  """How the next answers to some requests go wrong.
+
+  Attributes:
+    where: regular expression that is searched for in "host METHOD path".
+    times: number of answers that it changes.
+    status: sent instead of the answer.
+    headers: sent besides the others, or instead of those of the same name.
+    alter: changes the body.
+    cut: bytes of the body after which the connection is closed.
+    reset: the connection is reset where it would be closed, or before any answer without `cut`.
+    stall: seconds of silence before the body.
+    ignore_range: the whole file is sent.
+    shift: bytes that the sent range is off by.
+  """
+
+  where: str
+  times: int = 1
+  status: int | None = None
+  headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  alter: Callable[[bytes], bytes] | None = None
+  cut: int | None = None
+  reset: bool = False
+  stall: float = 0.0
+  ignore_range: bool = False
+  shift: int = 0
+
+
+@dataclasses.dataclass
+class _Repo:
+  commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+  refs: dict[str, str] = dataclasses.field(default_factory=dict)
+  gated: bool = False
+  readers: frozenset[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+  status: int = 200
+  headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  body: bytes = b""
+  ranges: bool = False
+
+
+class HubServer:
+  """A hub and its storage host, on two ports of the loopback, while the context lasts.
+
+  Attributes:
+    requests: all that came, in order. Clear it to start anew.
+  """
+
+  def __init__(self) -> None:
+    self.requests: list[Request] = []
+    self._faults: list[Fault] = []
+    self._repos: dict[str, _Repo] = {}
+    self._blobs: dict[str, bytes] = {}
+    self._moved: dict[str, str] = {}
+    self._lock = threading.Lock()
+    self._servers = {host: _Server(self, host) for host in ("hub", "storage")}
+
+  def __enter__(self) -> HubServer:
+    for server in self._servers.values():
+      threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    for server in self._servers.values():
+      server.shutdown()
+      server.close()
+
+  @property
+  def endpoint(self) -> str:
+    """Address of the hub, for HF_ENDPOINT."""
+    return self._servers["hub"].address
+
+  @property
+  def storage(self) -> str:
+    """Address of the storage host."""
+    return self._servers["storage"].address
+
+  def add(
+    self,
+    repo: str,
+    files: Mapping[str, bytes],
+    *,
+    revision: str = "main",
+    gated: bool = False,
+    readers: frozenset[str] | None = None,
+  ) -> str:
+    """A new commit of a repository, which is made if there is none. Returns the commit's hash.
+
+    Args:
+      repo: organisation/name.
+      files: content by name.
+      revision: the branch that moves to the commit.
+      gated: files are kept from all but `readers`, but their list is public.
+      readers: tokens that may read; None is everybody. Without `gated` the others don't even see the repository.
+    """
+    with self._lock:
+      place = self._repos.setdefault(repo, _Repo())
+      place.gated, place.readers = gated, frozenset() if gated and readers is None else readers
+      commit = hashlib.sha1(repr((repo, len(place.commits), sorted(files))).encode()).hexdigest()
+      place.commits[commit] = dict(files)
+      place.refs[revision] = commit
+      self._blobs |= {hashlib.sha256(data).hexdigest(): data for data in files.values()}
+    return commit
+
+  def move(self, old: str, new: str) -> None:
+    """Gives a repository a new name; the old one redirects to it."""
+    with self._lock:
+      self._repos[new] = self._repos.pop(old)
+      self._moved[old] = new
+
+  def fail(self, where: str, **how: Any) -> Fault:
+    """Makes the next answers to requests that match go wrong, as the fields of `Fault` say."""
+    fault = Fault(where, **how)
+    with self._lock:
+      self._faults.append(fault)
+    return fault
+
+  def lines(self, host: str = "") -> list[str]:
+    """Method and path of the requests that came to a host, or to both."""
+    return [request.line for request in list(self.requests) if host in ("", request.host)]
+
+  def _take_fault(self, request: Request) -> Fault:
+    with self._lock:
+      self.requests.append(request)
+      for fault in self._faults:
+        if fault.times > 0 and re.search(fault.where, f"{request.host} {request.line}"):
+          fault.times -= 1
+          return fault
+    return Fault("", 0)
+
+  def _answer(self, request: Request, query: str) -> _Answer:
+    if request.host == "storage":
+      return self._stored(request.path)
+    for old, new in self._moved.items():
+      if (
+        target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)
+      ) != request.path:
+        return _Answer(307, {"Location": target + (f"?{query}" if query else "")})
+    if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", request.path):
+      return self._listed(
+        request, match[1], match[3] or "main", match[2] == "tree", "blobs" in parse_qs(query)
+      )
+    if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path):
+      return self._resolved(request, match[1], unquote(match[2]), unquote(match[3]))
+    return _error(404, "", "Not found")
+
+  def _commit(
+    self, request: Request, name: str, revision: str, of_file: bool
+  ) -> tuple[str, dict[str, bytes]] | _Answer:
+    repo, token = self._repos.get(name), request.headers.get("authorization", "").removeprefix("Bearer ")
+    allowed = repo is not None and (repo.readers is None or token in repo.readers)
+    if repo is None or not (allowed or repo.gated):
+      return _error(
+        404 if token else 401,
+        "RepoNotFound",
+        "Repository not found" if token else "Invalid username or password.",
+      )
+    if of_file and not allowed:
+      return _error(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted.")
+    commit = repo.refs.get(revision, revision)
+    if commit not in repo.commits:
+      return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    return commit, repo.commits[commit]
+
+  def _listed(self, request: Request, name: str, revision: str, tree: bool, blobs: bool) -> _Answer:
+    found = self._commit(request, name, unquote(revision), of_file=False)
+    if isinstance(found, _Answer):
+      return found
+    commit, files = found
+    if tree:
+      return _json([_tree_entry(file, data) for file, data in files.items()])
+    siblings = [_sibling(file, data) if blobs else {"rfilename": file} for file, data in files.items()]
+    return _json(
+      {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}
+    )
+
+  def _resolved(self, request: Request, name: str, revision: str, file: str) -> _Answer:
+    found = self._commit(request, name, revision, of_file=True)
+    if isinstance(found, _Answer):
+      return found
+    commit, files = found
+    headers = {"X-Repo-Commit": commit}
+    if file not in files:
+      missing = _error(404, "EntryNotFound", "Entry not found")
+      return dataclasses.replace(missing, headers={**missing.headers, **headers})
+    data = files[file]
+    if not file.endswith(LARGE):
+      return _Answer(
+        200, headers | {"ETag": f'"{_git_hash(data)}"', "Accept-Ranges": "bytes"}, data, ranges=True
+      )
+    linked = hashlib.sha256(data).hexdigest()
+    headers |= {
+      "X-Linked-Etag": f'"{linked}"',
+      "X-Linked-Size": str(len(data)),
+      "ETag": f'"{_git_hash(linked.encode())}"',
+    }
+    return _Answer(302, headers | {"Location": f"{self.storage}/blobs/{linked}?{SIGNATURE}"})
+
+  def _stored(self, path: str) -> _Answer:
+    data = self._blobs.get(path.removeprefix("/blobs/"))
+    if data is None:
+      return _error(403, "", "Access denied")
+    return _Answer(200, {"Accept-Ranges": "bytes"}, data, ranges=True)
+
+
+def _git_hash(data: bytes) -> str:
+  return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _sibling(name: str, data: bytes) -> dict[str, Any]:
+  entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": _git_hash(data)}
+  if name.endswith(LARGE):
+    entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+  return entry
+
+
+def _tree_entry(name: str, data: bytes) -> dict[str, Any]:
+  entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _git_hash(data)}
+  if name.endswith(LARGE):
+    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+  return entry
+
+
+def _json(value: Any) -> _Answer:
+  return _Answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+def _error(status: int, code: str, message: str) -> _Answer:
+  headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+  return _Answer(
+    status, headers | {"Content-Type": "application/json"}, json.dumps({"error": message}).encode()
+  )
+
+
+class _Server(http.server.ThreadingHTTPServer):
+  daemon_threads = True
+  block_on_close = False
+
+  def __init__(self, hub: HubServer, host: str):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.hub, self.host = hub, host
+    self.connections: set[socket.socket] = set()
+
+  @property
+  def address(self) -> str:
+    # Two names of one machine: some clients take another port for the same host.
+    name = {"hub": "127.0.0.1", "storage": "localhost"}[self.host]
+    return f"http://{name}:{self.server_address[1]}"
+
+  def close(self) -> None:
+    self.server_close()
+    for connection in list(self.connections):
+      with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+  def handle_error(self, request: Any, client_address: Any) -> None:
+    pass  # a client that hangs up is part of many tests
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+  server: _Server
+
+  def setup(self) -> None:
+    super().setup()
+    self.server.connections.add(self.connection)
+
+  def finish(self) -> None:
+    self.server.connections.discard(self.connection)
+    super().finish()
+
+  def do_HEAD(self) -> None:
+    self.do_GET()
+
+  def do_GET(self) -> None:
+    url, hub = urlsplit(self.path), self.server.hub
+    headers = {name.lower(): value for name, value in self.headers.items()}
+    request = Request(self.server.host, self.command, url.path, headers)
+    fault = hub._take_fault(request)
+    if fault.reset and fault.cut is None:
+      return self._hang_up(reset=True)
+    answer = (
+      hub._answer(request, url.query) if fault.status is None else _error(fault.status, "", "told to fail")
+    )
+    status, body = answer.status, answer.body
+    extra: dict[str, str] = {}
+    if answer.ranges and not fault.ignore_range and (match := _RANGE.fullmatch(request.range or "")):
+      status, body, extra = _part(
+        body, int(match[1]) + fault.shift, int(match[2]) + fault.shift if match[2] else None
+      )
+    if fault.alter is not None:
+      body = fault.alter(body)
+    self.send_response(status)
+    for name, value in {"Content-Length": str(len(body)), **answer.headers, **extra, **fault.headers}.items():
+      self.send_header(name, value)
+    self.end_headers()
+    if self.command == "GET":
+      self._send(body, fault, request)
+    return None
+
+  def _send(self, body: bytes, fault: Fault, request: Request) -> None:
+    self.wfile.flush()
+    time.sleep(fault.stall)
+    end = len(body) if fault.cut is None else fault.cut
+    for start in range(0, end, _BLOCK):
+      block = body[start : min(start + _BLOCK, end)]
+      self.wfile.write(block)
+      request._sent[0] += len(block)
+    if fault.cut is not None:
+      self._hang_up(fault.reset)
+
+  def _hang_up(self, reset: bool) -> None:
+    self.close_connection = True
+    if reset:
+      self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    else:
+      self.wfile.flush()
+      self.connection.shutdown(socket.SHUT_RDWR)
+
+  def log_message(self, format: str, *args: Any) -> None:
+    pass
+
+
+def _part(body: bytes, start: int, last: int | None) -> tuple[int, bytes, dict[str, str]]:
+  total = len(body)
+  if start >= total:
+    return 416, b"", {"Content-Range": f"bytes */{total}"}
+  part = body[start : total if last is None else last + 1]
+  return 206, part, {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{total}"}
