@@ -18,11 +18,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
-from models_llama.llama3 import FAMILY, params
+from models_automodel import AutoModel
 
 # Of a float32 result, relative to the largest number in the reference.
 TOLERANCE = 2e-5
@@ -78,10 +79,10 @@ VARIANTS = {
 }
 
 
-def load(directory: pathlib.Path, mesh: Mesh | None = None, *, dtype: str | None = None) -> nnx.Module:
+def load(path: pathlib.Path, mesh: Mesh | None = None, **kwargs) -> nnx.Module:
   """The model under test."""
-  config = FAMILY.read_config(json.loads((directory / "config.json").read_text()))
-  return params.create_model_from_safe_tensors(directory, config, mesh, dtype)
+  model, _ = AutoModel.from_pretrained(str(path), mesh, progress=False, **kwargs)
+  return model
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
@@ -247,6 +248,22 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp(variant)
     make_reference(variant, seed).save_pretrained(path, **save_arguments)
     return Checkpoint(path)
+
+  return write
+
+
+@pytest.fixture
+def edit(checkpoint, tmp_path):
+  """`edit(variant, config=..., tensors=...)`: a copy whose config.json and tensors went through functions."""
+
+  def write(variant: str, config=lambda raw: raw, tensors=lambda state: state) -> Checkpoint:
+    source, target = checkpoint(variant).path, tmp_path / "edited"
+    target.mkdir()
+    raw = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config(raw)))
+    state = safetensors.torch.load_file(source / "model.safetensors")
+    safetensors.torch.save_file(tensors(state), target / "model.safetensors", {"format": "pt"})
+    return Checkpoint(target)
 
   return write
 
