@@ -15,6 +15,8 @@ import pathlib
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Halves the time, most of which is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np
 import pytest
@@ -153,9 +155,17 @@ class Checkpoint:
     """Theirs."""
     return _reference(self.path, dtype)
 
-  def logits(self, tokens, mask=None, positions=None) -> np.ndarray:
-    """Theirs [B, T, V], from the file's numbers in float32."""
-    return reference_logits(self.reference(), tokens, mask, positions)
+  def fresh_model(self, placement: Placement) -> nnx.Module:
+    """Ours in float32, to be changed."""
+    return load(self.path, placement.mesh, dtype="float32")
+
+  def fresh_reference(self) -> torch.nn.Module:
+    """Theirs in float32, to be changed."""
+    return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+
+  def logits(self, tokens, mask=None, positions=None, dtype: str = "float32") -> np.ndarray:
+    """Theirs [B, T, V], from the file's numbers in float32 unless another dtype is given."""
+    return reference_logits(self.reference(dtype), tokens, mask, positions)
 
   def greedy(self, prompt, new: int) -> np.ndarray:
     """The `new` tokens [B, new] that transformers' own `generate` continues with."""
@@ -241,12 +251,12 @@ def placement(request) -> Placement:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-  """`checkpoint(variant, seed=0, **arguments of save_pretrained)`: written once."""
+  """`checkpoint(variant, seed=0, dtype="float32", **arguments of save_pretrained)`: written once."""
 
   @functools.cache
-  def write(variant: str, seed: int = 0, **save_arguments) -> Checkpoint:
+  def write(variant: str, seed: int = 0, dtype: str = "float32", **save_arguments) -> Checkpoint:
     path = tmp_path_factory.mktemp(variant)
-    make_reference(variant, seed).save_pretrained(path, **save_arguments)
+    make_reference(variant, seed).to(getattr(torch, dtype)).save_pretrained(path, **save_arguments)
     return Checkpoint(path)
 
   return write

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 from models_llama.llama3.model import make_causal_attn_mask
 
-MESHES = ["one-eager", "explicit-eager-inside", "explicit-jit", "auto-eager", "auto-jit-inside"]
-# With grouped heads that the mesh doesn't divide, all heads, one head, and sharded caches.
-VARIANTS = ["untied", "divisible-tied"]
 LENGTHS = (40, 23, 9, 31)
-PLACED = pytest.mark.parametrize("placement", MESHES, indirect=True)
-SOME = pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+
+# Caches and heads that the mesh cannot shard, and such that it can; eagerly the former alone.
+EAGER = [("untied", "explicit-eager-inside"), ("untied", "auto-eager")]
+COMPILED = [
+  (variant, placement)
+  for variant in ("untied", "divisible-tied")
+  for placement in ("one-jit", "explicit-jit", "auto-jit-inside")
+]
+compiled = pytest.mark.parametrize(("variant", "placement"), COMPILED, indirect=True)
+everywhere = pytest.mark.parametrize(("variant", "placement"), EAGER + COMPILED, indirect=True)
 
 
 def _padding(side, lengths=LENGTHS, T=40):
@@ -24,10 +29,9 @@ def _plain(source, tokens, real):
   return [source.logits(row[keep][None])[0] for row, keep in zip(tokens, real, strict=True)]
 
 
-@PLACED
+@everywhere
 @pytest.mark.parametrize("by", ["attention_mask", "negative_positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@SOME
 def test_padding(checkpoint, variant, side, by, placement, tokens, assert_parity):
   source, real = checkpoint(variant), _padding(side)
   positions = np.cumsum(real, 1, dtype=np.int32) - 1
@@ -41,10 +45,9 @@ def test_padding(checkpoint, variant, side, by, placement, tokens, assert_parity
   assert_parity(logits[real], np.concatenate(_plain(source, tokens, real)), what=f"{side} {by}, unpadded")
 
 
-@PLACED
+@compiled
 @pytest.mark.parametrize("by", ["attention_mask", "negative_positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("variant", ["untied"], indirect=True)
 def test_padded_prompts_then_tokens_one_by_one(checkpoint, variant, side, by, placement, tokens, assert_parity):
   """Prompts of different lengths in one batch, then the same number of tokens for each row."""
   P, new, lengths = 16, 4, (16, 3, 9, 12)
@@ -68,19 +71,16 @@ def test_padded_prompts_then_tokens_one_by_one(checkpoint, variant, side, by, pl
   assert_parity(logits[whole], np.concatenate(_plain(source, tokens[:, : P + new], whole)), what=f"{side} {by}")
 
 
-# Chunks of a prefill, and how much larger than its 40 tokens the cache is.
+# Chunks of a row's 40 tokens, and how many slots the cache has beyond them.
 CHUNKS = {
   "token by token": ((1,) * 40, 0),
-  "prompt, then token by token": ((32,) + (1,) * 8, 1),
-  "uneven chunks": ((7, 1, 19, 7, 6), 9),
+  "prompt, then token by token": ((34,) + (1,) * 6, 1),
+  "uneven chunks": ((7, 1, 24, 7, 1), 9),
 }
 
 
-@PLACED
-@pytest.mark.parametrize("chunks", CHUNKS)
-@SOME
-def test_cache(checkpoint, variant, chunks, placement, tokens, assert_parity):
-  source, (sizes, spare) = checkpoint(variant), CHUNKS[chunks]
+def _chunked(source, chunks, placement, tokens):
+  sizes, spare = CHUNKS[chunks]
   model, start, steps = source.model(placement), 0, []
   cache = model.init_cache(4, 40 + spare)
   for size in sizes:
@@ -88,12 +88,25 @@ def test_cache(checkpoint, variant, chunks, placement, tokens, assert_parity):
     logits, cache = placement.call(model, tokens[:, start : start + size], positions, cache)
     steps.append(np.asarray(logits))
     start += size
-  assert_parity(np.concatenate(steps, 1), source.logits(tokens), what=chunks)
+  return np.concatenate(steps, 1)
 
 
-@PLACED
+@compiled
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_cache(checkpoint, variant, chunks, placement, tokens, assert_parity):
+  source = checkpoint(variant)
+  assert_parity(_chunked(source, chunks, placement, tokens), source.logits(tokens), what=chunks)
+
+
+@pytest.mark.parametrize(("variant", "placement"), EAGER, indirect=True)
+def test_cache_eagerly(checkpoint, variant, placement, tokens, assert_parity):
+  source = checkpoint(variant)
+  logits = _chunked(source, "prompt, then token by token", placement, tokens)
+  assert_parity(logits, source.logits(tokens))
+
+
+@everywhere
 @pytest.mark.parametrize("by", ["attention_mask", "segment_ids"])
-@SOME
 def test_packed_sequences(checkpoint, variant, by, placement, tokens, assert_parity):
   """Two to four sequences a row, then padding; positions restart. Each has the logits that it has alone."""
   source, rows = checkpoint(variant), ((40,), (11, 29), (5, 17, 10), (1, 2, 3, 30))
