@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from models_core.errors import ShardingError
+from models_core.parameter import shapes_only
 from models_core.sharding import Misfit, fit, named
 
 Path = tuple[Any, ...]
@@ -81,7 +82,7 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
     ShardingError: with `strict`, listing every axis that does not fit.
   """
   # A module with annotated parameters would demand a mesh in context.
-  with nnx.use_eager_sharding(False):
+  with nnx.use_eager_sharding(False), shapes_only():
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model)
   parameters = {}
