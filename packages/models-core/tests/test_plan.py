@@ -194,7 +194,7 @@ class TestLeftovers:
     made = plan(save(self.TENSORS | extra), self.PARAMETERS, self.TABLE)
     reason = "follows from the configuration"
     assert made.ignored == (("m.0.inv_freq", reason), ("m.1.inv_freq", reason), ("scale", "unused"))
-    assert f"left out: 2 x {reason}\nleft out: 1 x unused" in str(made)
+    assert f"left out: 2 x {reason}\nleft out: 1 tensor: unused" in str(made)
 
   @pytest.mark.parametrize("name", ["m.0.inv_freq.x", "x.m.0.inv_freq", "m.01.inv_freq", "scales"])
   def test_an_ignored_pattern_matches_whole_names_only(self, save, plan, name):
@@ -249,7 +249,7 @@ class TestCosts:
     assert str(made).splitlines() == [
       f"44 parameters, 0.0 MiB to read from 1 file of {directory}",
       "4 devices, each holding 0.0 MiB",
-      "1 tensors: float32 -> bfloat16",
+      "1 tensor: float32 -> bfloat16",
     ]
 
   def test_without_a_mesh_one_device_holds_all(self, save, plan):
