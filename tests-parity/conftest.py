@@ -25,6 +25,7 @@ import torch
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
+
 from models_automodel import AutoModel
 
 # Of a float32 result, relative to the largest number in the reference.

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.abstract import abstract_model
 from models_core.attention import attend, visible_keys
 from models_core.cache import update

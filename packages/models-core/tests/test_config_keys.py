@@ -1,4 +1,5 @@
 import pytest
+
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling

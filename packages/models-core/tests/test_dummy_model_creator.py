@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.parameter import parameter
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+
 from models_core import attention, rope
 from models_core import cache as cache_lib
 from models_core.dtypes import common_dtype

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core import loader, reader
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles

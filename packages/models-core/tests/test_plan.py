@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles
 from models_core.errors import CheckpointError, ModelsError, ShardingError
@@ -194,7 +195,7 @@ class TestLeftovers:
     made = plan(save(self.TENSORS | extra), self.PARAMETERS, self.TABLE)
     reason = "follows from the configuration"
     assert made.ignored == (("m.0.inv_freq", reason), ("m.1.inv_freq", reason), ("scale", "unused"))
-    assert f"left out: 2 x {reason}\nleft out: 1 tensor: unused" in str(made)
+    assert f"left out: 2 tensors: {reason}\nleft out: 1 tensor: unused" in str(made)
 
   @pytest.mark.parametrize("name", ["m.0.inv_freq.x", "x.m.0.inv_freq", "m.01.inv_freq", "scales"])
   def test_an_ignored_pattern_matches_whole_names_only(self, save, plan, name):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.errors import CheckpointError
 from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import WeightTable

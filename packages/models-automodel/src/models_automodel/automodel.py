@@ -201,12 +201,21 @@ def find(
   return Found(files, family, family.read_config(raw), checkpoint)
 
 
-def _open_files(model_id, model_source, model_path, download_path, revision, token, progress) -> Files:
-  source = ModelSource(model_source)
+def _open_files(
+  model_id: str,
+  model_source: ModelSource | str,
+  model_path: str | os.PathLike | None,
+  download_path: str | None,
+  revision: str | None,
+  token: str | bool | None,
+  progress: bool,
+) -> Files:
+  # A string may name a source that another package announces.
+  source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
-  if source is ModelSource.HUGGINGFACE and (model_path is not None or os.path.exists(os.path.expanduser(place))):
-    source = ModelSource.LOCAL
-  module = models_sources.get_source(source.value)
+  if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
+    source = "local"
+  module = models_sources.get_source(source)
   return module.open_files(place, revision=revision, token=token, download_path=download_path, progress=progress)
 
 

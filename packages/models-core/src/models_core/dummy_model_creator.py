@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ def create_dummy_model(
 
 
 @functools.lru_cache(256)
-def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str):
+def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str) -> Callable[..., jax.Array]:
   """One compilation for all parameters of a kind, whatever the number of layers and of models."""
 
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:

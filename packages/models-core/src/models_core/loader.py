@@ -123,9 +123,10 @@ def _place(plan: LoadPlan, reader: TensorReader, pool: concurrent.futures.Execut
 
 
 def _is_cpu(plan: LoadPlan) -> bool:
-  return all(
-    device.platform == "cpu" for planned in plan.parameters for device in planned.parameter.sharding.device_set
-  )
+  devices: set[jax.Device] = set()
+  for planned in plan.parameters:
+    devices |= planned.parameter.sharding.device_set
+  return all(device.platform == "cpu" for device in devices)
 
 
 def _shards(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[_Shard]:
@@ -176,7 +177,7 @@ def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
     targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
     if not targets:
       continue
-    if piece.run is None:
+    if (run := piece.run) is None:
       yield functools.partial(_fill_reordered, piece, info, shape, targets, reader)
       continue
     if not shape:  # A scalar is one row of one element.
@@ -184,7 +185,7 @@ def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
     step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
     last = max(index[0].stop for index, _ in targets)
     for start in range(min(index[0].start for index, _ in targets), last, step):
-      yield functools.partial(_fill_rows, piece, info, shape, targets, start, min(start + step, last), reader)
+      yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
 
 
 def _target(piece: Piece, shard: _Shard) -> _Target | None:
@@ -204,7 +205,7 @@ def _target(piece: Piece, shard: _Shard) -> _Target | None:
 
 
 def _fill_rows(
-  piece: Piece,
+  base: int,
   info: TensorInfo,
   shape: tuple[int, ...],
   targets: list[_Target],
@@ -212,9 +213,8 @@ def _fill_rows(
   stop: int,
   reader: TensorReader,
 ) -> None:
-  """Rows [start, stop) of a piece whose bytes lie in the file as they lie in the parameter."""
+  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
   row = math.prod(shape[1:])
-  base = piece.run
   straight: list[_Target] = []
   through: list[_Target] = []
   for index, target in targets:

@@ -152,7 +152,8 @@ def plan_load(
   """
   tensors = checkpoint.tensors
   problems = list(checkpoint.problems)
-  planned, used = [], set()
+  planned: list[PlannedParameter] = []
+  used: set[str] = set()
   for parameter in model.parameters.values():
     row, placeholders = _row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)

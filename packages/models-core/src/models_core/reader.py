@@ -83,7 +83,7 @@ class TensorReader:
 
   def _pread(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
     """Fills a uint8 buffer from byte `start` of a tensor."""
-    view = memoryview(buffer)
+    view = buffer.data
     offset, done = info.start + start, 0
     while done < len(view):
       count = os.preadv(self._open[info.file], [view[done : done + (1 << 30)]], offset + done)
