@@ -3,9 +3,9 @@ import os
 import numpy as np
 import pytest
 from flax import nnx
-from models_sources.testing import HubServer
 
 from models_automodel import AutoModel, ConfigError, SourceFilesError
+from models_sources.testing import HubServer
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Pretrained models by one call: `AutoModel.from_pretrained`."""
 
 from models_automodel.automodel import AutoModel, ModelModule, ModelSource, call_model_config, get_model_module
-from models_automodel.errors import ModelNameError, SourceFilesError
+from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
 from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, ShardingError
 from models_core.plan import LoadPlan
 
@@ -11,6 +11,7 @@ __all__ = [
   "CheckpointError",
   "ConfigError",
   "LoadPlan",
+  "MissingFamilyError",
   "ModelModule",
   "ModelNameError",
   "ModelSource",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fnmatch
 import importlib
 import os
 from collections.abc import Mapping
@@ -47,6 +48,15 @@ class ModelModule(enum.Enum):
   MODEL = "model"
   PARAMS = "params"
   PARAMS_SAFETENSORS = "params_safetensors"
+
+
+# What belongs to a model besides its weights: whoever gets the directory finds them there.
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
+               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "LICENSE*")  # fmt: skip
+
+
+def _is_companion(name: str) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
 
 
 class AutoModel:
@@ -99,13 +109,13 @@ class AutoModel:
       model_download_path=model_download_path,
       **kwargs,
     )
-    # None: bars on a terminal alone.
-    with (
-      source_errors(),
-      tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=None if progress else True) as bar,
-    ):
-      model = load(plan, on_bytes=bar.update)
-    return model, plan.checkpoint.files.path
+    files = plan.checkpoint.files
+    hidden = None if progress else True  # None: bars on a terminal alone.
+    with source_errors():
+      files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
+      with tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+        model = load(plan, on_bytes=bar.update)
+    return model, files.path
 
   @classmethod
   def plan(
@@ -182,7 +192,7 @@ def find(
   if config is not None:
     return Found(files, family_of_config(config, model_id), config, checkpoint)
   if raw is None:
-    category, config = _by_name(model_id)
+    category, config = _by_name(model_id, files.path)
     return Found(files, load_family(category, model_id), config, None)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
@@ -191,12 +201,21 @@ def find(
   return Found(files, family, family.read_config(raw), checkpoint)
 
 
-def _open_files(model_id, model_source, model_path, download_path, revision, token, progress) -> Files:
-  source = ModelSource(model_source)
+def _open_files(
+  model_id: str,
+  model_source: ModelSource | str,
+  model_path: str | os.PathLike | None,
+  download_path: str | None,
+  revision: str | None,
+  token: str | bool | None,
+  progress: bool,
+) -> Files:
+  # A string may name a source that another package announces.
+  source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
-  if source is ModelSource.HUGGINGFACE and (model_path is not None or os.path.exists(os.path.expanduser(place))):
-    source = ModelSource.LOCAL
-  module = models_sources.get_source(source.value)
+  if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
+    source = "local"
+  module = models_sources.get_source(source)
   return module.open_files(place, revision=revision, token=token, download_path=download_path, progress=progress)
 
 
@@ -211,11 +230,14 @@ def _read_config_json(files: Files) -> Mapping[str, Any]:
   return raw
 
 
-def _by_name(model_id: str) -> tuple[str, Any]:
+def _by_name(model_id: str, where: str) -> tuple[str, Any]:
   """Category and preset of a checkpoint that has no configuration."""
-  with name_errors():
-    naming = models_naming.ModelNaming(model_id=model_id)
-  return naming.model_config_category, call_model_config(naming.model_name)
+  try:
+    with name_errors():
+      naming = models_naming.ModelNaming(model_id=model_id)
+    return naming.model_config_category, call_model_config(naming.model_name)
+  except ModelNameError as error:
+    raise ModelNameError(f"{where} has no config.json, so the name must do, but {error}") from error
 
 
 def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:

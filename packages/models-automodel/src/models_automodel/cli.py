@@ -197,7 +197,7 @@ def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any)
   from models_automodel.tokenizer import load_tokenizer
 
   tokenizer = load_tokenizer(path)
-  chat = not raw and tokenizer.has_chat_template
+  chat = not raw and tokenizer.chat_template is not None
   ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
   return tokenizer.stream(generate(model, ids, stop_ids=tokenizer.stop_ids, **sampling))
 

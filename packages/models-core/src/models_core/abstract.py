@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from models_core.errors import ShardingError
+from models_core.parameter import shapes_only
 from models_core.sharding import Misfit, fit, named
 
 Path = tuple[Any, ...]
@@ -81,35 +82,26 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
     ShardingError: with `strict`, listing every axis that does not fit.
   """
   # A module with annotated parameters would demand a mesh in context.
-  with nnx.use_eager_sharding(False):
-    model = nnx.eval_shape(lambda: model_class(config, rngs=_no_rngs()))
+  with nnx.use_eager_sharding(False), shapes_only():
+    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model)
   parameters = {}
   for path, variable in nnx.to_flat_state(state):
     metadata = variable.get_metadata()
     name, value = dotted(path), variable.get_value()
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+      raise TypeError(f"{name} is {value.dtype}, no array of numbers: build the model without a random state of its own")
     spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
-    fitted, misfits = (spec, ()) if mesh is None else fit(value.shape, spec, mesh)
+    try:
+      fitted, misfits = (spec, ()) if mesh is None else fit(value.shape, spec, mesh)
+    except ShardingError as error:
+      raise ShardingError(f"{name}: {error}") from None
     parameters[name] = AbstractParameter(
       name, tuple(value.shape), np.dtype(value.dtype), named(mesh, fitted), metadata.get("init", "normal"), misfits
     )
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh does not hold every sharding:\n  - " + "\n  - ".join(notes))
   return AbstractModel(parameters, graphdef, state)
-
-
-class _OneKey(nnx.RngStream):
-  """The same key at each call. To count the calls while tracing takes time quadratic in their number."""
-
-  def __call__(self) -> jax.Array:
-    return self.key[...]
-
-
-def _no_rngs() -> nnx.Rngs:
-  """For values that nobody will see."""
-  rngs = nnx.Rngs(params=0)
-  rngs.params = _OneKey(0, tag="params")  # type: ignore[attr-defined]
-  return rngs
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

@@ -73,7 +73,7 @@ class CausalLM(nnx.Module):
       CacheError: if the cache has too few slots left.
       ValueError: if shapes do not fit.
     """
-    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions, jnp.int32)
     if tokens.ndim != 2 or positions.shape != tokens.shape:
       raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must both be [B, T]")
     if cache is not None:

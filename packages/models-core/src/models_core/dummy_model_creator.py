@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,16 +47,18 @@ def create_dummy_model(
     groups[parameter.shape, kind, parameter.sharding, init].append(parameter)
   seed = jax.random.key(random_seed)
   arrays = {}
-  for (shape, kind, sharding, init), members in groups.items():
-    # One compilation for all parameters of a kind, whatever the number of layers.
-    make = jax.jit(
-      functools.partial(_make, shape=shape, dtype=kind, init=init), out_shardings=sharding
-    )
+  for kind, members in groups.items():
+    make = _maker(*kind)
     for parameter in members:
       arrays[parameter.name] = make(seed, np.uint32(zlib.crc32(parameter.name.encode())), np.float32(scale))
   return model.fill(arrays)
 
 
-def _make(seed: jax.Array, name: jax.Array, scale: jax.Array, *, shape, dtype, init: str) -> jax.Array:
-  key = jax.random.fold_in(seed, name)
-  return INITIALIZERS[init](key, shape, dtype, scale)
+@functools.lru_cache(256)
+def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str) -> Callable[..., jax.Array]:
+  """One compilation for all parameters of a kind, whatever the number of layers and of models."""
+
+  def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:
+    return INITIALIZERS[init](jax.random.fold_in(seed, name), shape, dtype, scale)
+
+  return jax.jit(make, out_shardings=sharding)

@@ -2,7 +2,8 @@
 
 A run of bytes that a shard takes as it is goes from the file straight into that shard's buffer. What must be
 cast, decoded, split over columns or reordered passes through a scratch buffer of a few MB that stays in the
-processor's cache. On a CPU the arrays alias the buffers; elsewhere they are transferred and let go.
+processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned;
+elsewhere they are transferred and let go.
 """
 
 from __future__ import annotations
@@ -10,32 +11,32 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
+import logging
 import math
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from models_core.checkpoint import Files, LocalFiles, TensorInfo
-from models_core.errors import CheckpointError
+from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
-from models_core.safetensors_headers import read_header
+from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
 from models_core.weights import Piece, arrange, part_shape
 
-# XLA's CPU client aliases host memory that starts at such a multiple, in bytes.
-_ALIGNMENT = 64
-# Scratch that stays in a core's cache, and the unit of parallel work, in bytes.
-_CHUNK = 2 << 20
+_log = logging.getLogger(__name__)
+
+# The unit of parallel work, in bytes.
 _TASK = 32 << 20
 # Host memory of transfers under way to an accelerator, in bytes.
 _IN_FLIGHT = 2 << 30
 
-OnBytes = Callable[[int], None]
 Index = tuple[slice, ...]
+# Which part of a piece, and the view of a shard's buffer that gets it.
+_Target = tuple[Index, np.ndarray]
 
 
 def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
@@ -51,12 +52,14 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
   Raises:
     CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
   """
+  if notes := plan.notes():
+    _log.warning("\n".join([f"{plan.checkpoint.files.path}:", *notes]))
   return plan.model.fill(load_arrays(plan, on_bytes=on_bytes))
 
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  reader = _Reader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
+  reader = TensorReader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
     with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
@@ -73,14 +76,22 @@ def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-  """A part of a parameter, the devices that hold it, and its host buffer."""
+  """A part of a parameter.
+
+  Attributes:
+    index: bounds along each axis.
+    devices: that hold it.
+    buffer: host memory of its shape.
+    filled: the buffer is the mapped file; nothing is to be read.
+  """
 
   index: Index
   devices: tuple[jax.Device, ...]
   buffer: np.ndarray
+  filled: bool
 
 
-def _place(plan: LoadPlan, reader: _Reader, pool: concurrent.futures.Executor) -> dict[str, jax.Array]:
+def _place(plan: LoadPlan, reader: TensorReader, pool: concurrent.futures.Executor) -> dict[str, jax.Array]:
   arrays: dict[str, jax.Array] = {}
   # Parameters whose bytes are being read, first in first placed.
   reading: collections.deque = collections.deque()
@@ -99,7 +110,7 @@ def _place(plan: LoadPlan, reader: _Reader, pool: concurrent.futures.Executor) -
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
   for planned in plan.parameters:
-    shards = _shards(planned)
+    shards = _shards(planned, reader, alias=on_cpu)
     size = sum(shard.buffer.nbytes for shard in shards)
     while reading and not on_cpu and in_flight + size > _IN_FLIGHT:
       place_first()
@@ -112,34 +123,43 @@ def _place(plan: LoadPlan, reader: _Reader, pool: concurrent.futures.Executor) -
 
 
 def _is_cpu(plan: LoadPlan) -> bool:
-  return all(
-    device.platform == "cpu" for planned in plan.parameters for device in planned.parameter.sharding.device_set
-  )
+  devices: set[jax.Device] = set()
+  for planned in plan.parameters:
+    devices |= planned.parameter.sharding.device_set
+  return all(device.platform == "cpu" for device in devices)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Uninitialised memory that a CPU device can alias."""
-  nbytes = math.prod(shape) * dtype.itemsize
-  memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-  start = -memory.ctypes.data % _ALIGNMENT
-  return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _shards(planned: PlannedParameter) -> list[_Shard]:
+def _shards(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[_Shard]:
   """The parts that this process's devices hold, each once."""
   shape, sharding = planned.parameter.shape, planned.parameter.sharding
   holders: dict[tuple, list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
     holders.setdefault(bounds, []).append(device)
-  return [
-    _Shard(
-      tuple(slice(*bound) for bound in bounds),
-      tuple(devices),
-      aligned_empty(tuple(stop - start for start, stop in bounds), planned.dtype),
-    )
-    for bounds, devices in holders.items()
-  ]
+  shards = []
+  for bounds, devices in holders.items():
+    index = tuple(slice(*bound) for bound in bounds)
+    mapped = _mapped(planned, index, reader) if alias else None
+    shard_shape = tuple(stop - start for start, stop in bounds)
+    buffer = aligned_empty(shard_shape, planned.dtype) if mapped is None else mapped.reshape(shard_shape)
+    shards.append(_Shard(index, tuple(devices), buffer, mapped is not None))
+  return shards
+
+
+def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np.ndarray | None:
+  """A shard's elements in the mapped file, if they lie there as the device wants them."""
+  piece, shape = planned.pieces[0], planned.parameter.shape
+  info = reader.tensors[piece.tensor]
+  rows = index[0] if index else slice(0, 1)
+  if len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape):
+    return None
+  row = math.prod(shape[1:])
+  return reader.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
+
+
+def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:
+  """Whether an index takes rows and nothing less, so that its elements are one run."""
+  return all(s.stop - s.start == size for s, size in zip(index[1:], shape[1:], strict=True))
 
 
 def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
@@ -149,32 +169,26 @@ def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
   return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, parts)
 
 
-def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: _Reader) -> Iterator[Callable[[], None]]:
+def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader) -> Iterator[Callable[[], None]]:
   """The work of filling a parameter's shards, in units that threads share."""
   for piece in planned.pieces:
     info = reader.tensors[piece.tensor]
     shape = part_shape(piece, planned.parameter.shape)
-    targets = [target for shard in shards if (target := _target(piece, shard)) is not None]
+    targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
     if not targets:
       continue
-    if piece.run is None:
-      yield lambda piece=piece, info=info, shape=shape, targets=targets: _fill_reordered(
-        piece, info, shape, targets, reader
-      )
+    if (run := piece.run) is None:
+      yield functools.partial(_fill_reordered, piece, info, shape, targets, reader)
       continue
-    row = math.prod(shape[1:])
-    rows = shape[0] if shape else 1
-    step = max(1, _TASK // max(1, row * info.dtype.itemsize))
-    first = min((index[0].start for index, _ in targets), default=0) if shape else 0
-    last = max((index[0].stop for index, _ in targets), default=rows) if shape else 1
-    for start in range(first, last, step):
-      stop = min(start + step, last)
-      yield lambda piece=piece, info=info, shape=shape, targets=targets, start=start, stop=stop: _fill_rows(
-        piece, info, shape, targets, start, stop, reader
-      )
+    if not shape:  # A scalar is one row of one element.
+      shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
+    step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
+    last = max(index[0].stop for index, _ in targets)
+    for start in range(min(index[0].start for index, _ in targets), last, step):
+      yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
 
 
-def _target(piece: Piece, shard: _Shard) -> tuple[Index, np.ndarray] | None:
+def _target(piece: Piece, shard: _Shard) -> _Target | None:
   """Which part of a piece a shard takes, and the view of its buffer that gets it."""
   index: list[slice] = []
   at: list[int | slice] = []
@@ -190,26 +204,30 @@ def _target(piece: Piece, shard: _Shard) -> tuple[Index, np.ndarray] | None:
   return tuple(index), shard.buffer[(*at, ...)]
 
 
-def _fill_rows(piece, info, shape, targets, start, stop, reader: _Reader) -> None:
-  """Rows [start, stop) of a piece whose bytes lie in the file as they lie in the parameter."""
-  if not shape:  # A scalar is one row of one element.
-    shape, targets, start, stop = (1,), [((slice(0, 1),), target[None]) for _, target in targets], 0, 1
+def _fill_rows(
+  base: int,
+  info: TensorInfo,
+  shape: tuple[int, ...],
+  targets: list[_Target],
+  start: int,
+  stop: int,
+  reader: TensorReader,
+) -> None:
+  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
   row = math.prod(shape[1:])
-  base = piece.run
-  straight = []
-  through = []
+  straight: list[_Target] = []
+  through: list[_Target] = []
   for index, target in targets:
-    whole = all(s.stop - s.start == size for s, size in zip(index[1:], shape[1:], strict=True))
-    direct = whole and info.codec is None and target.dtype == info.dtype and target.flags.c_contiguous
-    (straight if direct else through).append((index, target))
+    as_it_is = info.codec is None and target.dtype == info.dtype and target.flags.c_contiguous
+    (straight if as_it_is and _is_whole(index, shape) else through).append((index, target))
   for index, target in straight:
     low, high = max(start, index[0].start), min(stop, index[0].stop)
     if low < high:
       part = target[low - index[0].start : high - index[0].start]
-      reader.read_into(info, (base + low * row), part)
+      reader.read_into(info, base + low * row, part)
   if not through:
     return
-  step = max(1, _CHUNK // max(1, row * info.dtype.itemsize))
+  step = max(1, CHUNK // max(1, row * info.dtype.itemsize))
   for low in range(start, stop, step):
     high = min(low + step, stop)
     wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]
@@ -222,7 +240,9 @@ def _fill_rows(piece, info, shape, targets, start, stop, reader: _Reader) -> Non
       cast_into(part, data[first - low : last - low][(slice(None), *index[1:])])
 
 
-def _fill_reordered(piece: Piece, info: TensorInfo, shape, targets, reader: _Reader) -> None:
+def _fill_reordered(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> None:
   """A piece whose axes lie in another order than the parameter's, or whose numbers differ."""
   data = reader.read_elements(info, 0, math.prod(info.shape))
   part = arrange(data, piece, shape)
@@ -242,87 +262,3 @@ def cast_into(target: np.ndarray, source: np.ndarray) -> None:
     np.left_shift(bits, np.uint32(16), out=bits)
   else:
     np.copyto(target, source, casting="unsafe")
-
-
-class _Reader:
-  """Byte ranges of the plan's files, for many threads at once."""
-
-  def __init__(self, files: Files, tensors: Mapping[str, TensorInfo], names: tuple[str, ...], on_bytes: OnBytes):
-    self.tensors = tensors
-    self._on_bytes = on_bytes
-    self._scratch = threading.local()
-    self._where = files.fetch(names)
-    self._open: dict[str, int] = {}
-    try:
-      for name in names:
-        path = self._where if os.path.isfile(self._where) else os.path.join(self._where, name)
-        self._open[name] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        described = {t.name: t for t in tensors.values() if t.file == name}
-        size, last = os.fstat(self._open[name]).st_size, max(t.stop for t in described.values())
-        if size < last:
-          raise CheckpointError(path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"])
-        if name.endswith(".safetensors"):
-          found = {t.name: t for t in read_header(LocalFiles(self._where), name)[0]}
-          if changed := next((t for t in described if found.get(t) != described[t]), None):
-            raise CheckpointError(path, [f"{changed} is not where its header described it: it changed meanwhile"])
-    except BaseException:
-      self.close()
-      raise
-
-  def close(self) -> None:
-    for descriptor in self._open.values():
-      os.close(descriptor)
-    self._open.clear()
-
-  def _pread(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    """Fills a uint8 buffer from byte `start` of a tensor."""
-    view = memoryview(buffer)
-    offset, done = info.start + start, 0
-    while done < len(view):
-      count = os.preadv(self._open[info.file], [view[done : done + (1 << 30)]], offset + done)
-      if not count:
-        raise CheckpointError(f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"])
-      done += count
-      self._on_bytes(count)
-
-  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
-    """Elements from `element` on, into contiguous memory of the same dtype."""
-    self._pread(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
-
-  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
-    """Elements, decoded; valid until this thread's next call."""
-    codec = info.codec
-    if codec is None:
-      start, nbytes = element * info.dtype.itemsize, count * info.dtype.itemsize
-    else:
-      start, nbytes = (n // codec.block_size * codec.block_bytes for n in (element, count))
-    scratch = getattr(self._scratch, "buffer", None)
-    if scratch is None or scratch.nbytes < nbytes:
-      scratch = self._scratch.buffer = aligned_empty((max(nbytes, _CHUNK),), np.dtype(np.uint8))
-    self._pread(info, start, scratch[:nbytes])
-    return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
-
-  def check_equal(self, name: str, twin: str) -> None:
-    """Compares two tensors' bytes.
-
-    Raises:
-      CheckpointError: if they differ.
-    """
-    a, b = self.tensors[name], self.tensors[twin]
-    nbytes = a.stop - a.start
-    same = (a.shape, a.dtype, nbytes) == (b.shape, b.dtype, b.stop - b.start)
-    left, right = (np.empty(min(nbytes, _CHUNK), np.uint8) for _ in range(2))
-    for start in range(0, nbytes if same else 0, _CHUNK):
-      size = min(_CHUNK, nbytes - start)
-      self._pread(a, start, left[:size])
-      self._pread(b, start, right[:size])
-      if not (same := np.array_equal(left[:size], right[:size])):
-        break
-    if not same:
-      raise CheckpointError(
-        self._where,
-        [
-          f"the config ties the head to the embedding, but {name} differs from {twin}: untie it in the config to load "
-          f"both, or remove {name} from the checkpoint"
-        ],
-      )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,21 @@ INITIALIZERS = {
 }
 
 
+_shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+  """Parameters made inside take no random values: tracing those of a thousand takes a minute."""
+  token = _shapes_only.set(True)
+  try:
+    yield
+  finally:
+    _shapes_only.reset(token)
+
+
 def parameter(
-  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype=jnp.float32
+  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype: Any = jnp.float32
 ) -> nnx.Param:
   """A parameter with its initial values.
 
@@ -32,6 +48,9 @@ def parameter(
     init: one of INITIALIZERS; kept as metadata, so that a dummy model knows a norm from a projection.
     dtype: of the values.
   """
-  value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
+  if _shapes_only.get():
+    value = jnp.zeros(shape, dtype)
+  else:
+    value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
   # Eager sharding would demand a mesh in context while a model is only described.
   return nnx.Param(value, out_sharding=spec, eager_sharding=False, init=init)

@@ -159,7 +159,7 @@ def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[Pa
 
 def default_sharding() -> SingleDeviceSharding:
   """Where arrays go without a mesh: the default device of this process."""
-  device = jax.config.jax_default_device
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]
   return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
 
 

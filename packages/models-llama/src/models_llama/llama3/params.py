@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from models_core import safetensors_loader
@@ -108,7 +109,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Llama3:
+) -> nnx.Module:
   """Loads a directory of safetensors files with Hugging Face's names.
 
   Args:

@@ -1,0 +1,154 @@
+"""Text generation: one sequence, streamed token by token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from models_core.errors import CacheError, ConfigError
+
+# Cache sizes are multiples of this, so that prompts of similar lengths share a compiled step.
+_CACHE_STEP = 256
+# (float32 logits [V], key, temperature, top_p) -> token id.
+_Pick = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def generate(
+  model: Any,
+  prompt_ids: Sequence[int],
+  *,
+  max_new_tokens: int,
+  stop_ids: Set[int] = frozenset(),
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  cache_size: int | None = None,
+  cache_dtype: Any = None,
+) -> Iterator[int]:
+  """Continues a prompt.
+
+  The first token comes after one pass over the prompt, which is compiled for each length of prompt; each further
+  one after a step over one token, compiled once for each cache size. While a token is handed out, the next one is
+  already being computed.
+
+  Args:
+    model: any language model of the house, on whatever mesh its parameters lie.
+    prompt_ids: at least one token id.
+    max_new_tokens: how many tokens come at most.
+    stop_ids: tokens that end the sequence. The one that does is the last that comes.
+    temperature: divides the logits before sampling; 0 takes the likeliest token.
+    top_p: samples from the fewest likeliest tokens that together have this probability, in (0, 1].
+    seed: of the sampling. The same seed and prompt give the same tokens.
+    cache_size: tokens that the KV cache has room for; None is enough for all of them.
+    cache_dtype: of keys and values; None is the model's choice.
+
+  Returns:
+    The new token ids, one by one.
+
+  Raises:
+    ConfigError: for an empty prompt, an id outside the vocabulary, or numbers outside their ranges.
+    CacheError: if the cache is too small.
+  """
+  prompt = _check_prompt(model, prompt_ids)
+  if max_new_tokens < 0:
+    raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
+  if not 0 <= temperature < float("inf"):
+    raise ConfigError(f"temperature is {temperature}, expected 0 (the likeliest token) or a positive number")
+  if not 0 < top_p <= 1:
+    raise ConfigError(f"top_p is {top_p}, expected more than 0 and at most 1")
+  # The last new token is never fed back.
+  needed = len(prompt) + max(max_new_tokens - 1, 0)
+  if cache_size is None:
+    cache_size = -(-needed // _CACHE_STEP) * _CACHE_STEP
+  elif cache_size < needed:
+    raise CacheError(
+      f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need a cache of {needed}, "
+      f"cache_size is {cache_size}"
+    )
+  pick = _likeliest if temperature == 0 else _sample if top_p == 1 else _sample_nucleus
+  sampling = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
+  make_cache = functools.partial(model.init_cache, 1, cache_size, cache_dtype)
+  return _stream(model, prompt, max_new_tokens, stop_ids, pick, sampling, make_cache)
+
+
+def _check_prompt(model: Any, prompt_ids: Sequence[int]) -> np.ndarray:
+  prompt = np.asarray(prompt_ids)
+  if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
+    raise ConfigError(
+      f"the prompt must be one sequence of at least one token id, found {prompt.dtype} {prompt.shape}"
+    )
+  # A gather would clamp such an id without a word.
+  if outside := prompt[(prompt < 0) | (prompt >= model.num_embed)].tolist():
+    raise ConfigError(
+      f"the prompt holds {outside[0]}, which is outside the model's vocabulary of {model.num_embed}"
+    )
+  return prompt.astype(np.int32)
+
+
+def _stream(
+  model: Any,
+  prompt: np.ndarray,
+  count: int,
+  stop_ids: Set[int],
+  pick: _Pick,
+  sampling: Any,
+  make_cache: Callable,
+) -> Iterator[int]:
+  if not count:
+    return
+  leaves, structure = jax.tree.flatten(model)
+  step = _compile(structure, pick)
+  cache = make_cache()
+  positions = np.arange(len(prompt) + count, dtype=np.int32)[None]
+  token, cache = step(leaves, prompt[None], positions[:, : len(prompt)], cache, sampling)
+  for place in range(len(prompt), len(prompt) + count):
+    current = token
+    if place + 1 < len(prompt) + count:
+      # Dispatched before the current token is waited for, so that the device never idles.
+      token, cache = step(leaves, token, positions[:, place : place + 1], cache, sampling)
+    value = int(current[0, 0])
+    yield value
+    if value in stop_ids:
+      return
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(structure: Any, pick: _Pick) -> Callable:
+  """The step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1] and the cache.
+
+  It takes the model as a list of arrays: flattening a module at every step would take longer than a small model.
+  """
+
+  def step(leaves, tokens, positions, cache, sampling):
+    model = jax.tree.unflatten(structure, leaves)
+    hidden, cache = model(tokens, positions, cache, None, skip_lm_head=True)
+    # Only the last place's logits are ever made.
+    logits = model.compute_final_logits(hidden[:, -1:])[0, -1]
+    key, temperature, top_p = sampling
+    token = pick(logits, jax.random.fold_in(key, positions[0, -1]), temperature, top_p)
+    return token.astype(jnp.int32)[None, None], cache
+
+  return jax.jit(step, donate_argnames=("cache",))
+
+
+def _likeliest(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+  return jnp.argmax(logits)
+
+
+def _sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+  return jax.random.categorical(key, logits / temperature)
+
+
+def _sample_nucleus(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+  """Nucleus sampling (arXiv:1904.09751)."""
+  logits = logits / temperature
+  ordered = jnp.sort(logits, descending=True)
+  probabilities = jax.nn.softmax(ordered)
+  # A token counts if those before it do not reach top_p, so the first one always does.
+  inside = jnp.cumsum(probabilities) - probabilities < top_p
+  least = jnp.min(jnp.where(inside, ordered, jnp.inf))
+  return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))

@@ -1,0 +1,258 @@
+"""A GGUF file's tokenizer, as the tokenizer.json that it was made from."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from models_core.errors import CheckpointError
+
+_PREFIX = "tokenizer.ggml."
+# Values of token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_GPT2 = _BYTES | {"use_regex": True}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+  split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+  return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
+
+
+def _words(digits: str) -> str:
+  """The pattern of tiktoken's cl100k, with runs of so many digits."""
+  return (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pre:
+  """How a byte-level BPE cuts a text into words.
+
+  Attributes:
+    pre_tokenizer: tokenizer.json's entry.
+    normalizer: tokenizer.json's entry.
+    ignore_merges: a word that is a token is taken whole, whatever the merges say.
+    add_bos: where the file does not state it.
+  """
+
+  pre_tokenizer: Mapping[str, Any]
+  normalizer: Mapping[str, Any] | None = None
+  ignore_merges: bool = False
+  add_bos: bool = False
+
+
+_DEFAULT = _Pre(_GPT2)
+_DIGITS = _Pre({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]})
+_LLAMA3 = _Pre(_split(_words(r"\p{N}{1,3}")), ignore_merges=True, add_bos=True)
+_QWEN2 = _Pre(_split(_words(r"\p{N}")), normalizer={"type": "NFC"})
+# By tokenizer.ggml.pre.
+_PRES = {
+  "default": _DEFAULT,
+  "gpt-2": _DEFAULT,
+  "smollm": _DIGITS,
+  "starcoder": _DIGITS,
+  "refact": _DIGITS,
+  "llama3": _LLAMA3,
+  "llama-v3": _LLAMA3,
+  "llama-bpe": _LLAMA3,
+  "qwen2": _QWEN2,
+  "deepseek-r1-qwen": _QWEN2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTokenizer:
+  """What the metadata says.
+
+  Attributes:
+    json: a tokenizer.json, without a post-processor.
+    tokens: by id.
+    ids: of the roles that are there: "bos", "eos", "eot", "eom", "unknown", "padding".
+    add_bos: whether a text begins with the token "bos".
+    add_eos: whether it ends with "eos".
+    chat_template: Jinja's source, or None.
+  """
+
+  json: str
+  tokens: Sequence[str]
+  ids: Mapping[str, int]
+  add_bos: bool
+  add_eos: bool
+  chat_template: str | None
+
+
+def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufTokenizer:
+  """Builds the tokenizer that the metadata of a GGUF file describes.
+
+  Args:
+    metadata: as `models_core.gguf.read_gguf` gives it.
+    where: the file, for messages.
+
+  Raises:
+    CheckpointError: for keys that are missing, malformed or of an unknown kind.
+  """
+  keys = _Keys(metadata, where)
+  tokens = keys.texts("tokens")
+  if len(set(tokens)) != len(tokens):
+    ((token, count),) = collections.Counter(tokens).most_common(1)
+    keys.fail(f"{_PREFIX}tokens holds {token!r} {count} times")
+  types = keys.numbers("token_type", len(tokens))
+  ids = {
+    role: keys.token_id(role, len(tokens)) for role in ("bos", "eos", "eot", "eom", "unknown", "padding")
+  }
+  known = {role: i for role, i in ids.items() if i is not None}
+  kind = keys.choice("model", {"gpt2": _byte_level, "llama": _sentence_pieces})
+  spec, add_bos = kind(keys, tokens, types, known)
+  full = {"version": "1.0", "added_tokens": _added(tokens, types), **spec}
+  return GgufTokenizer(
+    json=json.dumps(full, ensure_ascii=False),
+    tokens=tokens,
+    ids=known,
+    add_bos="bos" in known and keys.flag("add_bos_token", add_bos),
+    add_eos="eos" in known and keys.flag("add_eos_token", False),
+    chat_template=keys.text("tokenizer.chat_template"),
+  )
+
+
+def _byte_level(
+  keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
+) -> tuple[dict, bool]:
+  """Byte-level BPE with merges."""
+  pre = keys.choice("pre", _PRES)
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  merges = []
+  for merge in keys.texts("merges"):
+    # A merge's first half may itself begin with a space.
+    cut = merge.find(" ", 1)
+    left, right = merge[:cut], merge[cut + 1 :]
+    if cut < 0 or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+      keys.fail(f"{_PREFIX}merges holds {merge!r}, whose parts or whole are no tokens")
+    merges.append((left, right))
+  spec = {
+    "normalizer": pre.normalizer,
+    "pre_tokenizer": pre.pre_tokenizer,
+    "decoder": _BYTES,
+    "model": {"type": "BPE", "ignore_merges": pre.ignore_merges, "vocab": vocabulary, "merges": merges},
+  }
+  return spec, pre.add_bos
+
+
+def _sentence_pieces(
+  keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
+) -> tuple[dict, bool]:
+  """SentencePiece's BPE: of all neighbours that make a token, those whose token has the highest score merge first."""
+  scores = keys.numbers("scores", len(tokens))
+  vocabulary = {token: i for i, token in enumerate(tokens)}
+  decoders = [
+    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+  ]
+  normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+  if keys.flag("add_space_prefix", True):
+    if any(_SPACE in tokens[i] for i in np.flatnonzero(types == _USER_DEFINED).tolist()):
+      keys.fail(
+        f"{_PREFIX}add_space_prefix together with user-defined tokens that hold spaces is not implemented"
+      )
+    normalizers.insert(0, {"type": "Prepend", "prepend": _SPACE})
+    decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+  spec = {
+    "normalizer": {"type": "Sequence", "normalizers": normalizers},
+    "pre_tokenizer": None,
+    "decoder": {"type": "Sequence", "decoders": decoders},
+    "model": {
+      "type": "BPE",
+      "unk_token": tokens[ids["unknown"]] if "unknown" in ids else None,
+      "fuse_unk": True,
+      "byte_fallback": True,
+      "vocab": vocabulary,
+      "merges": _merges_by_score(tokens, scores, types),
+    },
+  }
+  return spec, True
+
+
+def _merges_by_score(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, str]]:
+  """All ways in which two normal tokens make a third, the highest score first."""
+  normal = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
+  found = []
+  for token, i in normal.items():
+    for cut in range(1, len(token)):
+      left, right = normal.get(token[:cut]), normal.get(token[cut:])
+      if left is not None and right is not None:
+        found.append((-scores[i], -cut, left, right))
+  return [(tokens[left], tokens[right]) for _, _, left, right in sorted(found)]
+
+
+def _added(tokens: Sequence[str], types: np.ndarray) -> list[dict[str, Any]]:
+  """Tokens that are found in a text before it is cut into words."""
+  return [
+    {
+      "id": i,
+      "content": tokens[i],
+      "single_word": False,
+      "lstrip": False,
+      "rstrip": False,
+      # Runs of SentencePiece's spaces exist only once the text is normalised.
+      "normalized": _SPACE in tokens[i],
+      "special": bool(types[i] != _USER_DEFINED),
+    }
+    for i in np.flatnonzero(np.isin(types, (_UNKNOWN, _CONTROL, _USER_DEFINED))).tolist()
+    if tokens[i]
+  ]
+
+
+class _Keys:
+  """The metadata's keys, checked as they are read."""
+
+  def __init__(self, metadata: Mapping[str, object], where: str):
+    self.metadata, self.where = metadata, where
+
+  def fail(self, problem: str) -> NoReturn:
+    raise CheckpointError(self.where, [problem])
+
+  def choice(self, name: str, known: Mapping[str, Any]) -> Any:
+    value = self.metadata.get(_PREFIX + name)
+    if isinstance(value, str) and value in known:
+      return known[value]
+    return self.fail(f"{_PREFIX}{name} is {value!r}; implemented are {', '.join(known)}")
+
+  def texts(self, name: str) -> tuple[str, ...]:
+    value = self.metadata.get(_PREFIX + name)
+    if not isinstance(value, tuple):
+      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else 'no list of texts'}")
+    return value
+
+  def numbers(self, name: str, count: int) -> np.ndarray:
+    value = self.metadata.get(_PREFIX + name)
+    if not isinstance(value, np.ndarray) or value.shape != (count,):
+      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else f'no list of {count} numbers'}")
+    return value
+
+  def token_id(self, role: str, count: int) -> int | None:
+    value = self.metadata.get(f"{_PREFIX}{role}_token_id")
+    if value is not None and not (isinstance(value, int) and 0 <= value < count):
+      self.fail(f"{_PREFIX}{role}_token_id is {value!r}, expected one of {count} tokens")
+    return value
+
+  def flag(self, name: str, default: bool) -> bool:
+    value = self.metadata.get(_PREFIX + name, default)
+    if not isinstance(value, bool):
+      self.fail(f"{_PREFIX}{name} is {value!r}, expected true or false")
+    return value
+
+  def text(self, name: str) -> str | None:
+    value = self.metadata.get(name)
+    if value is not None and not isinstance(value, str):
+      self.fail(f"{name} is no text")
+    return value

@@ -1,0 +1,258 @@
+"""Text to token ids and back, from a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from models_core.checkpoint import Checkpoint, Files, as_files
+from models_core.errors import CheckpointError, ConfigError
+from models_core.extras import require
+from models_core.gguf import read_gguf
+
+from models_automodel.chat_template import render
+from models_automodel.gguf_tokenizer import read_gguf_tokenizer
+
+TOKENIZER = "tokenizer.json"
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Special tokens that end a turn or a text, whatever the configuration forgets.
+_ENDS = frozenset(
+  (
+    "<end_of_turn>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+  )
+)
+_INCOMPLETE = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A checkpoint's tokenizer.
+
+  Attributes:
+    engine: a `tokenizers.Tokenizer`.
+    before: ids that a text begins with.
+    after: ids that a text ends with.
+    chat_template: Jinja's source, or None.
+    special_tokens: role -> token, such as "bos_token" -> "<s>".
+    stop_ids: ids that end an answer: those of generation_config.json, config.json and the tokenizer together.
+  """
+
+  engine: Any = dataclasses.field(repr=False)
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  chat_template: str | None = dataclasses.field(repr=False)
+  special_tokens: Mapping[str, str]
+  stop_ids: frozenset[int]
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, with the tokens that it begins and ends with, where it does not begin so already."""
+    ids = self._ids(text)
+    before = () if self.before and tuple(ids[: len(self.before)]) == self.before else self.before
+    return [*before, *ids, *self.after]
+
+  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+    return self.engine.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """A conversation as the text that the model continues.
+
+    Args:
+      messages: each with "role" and "content", as the checkpoint's chat template expects them.
+      **variables: of the template, such as `tools` or `enable_thinking`. `add_generation_prompt` is True by
+        default: the text ends where the answer begins.
+
+    Raises:
+      ConfigError: without a template, or where it refuses the messages.
+    """
+    if self.chat_template is None:
+      raise ConfigError("the checkpoint has no chat template (a base model?): encode a plain text instead")
+    defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
+    return render(self.chat_template, {"messages": messages, **defaults, **self.special_tokens, **variables})
+
+  def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    """Ids of `render`'s text. The template alone says whether a first token stands in front."""
+    return self._ids(self.render(messages, **variables))
+
+  def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come, in pieces that never end within a character.
+
+    The pieces together are what `decode` gives for all ids; an incomplete character at the end comes last, as U+FFFD.
+    """
+    window: list[int] = []
+    # Tokens of the window that are out already. They stay for one piece, since a first token loses its space.
+    done = 0
+    before = after = ""
+    for token in ids:
+      window.append(token)
+      after = self.decode(window)
+      if len(after) > len(before) and not after.endswith(_INCOMPLETE):
+        yield after[len(before) :]
+        window, done = window[done:], len(window) - done
+        before = after = self.decode(window)
+    if len(after) > len(before):
+      yield after[len(before) :]
+
+  def _ids(self, text: str) -> list[int]:
+    return self.engine.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
+  """The tokenizer of a checkpoint.
+
+  Args:
+    place: a directory with `tokenizer.json` or one GGUF checkpoint, a .gguf file, or a checkpoint that has been opened.
+
+  Raises:
+    CheckpointError: where there is none, or it is malformed.
+    MissingExtraError: without the package tokenizers.
+  """
+  if isinstance(place, Checkpoint):
+    if place.dialect == "gguf":
+      return _from_gguf(place)
+    place = place.files
+  files = as_files(place)
+  names = frozenset(files.names())
+  if TOKENIZER in names:
+    return _from_json(files, names)
+  if any(name.endswith(".gguf") for name in names):
+    return _from_gguf(read_gguf(files))
+  raise CheckpointError(
+    files.path,
+    [
+      f"there is no {TOKENIZER} (and no .gguf file): save it with transformers' AutoTokenizer.save_pretrained"
+    ],
+  )
+
+
+def _from_gguf(checkpoint: Checkpoint) -> Tokenizer:
+  where = checkpoint.files.path
+  read = read_gguf_tokenizer(checkpoint.metadata, where)
+  engine = _engine(read.json, where)
+  roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+  return Tokenizer(
+    engine=engine,
+    before=(read.ids["bos"],) if read.add_bos else (),
+    after=(read.ids["eos"],) if read.add_eos else (),
+    chat_template=read.chat_template,
+    special_tokens={name: read.tokens[read.ids[role]] for role, name in roles.items() if role in read.ids},
+    stop_ids=frozenset(read.ids[role] for role in ("eos", "eot", "eom") if role in read.ids)
+    | _named_ends(engine),
+  )
+
+
+def _from_json(files: Files, names: frozenset[str]) -> Tokenizer:
+  engine = _engine(_text(files, TOKENIZER), files.path)
+  config = _read_json(files, names, "tokenizer_config.json")
+  special = _special_tokens(_read_json(files, names, "special_tokens_map.json") | config)
+  before, after = _framing(engine)
+  ids = {role: engine.token_to_id(token) for role, token in special.items()}
+  framing: dict[str, tuple[int, ...]] = {"bos_token": before, "eos_token": after}
+  for role in framing:
+    # transformers lets the configuration overrule tokenizer.json's post-processor.
+    if isinstance(stated := config.get(f"add_{role}"), bool):
+      if stated and ids.get(role) is None:
+        raise CheckpointError(
+          files.path, [f"tokenizer_config.json: add_{role} is true, but there is no {role}"]
+        )
+      framing[role] = (ids[role],) if stated else ()
+  stops = {ids["eos_token"]} if ids.get("eos_token") is not None else set()
+  for name in ("generation_config.json", "config.json"):
+    stops |= _end_ids(files, name, _read_json(files, names, name))
+  return Tokenizer(
+    engine=engine,
+    before=framing["bos_token"],
+    after=framing["eos_token"],
+    chat_template=_chat_template(files, names, config),
+    special_tokens=special,
+    stop_ids=frozenset(stops) | _named_ends(engine),
+  )
+
+
+def _engine(source: str, where: str) -> Any:
+  tokenizers = require("tokenizers", "models-automodel[generate]", "A tokenizer")
+  try:
+    engine = tokenizers.Tokenizer.from_str(source)
+  except Exception as error:  # The library raises nothing more specific.
+    raise CheckpointError(where, [f"the tokenizer is malformed: {error}"]) from error
+  # A file may carry the padding and truncation of somebody's training.
+  engine.no_padding()
+  engine.no_truncation()
+  return engine
+
+
+def _framing(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids that the post-processor puts around a text."""
+  plain, full = (engine.encode("a", add_special_tokens=special).ids for special in (False, True))
+  start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), len(full))
+  return tuple(full[:start]), tuple(full[start + len(plain) :])
+
+
+def _named_ends(engine: Any) -> frozenset[int]:
+  added = engine.get_added_tokens_decoder()
+  return frozenset(i for i, token in added.items() if token.special and token.content in _ENDS)
+
+
+def _end_ids(files: Files, name: str, config: Mapping[str, Any]) -> set[int]:
+  """eos_token_id of a configuration: none, one or a list."""
+  value = config.get("eos_token_id")
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    raise CheckpointError(
+      files.path, [f"{name}: eos_token_id is {value!r}, expected a token id or a list of them"]
+    )
+  return set(ids)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+  """Role -> token; the files state a token as text or as an object."""
+  found = {}
+  for role in _ROLES:
+    value = config.get(role)
+    token = value.get("content") if isinstance(value, dict) else value
+    if isinstance(token, str):
+      found[role] = token
+  return found
+
+
+def _chat_template(files: Files, names: frozenset[str], config: Mapping[str, Any]) -> str | None:
+  """The newer chat_template.jinja, else tokenizer_config.json's text or its "default" of several."""
+  if "chat_template.jinja" in names:
+    return _text(files, "chat_template.jinja")
+  value = config.get("chat_template")
+  if isinstance(value, list):
+    value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get(
+      "default"
+    )
+  if value is not None and not isinstance(value, str):
+    raise CheckpointError(files.path, ["tokenizer_config.json: chat_template is no text"])
+  return value
+
+
+def _text(files: Files, name: str) -> str:
+  try:
+    return files.read(name, 0, files.size(name)).decode()
+  except UnicodeDecodeError as error:
+    raise CheckpointError(files.path, [f"{name} is not UTF-8: {error}"]) from error
+
+
+def _read_json(files: Files, names: frozenset[str], name: str) -> dict[str, Any]:
+  """A JSON object, empty where the file is not there."""
+  if name not in names:
+    return {}
+  try:
+    value = json.loads(_text(files, name))
+  except (ValueError, RecursionError) as error:
+    raise CheckpointError(files.path, [f"{name} is not JSON: {error}"]) from error
+  if not isinstance(value, dict):
+    raise CheckpointError(files.path, [f"{name} holds no object"])
+  return value

