@@ -123,7 +123,7 @@ class ConfigKeys:
     if theta is None:
       raise ConfigError(f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it")
     scalings = {
-      name: _scaling(value, f"{self._where}: {name}")
+      name: _scaling(value, f"{self._where}: {name}", self._raw)
       for name, value in (("rope_scaling", old), ("rope_parameters", new))
       if value is not None
     }
@@ -212,7 +212,7 @@ _SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] =
 }
 
 
-def _scaling(value: Mapping[str, Any], where: str) -> RopeScaling | None:
+def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
   kinds = {str(value[key]) for key in ("rope_type", "type") if value.get(key) is not None}
   if len(kinds) > 1:
     raise ConfigError(f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}")
