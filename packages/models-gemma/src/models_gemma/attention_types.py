@@ -14,6 +14,9 @@ class AttentionType(enum.Enum):
   GLOBAL = "full_attention"
   LOCAL_SLIDING = "sliding_attention"
 
+  def __repr__(self) -> str:
+    return self.name
+
 
 def every(pattern: int, num_layers: int) -> tuple[AttentionType, ...]:
   """One global layer in `pattern`, the last of each such run: 6 gives five sliding layers, then a global one."""
