@@ -254,7 +254,8 @@ def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
 
 
 # Variants of a size whose numbers are the size's own unless they have a preset.
-_VARIANTS = ("_instruct", "_it", "_base", "_pt")
+_QAT = ("_it_qat_q4_0_unquantized", "_it_qat_int4_unquantized")
+_VARIANTS = ("_instruct", "_it", "_base", "_pt", "_jpn_it", *_QAT)
 
 
 def call_model_config(model_name: str) -> Any:

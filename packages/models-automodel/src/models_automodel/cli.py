@@ -127,6 +127,7 @@ def _show(options: argparse.Namespace) -> None:
   from flax import nnx
 
   from models_core.abstract import abstract_model
+  from models_core.parameter import shapes_only
 
   _make_devices(None)
   family, config = _found(options)
@@ -142,11 +143,22 @@ def _show(options: argparse.Namespace) -> None:
     print(f"  {len(same):4} x {name} {' or '.join(str(list(s)) for s in sorted(set(same)))}")
   total = sum(math.prod(parameter.shape) for parameter in model.parameters.values())
   print(f"  {total:,} in all: {gib(2 * total)} in bfloat16, {gib(4 * total)} in float32")
-  cache = nnx.eval_shape(
-    lambda: family.model_class(config, rngs=nnx.Rngs(0)).init_cache(1, options.context, jax.numpy.bfloat16)
-  )
-  nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-  print(f"KV cache: {gib(nbytes)} for a row of {options.context:,} tokens in bfloat16")
+
+  def caches():
+    model = family.model_class(config, rngs=nnx.Rngs(0))
+    return [model.init_cache(1, options.context, jax.numpy.bfloat16, ring=ring) for ring in (False, True)]
+
+  with shapes_only():
+    whole, ring = (_nbytes(cache) for cache in nnx.eval_shape(caches))
+  print(f"KV cache: {gib(whole)} for a row of {options.context:,} tokens in bfloat16")
+  if ring < whole:
+    print(f"  {gib(ring)} with ring=True: layers with a sliding window keep no more than that")
+
+
+def _nbytes(tree: Any) -> int:
+  import jax
+
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -54,6 +54,17 @@ class ConfigKeys:
       raise ConfigError(f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it")
     return default
 
+  def get(self, key: str, kind: type = object) -> Any:
+    """A key's value as it is, None where it is absent or null.
+
+    Raises:
+      ConfigError: if the value is of another kind, such as `list` or `Mapping`.
+    """
+    value = self._take(key, None)
+    if value is not None and not isinstance(value, kind):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a {kind.__name__.lower()}")
+    return value
+
   def integer(self, key: str, default: Any = _MISSING) -> int:
     """A positive whole number."""
     value = self._take(key, default)
@@ -64,6 +75,11 @@ class ConfigKeys:
   def number(self, key: str, default: Any = _MISSING) -> float:
     """A positive number."""
     return _positive(self._take(key, default), f"{self._where}: {key}")
+
+  def number_or_null(self, key: str) -> float | None:
+    """A positive number, or None where the file says null. The key must be there."""
+    null = key in self._raw and self._raw[key] is None
+    return self.get(key) if null else self.number(key)
 
   def boolean(self, key: str, default: Any = _MISSING) -> bool:
     """True or false."""

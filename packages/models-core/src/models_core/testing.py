@@ -244,6 +244,24 @@ class FamilyContract:
     tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
     assert_close(_call(model, tokens, positions)[0][:, : T], expected)
 
+  def test_rings_change_nothing(self, model, mesh, expected):
+    """Chunks longer and shorter than a window, padding left, right and between, single tokens; causal or masked."""
+    layout = np.array([[-1, 0, 1, 2, 3, 4, -1, -1, 5, 6], [0, 1, -1, 2, 3, -1, 4, 5, 6, -1]], np.int32)
+    real = layout >= 0
+    tokens = np.where(real, np.take_along_axis(TOKENS, np.maximum(layout, 0), axis=1), 0)
+    total = layout.shape[1]
+    causal = np.tril(np.ones((total, total), bool)) & real[:, None, :]
+    for tested, mask in ((model, None), (model, causal), (self.make(self.config, mesh), None)):
+      cache, parts = tested.init_cache(B, total + 20, ring=True), []
+      for start, stop in [(0, 6), (6, 7), (7, 9), (9, 10)]:
+        part = None if mask is None else mask[:, start:stop]
+        logits, cache = _call(tested, tokens[:, start:stop], layout[:, start:stop], cache, part)
+        parts.append(logits)
+      sizes = [layer["k"].shape[1] for layer in cache.values()]
+      assert sizes == [min(window or total + 20, total + 20) for window in tested.windows()]
+      for row in range(B):
+        assert_close(np.concatenate(parts, axis=1)[row, real[row]], expected[row])
+
   def test_segments_equal_separate_sequences(self, model, mesh, expected):
     tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
     segment_ids = np.repeat(np.arange(1, B + 1, dtype=np.int32), T)[None]
