@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from models_core.errors import ConfigError
-from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling
+from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 # Keys that change no logit: provenance, token ids, training, generation and what old versions wrote by default.
 HARMLESS = frozenset(
@@ -65,12 +65,32 @@ class ConfigKeys:
       raise ConfigError(f"{self._where}: {key} is {value!r}, expected a {kind.__name__.lower()}")
     return value
 
-  def integer(self, key: str, default: Any = _MISSING) -> int:
-    """A positive whole number."""
+  def integer(self, key: str, default: Any = _MISSING, minimum: int = 1) -> int:
+    """A whole number, positive unless another minimum is given."""
     value = self._take(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**63 or value % 1:
-      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < 2**63 or value % 1:
+      kind = "a positive whole number" if minimum == 1 else f"a whole number from {minimum} on"
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected {kind}")
     return int(value)
+
+  def integers(self, key: str, default: Any = _MISSING) -> tuple[int, ...]:
+    """Whole numbers from 0 on, such as those of layers."""
+    value = self._take(key, default)
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    if not isinstance(value, (list, tuple)) or not all(map(whole, value)):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a list of whole numbers")
+    return tuple(value)
+
+  def sliding_layers(self, num_layers: int) -> tuple[bool, ...] | None:
+    """Which layers have a sliding window, from `layer_types`; None where that is not stated."""
+    value, kinds = self._take("layer_types", None), ("full_attention", "sliding_attention")
+    if value is None:
+      return None
+    if not isinstance(value, list) or len(value) != num_layers or any(kind not in kinds for kind in value):
+      raise ConfigError(
+        f"{self._where}: layer_types is {value!r}, expected {' or '.join(kinds)} for each of {num_layers} layers"
+      )
+    return tuple(kind == "sliding_attention" for kind in value)
 
   def number(self, key: str, default: Any = _MISSING) -> float:
     """A positive number."""
@@ -127,13 +147,17 @@ class ConfigKeys:
       raise ConfigError(f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one")
     return theta, next(iter(scalings.values()), None)
 
-  def done(self) -> None:
+  def done(self, harmless: Collection[str] = ()) -> None:
     """Refuses keys that nobody read and that are not known to be harmless.
+
+    Args:
+      harmless: further keys that change no logit of this architecture.
 
     Raises:
       ConfigError: naming all of them.
     """
-    unknown = [k for k, v in self._raw.items() if k not in self._read and k not in HARMLESS and v is not None]
+    known = self._read | HARMLESS | set(harmless)
+    unknown = [k for k, v in self._raw.items() if k not in known and v is not None]
     if unknown:
       raise ConfigError(
         f"{self._where}: {', '.join(f'{k}={self._raw[k]!r}' for k in sorted(unknown))}: not known to this "
@@ -152,7 +176,7 @@ def _spell(values: Mapping[str, Any]) -> str:
 
 
 def _fields(cls: type, **keys: str):
-  def read(value: Mapping[str, Any], where: str):
+  def read(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]):
     missing = [key for key in keys.values() if value.get(key) is None]
     if missing:
       raise ConfigError(f"{where} lacks {', '.join(missing)}")
@@ -169,9 +193,28 @@ def _numbers(value: Any, what: str) -> Any:
   return numbers if isinstance(value, (list, tuple)) else value
 
 
+def _yarn(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> YarnScaling:
+  length = value.get("original_max_position_embeddings")
+  if length is None:  # as transformers has it
+    length = raw.get("max_position_embeddings")
+  options = {k: v for k in _YARN_OPTIONS if (v := value.get(k)) is not None}
+  numbers = {"factor": value.get("factor"), "original_max_position_embeddings": length, **options}
+  if missing := [key for key, number in numbers.items() if number is None]:
+    raise ConfigError(f"{where} lacks {', '.join(missing)}")
+  for key, number in numbers.items():
+    _positive(number, f"{where}.{key}")
+  if not isinstance(truncate := value.get("truncate", True), bool):
+    raise ConfigError(f"{where}.truncate is {truncate!r}, expected true or false")
+  return YarnScaling(value["factor"], **{"original_max_position": length, **options}, truncate=truncate)
+
+
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# transformers ignores attn_factor, which other implementations multiply in: the logits are those of transformers.
+_YARN_KEYS = frozenset({"factor", "original_max_position_embeddings", "truncate", "attn_factor", *_YARN_OPTIONS})
+
 # rope_type -> the class of the scaling and, field by field, the key that holds it.
-_SCALINGS = {
-  "default": (lambda value, where: None, frozenset()),
+_SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] = {
+  "default": (lambda value, where, raw: None, frozenset()),
   "linear": _fields(LinearScaling, factor="factor"),
   "llama3": _fields(
     Llama3Scaling,
@@ -180,6 +223,7 @@ _SCALINGS = {
     high_freq_factor="high_freq_factor",
     original_max_position="original_max_position_embeddings",
   ),
+  "yarn": (_yarn, _YARN_KEYS),
   "frequency_factors": _fields(FrequencyFactors, factors="factors"),
 }
 
@@ -195,7 +239,7 @@ def _scaling(value: Mapping[str, Any], where: str) -> RopeScaling | None:
   unknown = [k for k in value if k not in keys | {"rope_type", "type", "rope_theta"} and value[k] is not None]
   if kind != "default" and unknown:
     raise ConfigError(f"{where}: {', '.join(sorted(unknown))} not known to rope_type {kind!r}")
-  return read(value, where)
+  return read(value, where, raw)
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -212,6 +256,15 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
         "low_freq_factor": low,
         "high_freq_factor": high,
         "original_max_position_embeddings": length,
+      }
+    case YarnScaling():
+      options = {k: v for k in _YARN_OPTIONS if (v := getattr(scaling, k)) is not None}
+      return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+        "truncate": scaling.truncate,
+        **options,
       }
     case FrequencyFactors(factors):
       return {"rope_type": "frequency_factors", "factors": list(factors)}

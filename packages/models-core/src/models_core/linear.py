@@ -33,6 +33,27 @@ class Projection(nnx.Module):
     return jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype)).astype(x.dtype)
 
 
+class BiasedProjection(nnx.Module):
+  """A linear map with a bias: as Projection, and a parameter `b` over the output axes. Their sum is rounded once."""
+
+  def __init__(
+    self, equation: str, shape: Sequence[int], spec: PartitionSpec, bias_spec: PartitionSpec, *, rngs: nnx.Rngs
+  ):
+    self.equation = equation
+    self.w = parameter(shape, spec, rngs=rngs)
+    self.b = parameter(shape[: len(bias_spec)], bias_spec, rngs=rngs, init="zeros")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    w = self.w[...]
+    if w.dtype == x.dtype:
+      # Called here, on the parameter itself: quantisation and LoRA intercept this product.
+      y = jnp.einsum(self.equation, x, w, preferred_element_type=jnp.float32)
+    else:
+      dtype = common_dtype(w.dtype, x.dtype)
+      y = jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class Embedder(nnx.Module):
   """Token embeddings [V, D]."""
 
