@@ -2,9 +2,9 @@
 
 import math
 
-import models_naming
 import pytest
 
+import models_naming
 from models_automodel import call_model_config
 from models_automodel.automodel import presets
 from models_automodel.families import load_family

@@ -75,7 +75,11 @@ VARIANTS = {
   "mqa": ("Llama", LLAMA, {"num_key_value_heads": 1}),
   "llama3-8": ("Llama", LLAMA, {"rope_parameters": _llama3_scaling(8.0)}),
   "llama3-32": ("Llama", LLAMA, {"rope_parameters": _llama3_scaling(32.0), "tie_word_embeddings": True}),
-  "linear": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.5}}),
+  "linear": (
+    "Llama",
+    LLAMA,
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.5}},
+  ),
   "theta-small": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.5}}),
   "theta-large": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 3.3e6}}),
   "eps": ("Llama", LLAMA, {"rms_norm_eps": 3e-1}),
@@ -117,7 +121,9 @@ def reference_logits(model: torch.nn.Module, tokens, mask=None, positions=None) 
   """transformers' logits [B, T, V] in float32. The mask is of padding, [B, T]."""
   as_long = lambda array: None if array is None else torch.tensor(np.asarray(array), dtype=torch.long)
   with torch.no_grad():
-    out = model(as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False)
+    out = model(
+      as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False
+    )
   return out.logits.float().numpy()
 
 

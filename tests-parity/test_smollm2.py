@@ -60,7 +60,12 @@ def test_logits_of_real_weights(source, reference, prompts, placement, assert_pa
 def test_greedy_tokens_of_real_weights(source, reference, prompts, placement, prompt):
   tokens = torch.tensor(prompts[prompt], dtype=torch.long)
   expected = reference.generate(
-    tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0
+    tokens,
+    attention_mask=torch.ones_like(tokens),
+    do_sample=False,
+    max_new_tokens=NEW,
+    eos_token_id=-1,
+    pad_token_id=0,
   )[:, tokens.shape[1] :].numpy()
   assert expected.shape == (1, NEW)
   np.testing.assert_array_equal(placement.greedy(source.model(placement), prompts[prompt], NEW), expected)

@@ -24,7 +24,11 @@ def run(*arguments, **options):
   """In a process of its own, since the command decides how many devices the CPU stands for."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
   return subprocess.run(
-    [sys.executable, "-m", "models_automodel", *arguments], capture_output=True, text=True, env=environment, **options
+    [sys.executable, "-m", "models_automodel", *arguments],
+    capture_output=True,
+    text=True,
+    env=environment,
+    **options,
   )
 
 

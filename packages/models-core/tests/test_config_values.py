@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 
 import pytest
+
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 

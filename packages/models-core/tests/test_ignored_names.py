@@ -1,4 +1,5 @@
 import pytest
+
 from models_core.weights import matches
 
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from models_core import cache as cache_lib
 from models_core.attention import attend, visible_keys
 from models_core.cache import append, init_layer

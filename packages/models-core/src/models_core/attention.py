@@ -71,9 +71,11 @@ def visible_keys(
     key_positions = positions
   else:
     query_slots = cache_lib.slots(layer, T)
-    key_slots, key_positions = cache_lib.places(layer, positions)
-    if key_positions is None:
+    key_slots, kept = cache_lib.places(layer, positions)
+    if kept is None:
       key_positions, positions = key_slots, query_slots
+    else:
+      key_positions = kept
   query, key = positions[:, :, None], key_positions[:, None, :]
   if mask is None:
     visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & (key <= query) & (key >= 0)
@@ -88,7 +90,9 @@ def visible_keys(
     visible &= key > query - window
   if segment_ids is not None:
     if layer is not None:
-      raise ValueError("segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row")
+      raise ValueError(
+        "segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row"
+      )
     visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
   return visible
 
@@ -98,7 +102,9 @@ def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
     remedy = "; make_causal_attn_mask makes one from [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
   if jnp.issubdtype(mask.dtype, jnp.floating):
-    raise ValueError(f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key")
+    raise ValueError(
+      f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key"
+    )
   mask = jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
   return jnp.broadcast_to(mask, (B, T, S))
 

@@ -11,6 +11,8 @@ in a cache that keeps all, negative where there is none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -27,7 +29,7 @@ def init_layer(
   cache_size: int,
   num_kv_heads: int,
   head_dim: int,
-  dtype,
+  dtype: Any,
   *,
   mesh: Mesh | AbstractMesh | None,
   spec: PartitionSpec,
@@ -56,7 +58,8 @@ def init_layer(
   if ring:
     arrays["slots"] = arrays["positions"]
   return {
-    name: _full(shape, value, dtype, mesh, PartitionSpec(*spec)) for name, (shape, spec, dtype, value) in arrays.items()
+    name: _full(shape, value, dtype, mesh, PartitionSpec(*spec))
+    for name, (shape, spec, dtype, value) in arrays.items()
   }
 
 

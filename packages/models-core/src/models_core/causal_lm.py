@@ -101,7 +101,9 @@ class CausalLM(nnx.Module):
 
   def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
     """The head alone: [B, T, D] -> float32 [B, T, V]. For losses that take the vocabulary in chunks."""
-    return self._call(lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden)
+    return self._call(
+      lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden
+    )
 
   def _call(self, run, out_specs, *args):
     """`run(self, *args)` on a mesh of either kind."""
@@ -134,7 +136,9 @@ class CausalLM(nnx.Module):
     for i, window in enumerate(self.windows()):
       first.setdefault(window, i)
     return {
-      window: visible_keys(positions, cache and cache[f"layer_{i}"], attention_mask, segment_ids, window)
+      window: visible_keys(
+        positions, cache[f"layer_{i}"] if cache else None, attention_mask, segment_ids, window
+      )
       for window, i in first.items()
     }
 

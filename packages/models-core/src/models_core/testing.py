@@ -26,13 +26,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_core.abstract import abstract_model
+from models_core.checkpoint import LocalFiles
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.loader import load
 from models_core.plan import plan_load
 from models_core.remat import RematConfig
 from models_core.safetensors_headers import DTYPES, read_safetensors
-from models_core.checkpoint import LocalFiles
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, pieces, put_back
 
@@ -59,7 +59,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> No
   assert error <= tolerance * scale, f"largest error {error:.3g}, largest value {scale:.3g}"
 
 
-def write_checkpoint(directory: pathlib.Path, family: Family, config: Any, model: nnx.Module) -> dict[str, np.ndarray]:
+def write_checkpoint(
+  directory: pathlib.Path, family: Family, config: Any, model: nnx.Module
+) -> dict[str, np.ndarray]:
   """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
   tensors = to_tensors(model, family.weights["huggingface"])
   header, end = {}, 0
@@ -82,7 +84,7 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   tensors: dict[str, np.ndarray] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
-    (row, at), = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
+    ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
     for piece in pieces(row, row.forms[0], at, value.shape):
       tensor = tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
       put_back(value[piece.target], piece, tensor)
@@ -134,7 +136,7 @@ class FamilyContract:
     return np.asarray(_call(model, TOKENS, POSITIONS)[0])
 
   @classmethod
-  def make(cls, config: Any, mesh: Mesh | None = None) -> nnx.Module:
+  def make(cls, config: Any, mesh: Mesh | None = None) -> Any:
     """A random model of the family."""
     return create_dummy_model(cls.family.model_class, config, mesh, scale=0.3)
 
@@ -159,13 +161,17 @@ class FamilyContract:
     names = {name for config in self._all_configs() for name in self.shapes(config)}
     for dialect, table in self.family.weights.items():
       for row in table.rows:
-        assert any(row.match(name) is not None for name in names), f"{dialect}: no configuration has {row.ours}"
+        assert any(row.match(name) is not None for name in names), (
+          f"{dialect}: no configuration has {row.ours}"
+        )
 
   def test_loads_what_the_table_writes_bit_by_bit(self, model, mesh, tmp_path):
     write_checkpoint(tmp_path, self.family, self.config, model)
     config = self.family.read_config(json.loads((tmp_path / "config.json").read_text()))
     abstract = abstract_model(self.family.model_class, config, mesh)
-    loaded = load(plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"]))
+    loaded = load(
+      plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"])
+    )
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
     assert ours.keys() == theirs.keys()
     for path, variable in ours.items():
@@ -183,21 +189,30 @@ class FamilyContract:
   def test_every_config_field_changes_shapes_or_output(self, model, expected):
     own = {field.name for field in dataclasses.fields(self.config)} - {"shd_config", "remat_config"}
     elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
-    assert own - elsewhere <= set(self.changes) <= own, "give another value for each field of the configuration"
+    assert own - elsewhere <= set(self.changes) <= own, (
+      "give another value for each field of the configuration"
+    )
     shapes = self.shapes(self.config)
     for name, value in self.changes.items():
       config = dataclasses.replace(self.config, **{name: value})
       if self.shapes(config) == shapes:
         logits, _ = _call(self.make(config), TOKENS, POSITIONS)
-        assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), f"{name} changes nothing"
+        assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), (
+          f"{name} changes nothing"
+        )
 
   def test_sharding_config_decides_the_shardings(self):
     names = [field.name for field in dataclasses.fields(ShardingConfig)]
     default = self.config.shd_config
-    turned = {n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names}
+    turned: dict[str, Any] = {
+      n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names
+    }
     config = dataclasses.replace(self.config, shd_config=ShardingConfig(**turned))
     specs = [
-      {n: p.sharding.spec for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()}
+      {
+        n: p.sharding.spec
+        for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()
+      }
       for c in (self.config, config)
     ]
     assert specs[0] != specs[1]
@@ -247,7 +262,7 @@ class FamilyContract:
 
   def test_right_padding_changes_nothing(self, model, expected):
     tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
-    assert_close(_call(model, tokens, positions)[0][:, : T], expected)
+    assert_close(_call(model, tokens, positions)[0][:, :T], expected)
 
   def test_rings_change_nothing(self, model, mesh, expected):
     """Chunks longer and shorter than a window, padding left, right and between, single tokens; causal or masked."""
@@ -333,7 +348,7 @@ class FamilyContract:
 
   @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
   def test_half_precision_stays_half_and_near(self, expected, dtype):
-    model = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
+    model: Any = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
     logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
     assert logits.dtype == jnp.float32
     assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)

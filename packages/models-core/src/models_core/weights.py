@@ -183,7 +183,9 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   """
   theirs, ours = parse_layout(form.layout)
   if len(ours) != len(shape):
-    raise ValueError(f"the layout {form.layout!r} has {len(ours)} axes for a parameter of shape {tuple(shape)}")
+    raise ValueError(
+      f"the layout {form.layout!r} has {len(ours)} axes for a parameter of shape {tuple(shape)}"
+    )
   sizes = _sizes(ours, shape, form.layout)
   stacked = [name for name in _PLACEHOLDER.findall(form.name) if name not in placeholders]
   flat_ours = [axis for group in ours for axis in group]
@@ -192,7 +194,9 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
   if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
-    raise ValueError(f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0")
+    raise ValueError(
+      f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0"
+    )
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
   select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)

@@ -6,7 +6,6 @@ from typing import Any
 
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
-
 from models_gemma.attention_types import AttentionType, every
 
 GELU_TANH = "gelu_pytorch_tanh"

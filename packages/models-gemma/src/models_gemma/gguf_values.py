@@ -1,6 +1,7 @@
 """What Gemma's GGUF files store otherwise."""
 
 import numpy as np
+
 from models_core.weights import Values
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
+
 from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.weights import Tied, WeightTable
-
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
 from models_gemma.gemma.model import Gemma, ModelConfig

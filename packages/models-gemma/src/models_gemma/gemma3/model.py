@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from models_core import rope
 from models_core.attention import attend, bound, make_causal_attn_mask
 from models_core.cache import Cache, LayerCache, append
@@ -25,7 +26,6 @@ from models_core.norm import OffsetRMSNorm
 from models_core.remat import RematConfig
 from models_core.rope import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
-
 from models_gemma.attention_types import AttentionType, checked, every
 
 __all__ = ["AttentionType", "Gemma3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]

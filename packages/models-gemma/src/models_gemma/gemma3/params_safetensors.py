@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
+
 from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.rope import RopeScaling
 from models_core.weights import Form, Ignored, Tied, WeightTable
-
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
 from models_gemma.gemma3.model import Gemma3, ModelConfig
