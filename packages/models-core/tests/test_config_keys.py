@@ -132,7 +132,7 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "scaling is stated twice"),
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 32.0}}, "scaling is stated twice"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_type and type, and they differ"),
-      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn' is not implemented"),
+      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "longrope", "factor": 4}}, "'longrope' is not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": ["llama3"]}}, "not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor, high_freq"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
