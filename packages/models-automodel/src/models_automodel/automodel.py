@@ -20,7 +20,13 @@ from jax.sharding import Mesh
 import models_naming
 import models_sources
 from models_automodel.errors import ModelNameError, name_errors, source_errors
-from models_automodel.families import family_module, family_of_config, family_of_model_type, load_family
+from models_automodel.families import (
+  check_installed,
+  family_module,
+  family_of_config,
+  family_of_model_type,
+  load_family,
+)
 from models_automodel.overrides import override
 from models_core.abstract import abstract_model
 from models_core.checkpoint import Checkpoint, Files
@@ -191,6 +197,7 @@ def find(
   progress: bool = True,
 ) -> Found:
   """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
+  check_installed(model_id)
   with source_errors():
     files = _open_files(model_id, model_source, model_path, model_download_path, revision, token, progress)
     names = set(files.names())

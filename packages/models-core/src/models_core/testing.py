@@ -101,17 +101,19 @@ def _loss(model, tokens, positions):
   return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-@functools.partial(nnx.jit, donate_argnums=(0, 1))
 def _step(model, optimizer, tokens, positions):
   value, grads = nnx.value_and_grad(_loss)(model, tokens, positions)
   optimizer.update(model, grads)
   return value
 
 
+_jitted_step: Any = nnx.jit(_step, donate_argnums=(0, 1))
+
+
 def _train(model: nnx.Module) -> list[float]:
   """Losses of three steps of gradient descent with donated state."""
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-  return [float(_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
+  return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
 
 
 class FamilyContract:
