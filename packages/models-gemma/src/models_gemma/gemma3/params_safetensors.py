@@ -119,11 +119,11 @@ def _read_text(keys: ConfigKeys) -> ModelConfig:
   local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq")
   if local_scaling is not None:
     raise ConfigError(f"config.json: RoPE scaling {local_scaling} of sliding layers is not implemented")
+  # transformers writes this key whatever layer_types says, and does not read it.
+  pattern = keys.integer("_sliding_window_pattern", 6)
   config = ModelConfig(
     **common,
-    attention_types=read_types(
-      keys, common["num_layers"], 6, "sliding_window_pattern", "_sliding_window_pattern"
-    ),
+    attention_types=read_types(keys, common["num_layers"], pattern, "sliding_window_pattern"),
     rope_theta=theta,
     local_rope_theta=local_theta,
     query_pre_attn_scalar=keys.integer("query_pre_attn_scalar"),
@@ -150,7 +150,7 @@ def _rope(
     "rope_scaling": keys.get(scaling) if scaling else None,
     "rope_parameters": nested.get(kind.value),
   }
-  return ConfigKeys(own, f"config.json, {kind.value}").rope()
+  return ConfigKeys(own, f"config.json, {kind.value} ({theta})").rope()
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
