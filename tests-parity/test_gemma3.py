@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+
 from models_automodel import AutoModel
 from models_automodel.tokenizer import load_tokenizer
 from models_core.errors import ConfigError

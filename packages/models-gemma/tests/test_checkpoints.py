@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CheckpointError
 from models_core.testing import to_tensors

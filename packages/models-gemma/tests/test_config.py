@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from models_core.errors import ConfigError
 from models_core.rope import LinearScaling
 from models_gemma import gemma, gemma3
