@@ -28,7 +28,7 @@ BASE = {
   "bos_token_id": None,
   "eos_token_id": None,
 }
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": True}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
 YARN = {"rope_type": "yarn", "rope_theta": 321.5, "factor": 4.0, "original_max_position_embeddings": 16}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 

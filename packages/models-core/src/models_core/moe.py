@@ -20,10 +20,6 @@ from models_core.mesh import fit_auto
 from models_core.parameter import parameter
 from models_core.sharding import ShardingConfig
 
-# Rows that the CPU multiplies at a time.
-_BLOCK = 64
-
-
 class Experts(nnx.Module):
   """E gated feed-forward blocks, stacked: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F].
 
@@ -125,8 +121,10 @@ def _apply(x, experts, weights, gate, up, down, first, activation, mesh_axes) ->
   sizes = jnp.bincount(group, length=E + 1)[:E].astype(jnp.int32)
   rows = x.reshape(B * T, -1)[order // n]
   hidden = activation(grouped_dot(rows, gate, sizes, mesh_axes)) * grouped_dot(rows, up, sizes, mesh_axes)
-  out = grouped_dot(hidden, down, sizes, mesh_axes)[jnp.argsort(order)].reshape(B, T, n, -1)
-  return jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=2)
+  out = grouped_dot(hidden, down, sizes, mesh_axes)[jnp.argsort(order)].astype(jnp.float32)
+  # One axis of tokens: with B = 1 in front, the CPU backend of jaxlib 0.10.2 compiles this sum's gradient wrong.
+  out = jnp.sum(out.reshape(B * T, n, -1) * weights.reshape(B * T, n, 1), axis=1)
+  return out.reshape(B, T, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -160,18 +158,18 @@ def _ragged_dot(x, w, sizes, axis):
 
 
 def _dot_in_blocks(x, w, sizes, axis, mesh_axes):
-  M = x.shape[0]
-  padded = jnp.pad(x, ((0, _BLOCK), (0, 0)))
+  M, block = x.shape[0], _block(x, sizes)
+  padded = jnp.pad(x, ((0, block), (0, 0)))
 
-  def multiply(expert, start, _, out):
-    rows = lax.dynamic_slice_in_dim(padded, start, _BLOCK)
+  def multiply(group, start, left, out):
+    rows = lax.dynamic_slice_in_dim(padded, start, block)
+    matrix = lax.dynamic_index_in_dim(w, group, keepdims=False)
+    product = lax.dot_general(rows, matrix, (((1,), (axis - 1,)), ((), ())))
     # What a block writes past its group, the next group's first block writes again.
-    return lax.dynamic_update_slice_in_dim(
-      out, lax.dot_general(rows, w[expert], (((1,), (axis - 1,)), ((), ()))), start, 0
-    )
+    return lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
-  out = _varying(jnp.zeros((M + _BLOCK, w.shape[3 - axis]), x.dtype), mesh_axes)
-  out = _for_blocks(sizes, multiply, out)[:M]
+  out = _varying(jnp.zeros((M + block, w.shape[3 - axis]), x.dtype), mesh_axes)
+  out = _for_blocks(sizes, block, multiply, out)[:M]
   return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes), out, 0)
 
 
@@ -190,25 +188,32 @@ def _ragged_outer(x, dy, sizes):
 
 
 def _outer_in_blocks(x, dy, sizes, mesh_axes):
-  padded, padded_dy = (jnp.pad(array, ((0, _BLOCK), (0, 0))) for array in (x, dy))
+  block = _block(x, sizes)
+  padded, padded_dy = (jnp.pad(array, ((0, block), (0, 0))) for array in (x, dy))
 
-  def add(expert, start, left, out):
-    rows, dy = (lax.dynamic_slice_in_dim(array, start, _BLOCK) for array in (padded, padded_dy))
-    dy = jnp.where(jnp.arange(_BLOCK)[:, None] < left, dy, 0)
-    return out.at[expert].add(jnp.einsum("mf,md->fd", dy, rows, preferred_element_type=jnp.float32))
+  def add(group, start, left, out):
+    rows, dy = (lax.dynamic_slice_in_dim(array, start, block) for array in (padded, padded_dy))
+    dy = jnp.where(jnp.arange(block)[:, None] < left, dy, 0)
+    return out.at[group].add(jnp.einsum("mf,md->fd", dy, rows, preferred_element_type=jnp.float32))
 
   out = _varying(jnp.zeros((sizes.shape[0], dy.shape[1], x.shape[1]), jnp.float32), mesh_axes)
-  return _for_blocks(sizes, add, out).astype(x.dtype)
+  return _for_blocks(sizes, block, add, out).astype(x.dtype)
 
 
-def _for_blocks(sizes, body, out):
+def _block(x, sizes) -> int:
+  """Rows that are multiplied at a time: about two groups' worth, which measures fastest."""
+  rows, groups = x.shape[0], sizes.shape[0]
+  return 1 if rows <= groups else min(128, 1 << (2 * rows // groups - 1).bit_length())
+
+
+def _for_blocks(sizes, block, body, out):
   """Folds `body(group, first row, rows left in the group, out)` over the blocks of all groups, in order."""
-  blocks = -(-sizes // _BLOCK)
+  blocks = -(-sizes // block)
   ends, starts = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
 
   def step(i, out):
     group = jnp.sum((i >= ends).astype(jnp.int32))
-    done = (i - ends[group] + blocks[group]) * _BLOCK
+    done = (i - ends[group] + blocks[group]) * block
     return body(group, starts[group] + done, sizes[group] - done, out)
 
   return lax.fori_loop(0, ends[-1], step, out)
