@@ -96,6 +96,13 @@ def _call(model, tokens, positions, cache=None, mask=None, segment_ids=None):
   return model(tokens, positions, cache, mask, segment_ids=segment_ids)
 
 
+@nnx.jit
+def _call_in_parts(model, tokens, positions):
+  hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
+  kept = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[0]
+  return hidden, kept, model.compute_final_logits(hidden[:, -1:])
+
+
 def _loss(model, tokens, positions):
   logits, _ = model(tokens, positions)
   return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
@@ -322,14 +329,8 @@ class FamilyContract:
     assert np.isnan(logits[:, 1]).all()
 
   def test_the_head_can_be_left_out_and_computed_apart(self, model, mesh, expected):
-    @nnx.jit
-    def call(model, tokens, positions):
-      hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
-      kept = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[0]
-      return hidden, kept, model.compute_final_logits(hidden[:, -1:])
-
     for tested in (model, self.make(self.config, mesh)):
-      hidden, kept, logits = call(tested, TOKENS, POSITIONS)
+      hidden, kept, logits = _call_in_parts(tested, TOKENS, POSITIONS)
       np.testing.assert_array_equal(kept, hidden)
       assert_close(logits, expected[:, -1:])
 
