@@ -105,9 +105,13 @@ class TestUnknownKeys:
     with pytest.raises(ConfigError, match="expected a list of whole numbers"):
       ConfigKeys({"dense": value}).integers("dense")
 
-  @pytest.mark.parametrize("value", ["full_attention", ["full_attention"], ["full_attention", "chunked_attention"]])
+  @pytest.mark.parametrize(
+    "value", ["full_attention", ["full_attention"], ["full_attention", "chunked_attention"]]
+  )
   def test_layer_types_that_are_not_known_or_not_as_many_as_layers(self, value):
-    with pytest.raises(ConfigError, match="expected full_attention or sliding_attention for each of 2 layers"):
+    with pytest.raises(
+      ConfigError, match="expected full_attention or sliding_attention for each of 2 layers"
+    ):
       ConfigKeys({"layer_types": value}).sliding_layers(2)
 
   def test_a_family_names_further_harmless_keys(self):
@@ -159,20 +163,17 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 32.0}}, "scaling is stated twice"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_type and type, and they differ"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "longrope", "factor": 4}}, "'longrope' is not implemented"),
-<<<<<<< HEAD
-=======
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}}, "lacks factor, original_max_position_embeddings"),
       ({"rope_theta": 1e4, "rope_scaling": YARN | {"truncate": 1}}, "truncate is 1, expected true or false"),
       ({"rope_theta": 1e4, "rope_scaling": YARN | {"beta_slow": -1}}, "beta_slow is -1"),
       ({"rope_theta": 1e4, "rope_scaling": YARN | {"low_freq_factor": 1}}, "low_freq_factor not known to rope_type 'yarn'"),
->>>>>>> qwen
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": ["llama3"]}}, "not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor, high_freq"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"beta_fast": 32}}, "beta_fast not known to rope_type 'llama3'"),
     ],
-    ids=range(21),
+    ids=str,
   )  # fmt: skip
   def test_what_is_missing_wrong_or_contradictory_is_an_error(self, raw, message):
     with pytest.raises(ConfigError, match=message):
