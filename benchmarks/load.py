@@ -396,7 +396,9 @@ def main() -> None:
     "--directory", type=pathlib.Path, help="where the checkpoint is kept; else it is temporary"
   )
   parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
-  parser.add_argument("--align", type=int, default=8, help="bytes; 8 as the safetensors library writes, 64 to be mapped")
+  parser.add_argument(
+    "--align", type=int, default=8, help="bytes; 8 as the safetensors library writes, 64 to be mapped"
+  )
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
   parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from models_core.moe import Experts, _ragged_dot, grouped_dot
 from models_core.sharding import ShardingConfig
 
@@ -73,24 +74,33 @@ def main() -> None:
     return jax.jit(jax.grad(loss, (0, 3, 4, 5)))
 
   print(f"{jax.devices()[0].device_kind}, {args.dtype}, E={E}, n={n}, D={D}, F={F}; at best {E / n:.1f} x")
-  print(f"{'tokens':>7} {'pass':>9} {'dense ms':>9} {'sparse ms':>10} {'dense / sparse':>15} {'difference':>11}")
+  print(
+    f"{'tokens':>7} {'pass':>9} {'dense ms':>9} {'sparse ms':>10} {'dense / sparse':>15} {'difference':>11}"
+  )
   for T in TOKENS:
     keys = jax.random.split(jax.random.key(T), 2)
     x = jax.random.normal(keys[0], (T, D), args.dtype)
     weights, experts = jax.lax.top_k(jax.nn.softmax(jax.random.normal(keys[1], (T, E))), n)
     inputs = (x, experts, weights, *stacks)
-    for name, forms in (("forward", [jax.jit(dense), jax.jit(sparse)]), ("gradient", [gradient(dense), gradient(sparse)])):
+    for name, forms in (
+      ("forward", [jax.jit(dense), jax.jit(sparse)]),
+      ("gradient", [gradient(dense), gradient(sparse)]),
+    ):
       slow, fast = fastest(forms, inputs, args.rounds)
       results = [jax.tree.leaves(form(*inputs))[0].astype(jnp.float32) for form in forms]
       difference = float(jnp.abs(results[0] - results[1]).max() / jnp.abs(results[0]).max())
-      print(f"{T:>7} {name:>9} {slow * 1e3:>9.1f} {fast * 1e3:>10.1f} {slow / fast:>15.2f} {difference:>11.1e}")
+      print(
+        f"{T:>7} {name:>9} {slow * 1e3:>9.1f} {fast * 1e3:>10.1f} {slow / fast:>15.2f} {difference:>11.1e}"
+      )
 
   rows = jax.random.normal(jax.random.key(0), (512, D), args.dtype)
   sizes = jnp.full(E, 512 // E, jnp.int32)
   ours = jax.jit(lambda x, w: grouped_dot(x, w, sizes))
   theirs = jax.jit(lambda x, w: _ragged_dot(x, w, sizes, 2))
   fast, slow = fastest([ours, theirs], (rows, stacks[0]), args.rounds)
-  print(f"one product of 512 rows: grouped_dot {fast * 1e3:.1f} ms, jax.lax.ragged_dot_general {slow * 1e3:.1f} ms: {slow / fast:.1f} x")
+  print(
+    f"one product of 512 rows: grouped_dot {fast * 1e3:.1f} ms, jax.lax.ragged_dot_general {slow * 1e3:.1f} ms: {slow / fast:.1f} x"
+  )
 
 
 if __name__ == "__main__":

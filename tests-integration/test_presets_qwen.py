@@ -2,8 +2,9 @@
 
 import math
 
-import models_naming
 import pytest
+
+import models_naming
 from models_automodel.automodel import call_model_config
 from models_core.abstract import abstract_model
 from models_core.rope import YarnScaling

@@ -13,11 +13,6 @@ import json
 import pathlib
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-# Halves the time, most of which is compilation.
-jax.config.update("jax_disable_most_optimizations", True)
-
 import numpy as np
 import pytest
 import safetensors.torch
@@ -27,6 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_automodel import AutoModel
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Halves the time, most of which is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Of a float32 result, relative to the largest number in the reference.
 TOLERANCE = 2e-5
@@ -75,7 +74,11 @@ VARIANTS = {
   "mqa": ("Llama", LLAMA, {"num_key_value_heads": 1}),
   "llama3-8": ("Llama", LLAMA, {"rope_parameters": _llama3_scaling(8.0)}),
   "llama3-32": ("Llama", LLAMA, {"rope_parameters": _llama3_scaling(32.0), "tie_word_embeddings": True}),
-  "linear": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.5}}),
+  "linear": (
+    "Llama",
+    LLAMA,
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.5}},
+  ),
   "theta-small": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.5}}),
   "theta-large": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 3.3e6}}),
   "eps": ("Llama", LLAMA, {"rms_norm_eps": 3e-1}),
@@ -115,9 +118,12 @@ def make_reference(variant: str, seed: int = 0, **changes) -> torch.nn.Module:
 
 def reference_logits(model: torch.nn.Module, tokens, mask=None, positions=None) -> np.ndarray:
   """transformers' logits [B, T, V] in float32. The mask is of padding, [B, T]."""
-  as_long = lambda array: None if array is None else torch.tensor(np.asarray(array), dtype=torch.long)
+  as_long = functools.partial(torch.tensor, dtype=torch.long)
+  mask, positions = (None if array is None else as_long(np.asarray(array)) for array in (mask, positions))
   with torch.no_grad():
-    out = model(as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False)
+    out = model(
+      as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False
+    )
   return out.logits.float().numpy()
 
 
@@ -289,6 +295,14 @@ def open_checkpoint():
 def random_reference():
   """`random_reference(variant, seed=0, **changes)`: a model of transformers with a changed configuration."""
   return make_reference
+
+
+@pytest.fixture(scope="module")
+def optimized():
+  """Compiles as users do: where the numbers of optimised code are the point, or its speed is needed."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

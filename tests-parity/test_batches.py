@@ -37,7 +37,10 @@ def test_padding(checkpoint, variant, side, by, placement, tokens, assert_parity
   source, real = checkpoint(variant), _padding(side)
   positions = np.cumsum(real, 1, dtype=np.int32) - 1
   if by == "attention_mask":
-    positions, arguments = np.maximum(positions, 0), {"attention_mask": np.asarray(make_causal_attn_mask(real))}
+    positions, arguments = (
+      np.maximum(positions, 0),
+      {"attention_mask": np.asarray(make_causal_attn_mask(real))},
+    )
   else:
     positions, arguments = np.where(real, positions, -1), {}
   logits = placement.logits(source.model(placement), tokens, positions, **arguments)
@@ -49,7 +52,9 @@ def test_padding(checkpoint, variant, side, by, placement, tokens, assert_parity
 @compiled
 @pytest.mark.parametrize("by", ["attention_mask", "negative_positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_prompts_then_tokens_one_by_one(checkpoint, variant, side, by, placement, tokens, assert_parity):
+def test_padded_prompts_then_tokens_one_by_one(
+  checkpoint, variant, side, by, placement, tokens, assert_parity
+):
   """Prompts of different lengths in one batch, then the same number of tokens for each row."""
   P, new, lengths = 16, 4, (16, 3, 9, 12)
   source, real = checkpoint(variant), _padding(side, lengths, P)
@@ -60,16 +65,22 @@ def test_padded_prompts_then_tokens_one_by_one(checkpoint, variant, side, by, pl
     positions, prompt_mask = np.where(real, positions, -1), None
   else:
     positions, prompt_mask = np.maximum(positions, 0), np.asarray(make_causal_attn_mask(real))
-  logits, cache = placement.call(model, tokens[:, :P], positions, model.init_cache(B, P + new + 3), prompt_mask)
+  logits, cache = placement.call(
+    model, tokens[:, :P], positions, model.init_cache(B, P + new + 3), prompt_mask
+  )
   steps = [np.asarray(logits)]
   for t in range(new):
     step = tokens[:, P + t : P + t + 1]
     # Always as long as the whole, so that one compiled step serves all.
     seen = np.where(np.arange(P + new) <= P + t, whole, False)[:, None] if prompt_mask is not None else None
-    logits, cache = placement.call(model, step, np.asarray(lengths, np.int32)[:, None] + np.int32(t), cache, seen)
+    logits, cache = placement.call(
+      model, step, np.asarray(lengths, np.int32)[:, None] + np.int32(t), cache, seen
+    )
     steps.append(np.asarray(logits))
   logits = np.concatenate(steps, 1)
-  assert_parity(logits[whole], np.concatenate(_plain(source, tokens[:, : P + new], whole)), what=f"{side} {by}")
+  assert_parity(
+    logits[whole], np.concatenate(_plain(source, tokens[:, : P + new], whole)), what=f"{side} {by}"
+  )
 
 
 # Chunks of a row's 40 tokens, and how many slots the cache has beyond them.

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SEEDS = range(4)
 
 

@@ -38,7 +38,10 @@ SPELLINGS = {
 CONTRADICTIONS = {
   "theta": (OLD | {"rope_theta": 999.0} | NEW, "theta"),
   "factor": (OLD | {"rope_parameters": NEW["rope_parameters"] | {"factor": 32.0}}, "scaling"),
-  "scaled-and-default": (OLD | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}, "scaling"),
+  "scaled-and-default": (
+    OLD | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}},
+    "scaling",
+  ),
   "types": (OLD | {"rope_scaling": OLD["rope_scaling"] | {"type": "linear"}}, "type"),
   "no-theta": ({"rope_scaling": OLD["rope_scaling"]}, "rope_theta is missing"),
   "unknown-type": ({"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),

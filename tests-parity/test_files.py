@@ -59,17 +59,19 @@ def test_stored_dtypes_loaded_as_stored(edit, stored, placement, tokens):
 
 @MESHES
 def test_tied_model_with_an_equal_head(edit, placement, tokens, assert_parity):
-  twin = lambda state: state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
-  source = edit("tied", tensors=twin)
+  def with_head(state):
+    return state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+  source = edit("tied", tensors=with_head)
   assert_parity(placement.logits(source.model(placement), tokens), source.logits(tokens))
 
 
 @MESHES
 def test_tied_model_with_another_head(edit, placement):
-  def other(state):
+  def with_head(state):
     head = state["model.embed_tokens.weight"].clone()
     head[-1, -1] += 1e-3
     return state | {"lm_head.weight": head}
 
   with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-    edit("tied", tensors=other).model(placement)
+    edit("tied", tensors=with_head).model(placement)

@@ -45,16 +45,22 @@ def test_head_apart(checkpoint, variant, placement, tokens, assert_parity):
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
 def test_greedy_continuation(checkpoint, variant, placement, tokens):
   source, prompt = checkpoint(variant), tokens[:, :7]
-  np.testing.assert_array_equal(placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24))
+  np.testing.assert_array_equal(
+    placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
+  )
 
 
 @pytest.mark.parametrize(
-  "placement", ["explicit-eager", "explicit-jit", "explicit-jit-inside", "auto-jit", "auto-jit-inside"], indirect=True
+  "placement",
+  ["explicit-eager", "explicit-jit", "explicit-jit-inside", "auto-jit", "auto-jit-inside"],
+  indirect=True,
 )
 @pytest.mark.parametrize("variant", ["untied", "divisible-tied"], indirect=True)
 def test_greedy_continuation_on_meshes(checkpoint, variant, placement, tokens):
   source, prompt, new = checkpoint(variant), tokens[:, :7], 24 if placement.compiled else 6
-  np.testing.assert_array_equal(placement.greedy(source.model(placement), prompt, new), source.greedy(prompt, new))
+  np.testing.assert_array_equal(
+    placement.greedy(source.model(placement), prompt, new), source.greedy(prompt, new)
+  )
 
 
 # A variant -> the configuration without what it is about.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from models_qwen.qwen2.model import make_causal_attn_mask
 
 # Nothing is at its default, and no axis but the feed-forward block's divides by tp=4.

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+
 from models_qwen.qwen3.model import make_causal_attn_mask
 
 # Nothing is at its default, and neither heads nor vocabulary divide by tp=4. The experts do.

@@ -8,12 +8,15 @@ import pytest
 import torch
 import transformers
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 PROMPTS = [
-  "The capital of France is",
-  "def fibonacci(n):\n",
+  "The capital of France is Paris, and the capital of Italy is",
+  "def fibonacci(n):\n  if n < 2:\n    return n\n",
   "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
 ]
-NEW = 32
+# All prompts end after as many tokens: one batch without padding.
+LENGTH, NEW = 12, 32
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +46,24 @@ def reference(gguf):
 @pytest.fixture(scope="module")
 def prompts(gguf):
   tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-  return [np.array([tokenizer.encode(prompt)], np.int32) for prompt in PROMPTS]
+  tokens = np.array([tokenizer.encode(prompt)[:LENGTH] for prompt in PROMPTS], np.int32)
+  assert tokens.shape == (len(PROMPTS), LENGTH)
+  return tokens
 
 
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
 def test_logits_of_real_weights(source, reference, prompts, placement, assert_parity):
-  model = source.model(placement)
-  for prompt in prompts:
-    with torch.no_grad():
-      expected = reference(torch.tensor(prompt, dtype=torch.long)).logits.numpy()
-    assert_parity(placement.logits(model, prompt), expected)
+  with torch.no_grad():
+    expected = reference(torch.tensor(prompts, dtype=torch.long)).logits.numpy()
+  assert_parity(placement.logits(source.model(placement), prompts), expected)
 
 
-@pytest.mark.parametrize("prompt", range(len(PROMPTS)))
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
-def test_greedy_tokens_of_real_weights(source, reference, prompts, placement, prompt):
-  tokens = torch.tensor(prompts[prompt], dtype=torch.long)
+def test_greedy_tokens_of_real_weights(source, reference, prompts, placement):
+  tokens = torch.tensor(prompts, dtype=torch.long)
+  reference.generation_config.eos_token_id = None
   expected = reference.generate(
-    tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0
-  )[:, tokens.shape[1] :].numpy()
-  assert expected.shape == (1, NEW)
-  np.testing.assert_array_equal(placement.greedy(source.model(placement), prompts[prompt], NEW), expected)
+    tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+  )[:, LENGTH:].numpy()
+  assert expected.shape == (len(PROMPTS), NEW)
+  np.testing.assert_array_equal(placement.greedy(source.model(placement), prompts, NEW), expected)

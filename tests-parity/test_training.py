@@ -40,7 +40,9 @@ def _torch_loss(model, tokens):
 
 def _ours(parameter_name, shape, tensors):
   """A parameter's worth of transformers' tensors, in our layout."""
-  (row, at), *_ = [(row, at) for row in FAMILY.weights["huggingface"].rows if (at := row.match(parameter_name))  is not None]
+  (row, at), *_ = [
+    (row, at) for row in FAMILY.weights["huggingface"].rows if (at := row.match(parameter_name)) is not None
+  ]
   out = np.zeros(shape, np.float32)
   for piece in pieces(row, row.forms[0], at, shape):
     out[piece.target] = arrange(tensors[piece.tensor], piece, part_shape(piece, shape))

@@ -105,9 +105,13 @@ class TestUnknownKeys:
     with pytest.raises(ConfigError, match="expected a list of whole numbers"):
       ConfigKeys({"dense": value}).integers("dense")
 
-  @pytest.mark.parametrize("value", ["full_attention", ["full_attention"], ["full_attention", "chunked_attention"]])
+  @pytest.mark.parametrize(
+    "value", ["full_attention", ["full_attention"], ["full_attention", "chunked_attention"]]
+  )
   def test_layer_types_that_are_not_known_or_not_as_many_as_layers(self, value):
-    with pytest.raises(ConfigError, match="expected full_attention or sliding_attention for each of 2 layers"):
+    with pytest.raises(
+      ConfigError, match="expected full_attention or sliding_attention for each of 2 layers"
+    ):
       ConfigKeys({"layer_types": value}).sliding_layers(2)
 
   def test_a_family_names_further_harmless_keys(self):
@@ -169,7 +173,7 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"beta_fast": 32}}, "beta_fast not known to rope_type 'llama3'"),
     ],
-    ids=range(21),
+    ids=str,
   )  # fmt: skip
   def test_what_is_missing_wrong_or_contradictory_is_an_error(self, raw, message):
     with pytest.raises(ConfigError, match=message):

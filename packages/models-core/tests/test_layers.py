@@ -109,6 +109,7 @@ class TestRope:
       rope.inverse_frequencies(8, 10_000.0, rope.FrequencyFactors(factors)), plain / np.array(factors), 1e-7
     )
 
+
 # What transformers 5.24 gives for theta 321.5 and a head of 16.
 PLAIN_RAMP = [1.0, 0.36447155, 0.11807957, 0.028691096, 0.013942784, 0.0067756642, 0.0032927161, 0.0016001351]
 LONG_RAMP = [1.0, 0.45116317, 0.15581404, 0.044893105, 0.013942784, 0.0067756642, 0.0032927161, 0.0016001351]
@@ -141,13 +142,22 @@ def test_yarn(options, frequencies, magnitude):
 
 def test_a_projection_with_a_bias(rng):
   x, w, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 8), (4, 5, 8), (4, 5)))
-  made = module(BiasedProjection, "btd,nhd->btnh", (4, 5, 8), P("tp", None, "fsdp"), P("tp", None), w=array(w), b=array(b))
+  made = module(
+    BiasedProjection, "btd,nhd->btnh", (4, 5, 8), P("tp", None, "fsdp"), P("tp", None), w=array(w), b=array(b)
+  )
   close(call(made, array(x)), np.einsum("btd,nhd->btnh", x, w) + b, 1e-6)
-  half = module(BiasedProjection, "btd,nhd->btnh", (4, 5, 8), P(), P(None, None), w=array(w, "bfloat16"), b=array(b, "bfloat16"))
+  half = module(
+    BiasedProjection,
+    "btd,nhd->btnh",
+    (4, 5, 8),
+    P(),
+    P(None, None),
+    w=array(w, "bfloat16"),
+    b=array(b, "bfloat16"),
+  )
   out = call(half, array(x, "bfloat16"))
   assert out.dtype == jnp.bfloat16
   close(out, np.einsum("btd,nhd->btnh", x, w) + b, 0.03)
-
 
 
 class TestAttend:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
 from models_core.mesh import call_auto
 from models_core.moe import Experts, _ragged_dot, _ragged_outer, grouped_dot
 from models_core.sharding import ShardingConfig, fit
@@ -94,7 +95,8 @@ def test_sharded_experts_equal_the_dense_form(arrays, expected, mesh, spec):
   up, down = sharding.spec("exp_weight_edf", "e f d"), sharding.spec("exp_weight_efd", "e d f")
   specs = (*[PartitionSpec("fsdp")] * 3, up, up, down)
   placed = [
-    jax.device_put(a, NamedSharding(mesh, fit(a.shape, s, mesh)[0])) for a, s in zip(arrays, specs, strict=True)
+    jax.device_put(a, NamedSharding(mesh, fit(a.shape, s, mesh)[0]))
+    for a, s in zip(arrays, specs, strict=True)
   ]
   same(results(sparse(sharding), placed), expected)
 
@@ -115,7 +117,9 @@ def test_optimised_gradients_of_one_row(tokens):
   try:
     for argument in (0, 1, 3, 4, 5):
       loss = lambda function, *arrays: jnp.sum(function(*arrays) ** 2)
-      ours, theirs = (jax.jit(jax.grad(functools.partial(loss, f), argument))(*arrays) for f in (sparse(SHARDING), dense))
+      ours, theirs = (
+        jax.jit(jax.grad(functools.partial(loss, f), argument))(*arrays) for f in (sparse(SHARDING), dense)
+      )
       close(ours, theirs)
   finally:
     jax.config.update("jax_disable_most_optimizations", True)
@@ -146,7 +150,10 @@ def test_grouped_dot_multiplies_each_group_by_its_matrix(rng, sizes):
   sizes = jnp.asarray(sizes, jnp.int32)
   out, pull = jax.vjp(lambda x, w: grouped_dot(x, w, sizes), x, w)
   # Other platforms' forms give the same.
-  for y, (a, b) in ((out, pull(dy)), (_ragged_dot(x, w, sizes, 2), (_ragged_dot(dy, w, sizes, 1), _ragged_outer(x, dy, sizes)))):
+  for y, (a, b) in (
+    (out, pull(dy)),
+    (_ragged_dot(x, w, sizes, 2), (_ragged_dot(dy, w, sizes, 1), _ragged_outer(x, dy, sizes))),
+  ):
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_allclose(a, dx, atol=1e-4)
     np.testing.assert_allclose(b, dw, atol=1e-4)

@@ -145,8 +145,8 @@ class TestForms:
     ("gate", (Form("e.{e}.gate", "f d -> e f d"), Form("fused", "e (0/2 f) d -> e f d"))),
     ("up", (Form("e.{e}.up", "f d -> e f d"), Form("fused", "e (1/2 f) d -> e f d"))),
   )
-  PARAMETERS = {"gate": ((2, 3, 4), P()), "up": ((2, 3, 4), P())}  # noqa: RUF012
-  SPLIT = {f"e.{e}.{name}": zeros(3, 4) for e in range(2) for name in ("gate", "up")}  # noqa: RUF012
+  PARAMETERS = {"gate": ((2, 3, 4), P()), "up": ((2, 3, 4), P())}
+  SPLIT = {f"e.{e}.{name}": zeros(3, 4) for e in range(2) for name in ("gate", "up")}
 
   def tensors_of(self, plan):
     return [[piece.tensor for piece in planned.pieces] for planned in plan.parameters]
@@ -187,8 +187,8 @@ class TestLeftovers:
     ignored=[Ignored("m.{i}.inv_freq", "follows from the configuration"), Ignored("scale", "unused")],
     tied=[Tied("head.weight", "embed.weight")],
   )
-  PARAMETERS = {"emb": ((4, 2), P()), "layers.0.w": ((2,), P()), "layers.1.w": ((2,), P())}  # noqa: RUF012
-  TENSORS = {"embed.weight": zeros(4, 2), "m.0.w": zeros(2), "m.1.w": zeros(2)}  # noqa: RUF012
+  PARAMETERS = {"emb": ((4, 2), P()), "layers.0.w": ((2,), P()), "layers.1.w": ((2,), P())}
+  TENSORS = {"embed.weight": zeros(4, 2), "m.0.w": zeros(2), "m.1.w": zeros(2)}
 
   def test_ignored_tensors_are_listed_with_their_reason(self, save, plan):
     extra = {"m.0.inv_freq": zeros(1), "m.1.inv_freq": zeros(1), "scale": zeros(1)}
@@ -222,12 +222,12 @@ class TestLeftovers:
 
 class TestCosts:
   TABLE = WeightTable(("a", "a", "v d"), ("b", "b", "d"), ("c", "c.{e}", "d -> e d"))
-  PARAMETERS = {  # noqa: RUF012
+  PARAMETERS = {
     "a": ((8, 4), P("fsdp", "tp")),
     "b": ((4,), P()),
     "c": ((2, 4), P(None, ("fsdp", "tp"))),
   }
-  TENSORS = {  # noqa: RUF012
+  TENSORS = {
     "a": zeros(8, 4, dtype=BF16),
     "b": zeros(4),
     "c.0": zeros(4, dtype=np.int8),

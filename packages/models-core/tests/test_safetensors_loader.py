@@ -133,12 +133,12 @@ class TestProblems:
 
 
 class TestPreprocess:
-  PARAMETERS = {  # noqa: RUF012
+  PARAMETERS = {
     "layers.0.qkv": ((3, N, D, H), P(None, "tp", "fsdp")),
     "layers.1.qkv": ((3, N, D, H), P(None, "tp", "fsdp")),
     "norm": ((D,), P("tp")),
   }
-  MAPPING = {  # noqa: RUF012
+  MAPPING = {
     r"l\.([0-9]+)\.([qkv])\.weight": (r"tmp.layers.\1.attn.\2", ((1, 0), (D, N, H))),
     r"norm": ("norm", None),
   }

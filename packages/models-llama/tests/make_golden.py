@@ -1,6 +1,6 @@
 """Writes golden/: tiny checkpoints of transformers with its float32 logits. Needs torch and transformers.
 
-    python packages/models-llama/tests/make_golden.py
+python packages/models-llama/tests/make_golden.py
 """
 
 import pathlib

@@ -40,7 +40,9 @@ def _positions(tokens, start=0):
 def test_logits(golden, mesh):
   directory, reference = golden
   tokens, expected = reference["tokens"], reference["logits"]
-  logits, _ = nnx.jit(lambda model, *args: model(*args))(_load(directory, MESHES[mesh]()), tokens, _positions(tokens))
+  logits, _ = nnx.jit(lambda model, *args: model(*args))(
+    _load(directory, MESHES[mesh]()), tokens, _positions(tokens)
+  )
   assert np.abs(np.asarray(logits) - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 

@@ -6,6 +6,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles
 from models_core.dummy_model_creator import create_dummy_model

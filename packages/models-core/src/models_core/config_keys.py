@@ -10,20 +10,84 @@ from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, Rop
 
 # Keys that change no logit: provenance, token ids, training, generation and what old versions wrote by default.
 HARMLESS = frozenset(
-  """
-  architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype auto_map
-  bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id use_cache initializer_range
-  attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp max_position_embeddings
-  tokenizer_class _attn_implementation _attn_implementation_internal attn_implementation _commit_hash
-  return_dict output_hidden_states output_attentions output_scores return_dict_in_generate torchscript use_bfloat16
-  tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
-  add_cross_attention tie_encoder_decoder finetuning_task id2label label2id task_specific_params problem_type
-  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-  top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-  bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
-  exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
-  transformers.js_config unsloth_version unsloth_fixed neftune_noise_alpha is_llama_config
-  """.split()
+  [
+    "architectures",
+    "model_type",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "auto_map",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "pretraining_tp",
+    "max_position_embeddings",
+    "tokenizer_class",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "attn_implementation",
+    "_commit_hash",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "output_scores",
+    "return_dict_in_generate",
+    "torchscript",
+    "use_bfloat16",
+    "tf_legacy_loss",
+    "pruned_heads",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "is_decoder",
+    "cross_attention_hidden_size",
+    "add_cross_attention",
+    "tie_encoder_decoder",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "task_specific_params",
+    "problem_type",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "num_return_sequences",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "prefix",
+    "transformers.js_config",
+    "unsloth_version",
+    "unsloth_fixed",
+    "neftune_noise_alpha",
+    "is_llama_config",
+  ]
 )
 
 _MISSING = object()
@@ -51,13 +115,31 @@ class ConfigKeys:
     if value is not None:
       return value
     if default is _MISSING:
-      raise ConfigError(f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it")
+      raise ConfigError(
+        f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it"
+      )
     return default
+
+  def get(self, key: str, kind: type = object) -> Any:
+    """A key's value as it is, None where it is absent or null.
+
+    Raises:
+      ConfigError: if the value is of another kind, such as `list` or `Mapping`.
+    """
+    value = self._take(key, None)
+    if value is not None and not isinstance(value, kind):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a {kind.__name__.lower()}")
+    return value
 
   def integer(self, key: str, default: Any = _MISSING, minimum: int = 1) -> int:
     """A whole number, positive unless another minimum is given."""
     value = self._take(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < 2**63 or value % 1:
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not minimum <= value < 2**63
+      or value % 1
+    ):
       kind = "a positive whole number" if minimum == 1 else f"a whole number from {minimum} on"
       raise ConfigError(f"{self._where}: {key} is {value!r}, expected {kind}")
     return int(value)
@@ -85,6 +167,11 @@ class ConfigKeys:
     """A positive number."""
     return _positive(self._take(key, default), f"{self._where}: {key}")
 
+  def number_or_null(self, key: str) -> float | None:
+    """A positive number, or None where the file says null. The key must be there."""
+    null = key in self._raw and self._raw[key] is None
+    return self.get(key) if null else self.number(key)
+
   def boolean(self, key: str, default: Any = _MISSING) -> bool:
     """True or false."""
     value = self._take(key, default)
@@ -97,7 +184,9 @@ class ConfigKeys:
     value = self._take(key, values[0])
     if value not in values:
       expected = " or ".join(map(repr, values))
-      raise ConfigError(f"{self._where}: {key} is {value!r}; this architecture is implemented for {expected} alone")
+      raise ConfigError(
+        f"{self._where}: {key} is {value!r}; this architecture is implemented for {expected} alone"
+      )
 
   def rope(self, default_theta: float | None = None) -> tuple[float, RopeScaling | None]:
     """RoPE's theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`, or both.
@@ -116,19 +205,27 @@ class ConfigKeys:
     thetas = {"rope_theta": theta, "rope_parameters.rope_theta": (new or {}).get("rope_theta")}
     # rope_scaling carries a theta of its own where new transformers wrote it under the old name.
     thetas["rope_scaling.rope_theta"] = (old or {}).get("rope_theta")
-    stated = {name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None}
+    stated = {
+      name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None
+    }
     if len(set(stated.values())) > 1:
-      raise ConfigError(f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one")
+      raise ConfigError(
+        f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one"
+      )
     theta = next(iter(stated.values()), default_theta)
     if theta is None:
-      raise ConfigError(f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it")
+      raise ConfigError(
+        f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it"
+      )
     scalings = {
       name: _scaling(value, f"{self._where}: {name}", self._raw)
       for name, value in (("rope_scaling", old), ("rope_parameters", new))
       if value is not None
     }
     if len(set(scalings.values())) > 1:
-      raise ConfigError(f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one")
+      raise ConfigError(
+        f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one"
+      )
     return theta, next(iter(scalings.values()), None)
 
   def done(self, harmless: Collection[str] = ()) -> None:
@@ -194,7 +291,9 @@ def _yarn(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> YarnS
 
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # transformers ignores attn_factor, which other implementations multiply in: the logits are those of transformers.
-_YARN_KEYS = frozenset({"factor", "original_max_position_embeddings", "truncate", "attn_factor", *_YARN_OPTIONS})
+_YARN_KEYS = frozenset(
+  {"factor", "original_max_position_embeddings", "truncate", "attn_factor", *_YARN_OPTIONS}
+)
 
 # rope_type -> the class of the scaling and, field by field, the key that holds it.
 _SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] = {
@@ -215,7 +314,9 @@ _SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] =
 def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
   kinds = {str(value[key]) for key in ("rope_type", "type") if value.get(key) is not None}
   if len(kinds) > 1:
-    raise ConfigError(f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}")
+    raise ConfigError(
+      f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}"
+    )
   kind = next(iter(kinds), "default")
   if kind not in _SCALINGS:
     raise ConfigError(f"{where}: rope_type {kind!r} is not implemented; known are {', '.join(_SCALINGS)}")

@@ -59,7 +59,9 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  reader = TensorReader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
+  reader = TensorReader(
+    plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
+  )
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
     with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
@@ -151,7 +153,9 @@ def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np
   piece, shape = planned.pieces[0], planned.parameter.shape
   info = reader.tensors[piece.tensor]
   rows = index[0] if index else slice(0, 1)
-  if len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape):
+  if (
+    len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape)
+  ):
     return None
   row = math.prod(shape[1:])
   return reader.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
@@ -169,7 +173,9 @@ def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
   return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, parts)
 
 
-def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader) -> Iterator[Callable[[], None]]:
+def _tasks(
+  planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
+) -> Iterator[Callable[[], None]]:
   """The work of filling a parameter's shards, in units that threads share."""
   for piece in planned.pieces:
     info = reader.tensors[piece.tensor]

@@ -67,7 +67,9 @@ def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
   if mesh.empty or not mesh.auto_axes:
     return PartitionSpec()
   auto = set(mesh.auto_axes)
-  own = [names if set((names,) if isinstance(names, str) else names or ()) <= auto else None for names in spec]
+  own = [
+    names if set((names,) if isinstance(names, str) else names or ()) <= auto else None for names in spec
+  ]
   return fit(shape, tuple(own), mesh)[0]
 
 

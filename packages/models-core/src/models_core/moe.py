@@ -20,6 +20,7 @@ from models_core.mesh import fit_auto
 from models_core.parameter import parameter
 from models_core.sharding import ShardingConfig
 
+
 class Experts(nnx.Module):
   """E gated feed-forward blocks, stacked: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F].
 

@@ -17,7 +17,9 @@ SCALE = 0.02
 
 INITIALIZERS = {
   # Drawn in float32 and rounded, so that a dtype changes no value beyond its precision.
-  "normal": lambda key, shape, dtype, scale=SCALE: (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype),
+  "normal": lambda key, shape, dtype, scale=SCALE: (
+    scale * jax.random.normal(key, shape, jnp.float32)
+  ).astype(dtype),
   "ones": lambda key, shape, dtype, scale=SCALE: jnp.ones(shape, dtype),
   "zeros": lambda key, shape, dtype, scale=SCALE: jnp.zeros(shape, dtype),
 }

@@ -164,7 +164,9 @@ def plan_load(
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
     else:
       # What there is of any form belongs to the trouble that was just noted.
-      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
+      used.update(
+        piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
+      )
   left = [name for name in tensors if name not in used]
   ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
   ignored, unexpected = [], []
@@ -227,7 +229,9 @@ def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype
     TypeError: if `dtype` is no floating-point type.
   """
   if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-    raise TypeError(f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become")
+    raise TypeError(
+      f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become"
+    )
   loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
   if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):
     loaded = dtype

@@ -51,7 +51,9 @@ class TensorReader:
     CheckpointError: if a file is not what its header described.
   """
 
-  def __init__(self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes):
+  def __init__(
+    self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes
+  ):
     self.tensors = tensors
     self._on_bytes = on_bytes
     self._scratch = threading.local()
@@ -65,11 +67,15 @@ class TensorReader:
         described = {t.name: t for t in tensors.values() if t.file == name}
         size, last = os.fstat(self._open[name]).st_size, max(t.stop for t in described.values())
         if size < last:
-          raise CheckpointError(path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"])
+          raise CheckpointError(
+            path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"]
+          )
         if name.endswith(".safetensors"):
           found = {t.name: t for t in read_header(LocalFiles(self._where), name)[0]}
           if changed := next((t for t in described if found.get(t) != described[t]), None):
-            raise CheckpointError(path, [f"{changed} is not where its header described it: it changed meanwhile"])
+            raise CheckpointError(
+              path, [f"{changed} is not where its header described it: it changed meanwhile"]
+            )
     except BaseException:
       self.close()
       raise
@@ -88,7 +94,9 @@ class TensorReader:
     while done < len(view):
       count = os.preadv(self._open[info.file], [view[done : done + (1 << 30)]], offset + done)
       if not count:
-        raise CheckpointError(f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"])
+        raise CheckpointError(
+          f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"]
+        )
       done += count
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:

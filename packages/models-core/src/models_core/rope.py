@@ -30,6 +30,7 @@ class LinearScaling:
   magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     return inverse_frequencies / self.factor
 
 
@@ -51,6 +52,7 @@ class Llama3Scaling:
   magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     turns = self.original_max_position * inverse_frequencies / (2 * math.pi)
     smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -95,12 +97,14 @@ class YarnScaling:
     return 0.1 * log + 1
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     if len(inverse_frequencies) < 2:
       raise ValueError("YaRN's ramp needs a head_dim of 4 or more")
     # The frequencies are powers of their second one, from which a number of turns gives an index.
     decay = -math.log(inverse_frequencies[1] / inverse_frequencies[0])
     low, high = (
-      math.log(self.original_max_position / (turns * 2 * math.pi)) / decay for turns in (self.beta_fast, self.beta_slow)
+      math.log(self.original_max_position / (turns * 2 * math.pi)) / decay
+      for turns in (self.beta_fast, self.beta_slow)
     )
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
@@ -123,6 +127,7 @@ class FrequencyFactors:
   magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     return inverse_frequencies / np.asarray(self.factors, np.float64)
 
 
@@ -154,7 +159,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
     ValueError: for a scaling that has a magnitude, too, which `rotary` gives.
   """
   if scaling is not None and scaling.magnitude != 1.0:
-    raise ValueError(f"{type(scaling).__name__} also scales cosines and sines: call rotary(), and rotate() by both")
+    raise ValueError(
+      f"{type(scaling).__name__} also scales cosines and sines: call rotary(), and rotate() by both"
+    )
   return _scaled(head_dim, theta, scaling)
 
 

@@ -114,7 +114,9 @@ class Misfit:
   remedy: str
 
 
-def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
+def fit(
+  shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh
+) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
   """The part of a spec that a mesh can hold.
 
   Args:

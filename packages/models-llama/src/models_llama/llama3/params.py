@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
 from jax.sharding import Mesh
 
 from models_core import safetensors_loader
@@ -109,7 +108,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> nnx.Module:
+) -> Llama3:
   """Loads a directory of safetensors files with Hugging Face's names.
 
   Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ class ModelConfig:
       raise ConfigError(
         f"{', '.join(f'{k}={v}' for k, v in experts.items())}: give all of them, or None for a dense model"
       )
-    if self.num_experts is not None and self.num_experts_per_tok > self.num_experts:
+    if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
       raise ConfigError(
         f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}: too many"
       )
@@ -165,17 +165,20 @@ class SparseMLP(nnx.Module):
   """The few experts of each token, weighted by a softmax over all of them."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    shd, D, E, F = config.shd_config, config.embed_dim, config.num_experts, config.moe_hidden_dim
-    assert E is not None and F is not None  # a dense model has no such layer
-    self.config = config
+    shd, D = config.shd_config, config.embed_dim
+    # A dense model has no such layer, and one number for experts makes all of them numbers.
+    E, F, n = cast(
+      tuple[int, int, int], (config.num_experts, config.moe_hidden_dim, config.num_experts_per_tok)
+    )
+    self.num_experts_per_tok, self.norm_topk_prob = n, config.norm_topk_prob
     # The same product as a head's, with float32 results.
     self.router = Head(E, D, shd.spec("router_weight_ed", "e d"), rngs=rngs)
     self.experts = Experts(E, D, F, jax.nn.silu, shd, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""
-    weights, experts = jax.lax.top_k(jax.nn.softmax(self.router(x)), self.config.num_experts_per_tok)
-    if self.config.norm_topk_prob:
+    weights, experts = jax.lax.top_k(jax.nn.softmax(self.router(x)), self.num_experts_per_tok)
+    if self.norm_topk_prob:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return self.experts(x, experts, weights)
 
