@@ -121,9 +121,7 @@ def reference_logits(model: torch.nn.Module, tokens, mask=None, positions=None) 
   as_long = functools.partial(torch.tensor, dtype=torch.long)
   mask, positions = (None if array is None else as_long(np.asarray(array)) for array in (mask, positions))
   with torch.no_grad():
-    out = model(
-      as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False
-    )
+    out = model(as_long(tokens), attention_mask=mask, position_ids=positions, use_cache=False)
   return out.logits.float().numpy()
 
 

@@ -51,15 +51,19 @@ def test_greedy_continuation(checkpoint, variant, placement, tokens):
 
 
 @pytest.mark.parametrize(
-  "placement",
-  ["explicit-eager", "explicit-jit", "explicit-jit-inside", "auto-jit", "auto-jit-inside"],
+  ("variant", "placement"),
+  [
+    ("untied", "explicit-jit"),
+    ("untied", "auto-jit-inside"),
+    ("divisible-tied", "explicit-jit-inside"),
+    ("divisible-tied", "auto-jit"),
+  ],
   indirect=True,
 )
-@pytest.mark.parametrize("variant", ["untied", "divisible-tied"], indirect=True)
 def test_greedy_continuation_on_meshes(checkpoint, variant, placement, tokens):
-  source, prompt, new = checkpoint(variant), tokens[:, :7], 24 if placement.compiled else 6
+  source, prompt = checkpoint(variant), tokens[:, :7]
   np.testing.assert_array_equal(
-    placement.greedy(source.model(placement), prompt, new), source.greedy(prompt, new)
+    placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
   )
 
 
