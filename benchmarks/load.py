@@ -98,8 +98,8 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
   return table | {"model.norm.weight": (d,)}
 
 
-def write(directory: pathlib.Path, config: dict, shard_bytes: int = 400 * 10**6) -> None:
-  """Writes config.json, bf16 shards of random weights and their index."""
+def write(directory: pathlib.Path, config: dict, align: int, shard_bytes: int = 400 * 10**6) -> None:
+  """Writes config.json, bf16 shards of random weights and their index. Data starts at an odd multiple of `align` bytes."""
   shards: list[dict[str, tuple[int, ...]]] = [{}]
   for name, shape in shapes(config).items():
     if shards[-1] and sum(map(math.prod, [*shards[-1].values(), shape])) * 2 > shard_bytes:
@@ -118,7 +118,8 @@ def write(directory: pathlib.Path, config: dict, shard_bytes: int = 400 * 10**6)
       weight_map[name] = file
     total += end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    # An odd multiple, so that the data is never better aligned than it is said to be.
+    text += b" " * ((align - 8 - len(text)) % (2 * align))
     with open(directory / file, "wb") as f:
       f.write(struct.pack("<Q", len(text)) + text)
       for shape in shard.values():
@@ -395,6 +396,9 @@ def main() -> None:
     "--directory", type=pathlib.Path, help="where the checkpoint is kept; else it is temporary"
   )
   parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+  parser.add_argument(
+    "--align", type=int, default=8, help="bytes; 8 as the safetensors library writes, 64 to be mapped"
+  )
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
   parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -405,7 +409,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as temporary:
     directory = args.directory or pathlib.Path(temporary)
     if not (directory / "config.json").exists():
-      write(directory, CONFIG | {"num_hidden_layers": args.layers})
+      write(directory, CONFIG | {"num_hidden_layers": args.layers}, args.align)
     count, size = len(files(directory)), size_of(directory) / 10**9
     cores = os.cpu_count()
     print(

@@ -20,6 +20,7 @@ import torch
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
+
 from models_automodel import AutoModel
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from models_llama.llama3.model import make_causal_attn_mask
 
 LENGTHS = (40, 23, 9, 31)

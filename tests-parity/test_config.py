@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from models_core.errors import ConfigError
 from models_llama.llama3 import FAMILY
 

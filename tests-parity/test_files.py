@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+
 from models_core.errors import CheckpointError
 
 MESHES = pytest.mark.parametrize("placement", ["one-eager", "explicit-jit", "auto-eager"], indirect=True)

@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+
 from models_core.weights import arrange, part_shape, pieces
 from models_llama.llama3 import FAMILY
 

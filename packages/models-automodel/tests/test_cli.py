@@ -24,7 +24,11 @@ def run(*arguments, **options):
   """In a process of its own, since the command decides how many devices the CPU stands for."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
   return subprocess.run(
-    [sys.executable, "-m", "models_automodel", *arguments], capture_output=True, text=True, env=environment, **options
+    [sys.executable, "-m", "models_automodel", *arguments],
+    capture_output=True,
+    text=True,
+    env=environment,
+    **options,
   )
 
 
@@ -49,6 +53,20 @@ def test_show_states_config_parameters_and_memory(directory, capsys):
 def test_show_takes_a_bare_name_without_asking_anybody(capsys):
   assert main(["show", "llama-3.1-8b"]) == 0
   assert "8,030,261,248 in all: 14.96 GiB in bfloat16" in capsys.readouterr().out
+
+
+def test_show_sizes_the_cache_of_sliding_layers_both_ways(capsys):
+  assert main(["show", "gemma-3-1b-it", "--context", "131072"]) == 0
+  out = capsys.readouterr().out
+  # Keys and values of one head of 256, positions and, in rings, slots: 26 layers, or 4 and 22 of 512 tokens.
+  whole, ring = 26 * (131072 * (4 * 256 + 4)), 4 * 131072 * (4 * 256 + 4) + 22 * 512 * (4 * 256 + 8)
+  assert f"KV cache: {whole / 2**30:.2f} GiB" in out
+  assert f"  {ring / 2**30:.2f} GiB with ring=True" in out
+
+
+def test_show_says_nothing_of_rings_where_no_layer_slides(directory, capsys):
+  assert main(["show", directory]) == 0
+  assert "ring" not in capsys.readouterr().out
 
 
 def test_plan_costs_a_mesh_that_this_machine_does_not_have(directory):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from models_automodel import generate as generate_module
 from models_automodel.generate import generate
 from models_core.errors import CacheError, ConfigError, ModelsError

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.abstract import abstract_model
 from models_core.attention import attend, visible_keys
 from models_core.cache import update
@@ -140,7 +141,9 @@ def test_hidden_states_and_the_head_apart_give_the_logits(single, plain):
   close(logits, plain)
 
 
-def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, model, mesh):
+def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, meshes):
+  model = make(meshes("explicit", (2, 2), ("fsdp", "tp")))
+
   def loss(model):
     return (model(TOKENS, POSITIONS)[0] ** 2).mean()
 
@@ -149,8 +152,7 @@ def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, mod
   for grad, other, parameter in zip(*map(jax.tree.leaves, (grads, expected, nnx.state(model))), strict=True):
     close(grad, np.asarray(other))
     assert grad.shape == parameter.shape
-  if mesh.abstract_mesh.explicit_axes:
-    assert jax.typeof(grads.q.w[...]).sharding.spec == jax.typeof(model.q.w[...]).sharding.spec
+  assert jax.typeof(grads.q.w[...]).sharding.spec == jax.typeof(model.q.w[...]).sharding.spec
 
 
 def test_a_call_that_overflows_the_cache_is_an_error_and_nan_under_jit(model):

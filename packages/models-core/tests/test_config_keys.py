@@ -1,7 +1,8 @@
 import pytest
+
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
-from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling
+from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, YarnScaling
 
 LLAMA3 = {
   "rope_type": "llama3",
@@ -10,6 +11,7 @@ LLAMA3 = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 SCALING = Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
 
@@ -89,6 +91,32 @@ class TestUnknownKeys:
     keys.rope(10_000.0)
     keys.done()
 
+  def test_lists_of_layers(self):
+    keys = ConfigKeys({"dense": [0, 2], "layer_types": ["full_attention", "sliding_attention"], "first": 0})
+    assert keys.integers("dense") == (0, 2)
+    assert keys.integers("absent", ()) == ()
+    assert keys.sliding_layers(2) == (False, True)
+    assert ConfigKeys({}).sliding_layers(2) is None
+    assert keys.integer("first", minimum=0) == 0
+    keys.done()
+
+  @pytest.mark.parametrize("value", [1, [-1], [0.5], [True], "01"])
+  def test_what_is_no_list_of_layers(self, value):
+    with pytest.raises(ConfigError, match="expected a list of whole numbers"):
+      ConfigKeys({"dense": value}).integers("dense")
+
+  @pytest.mark.parametrize(
+    "value", ["full_attention", ["full_attention"], ["full_attention", "chunked_attention"]]
+  )
+  def test_layer_types_that_are_not_known_or_not_as_many_as_layers(self, value):
+    with pytest.raises(
+      ConfigError, match="expected full_attention or sliding_attention for each of 2 layers"
+    ):
+      ConfigKeys({"layer_types": value}).sliding_layers(2)
+
+  def test_a_family_names_further_harmless_keys(self):
+    ConfigKeys({"router_aux_loss_coef": 0.1}).done(["router_aux_loss_coef"])
+
 
 class TestRope:
   @pytest.mark.parametrize(
@@ -105,8 +133,11 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2}}, 1e4, LinearScaling(2.0)),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}, 1e4, LinearScaling(2)),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "frequency_factors", "factors": [1, 2.5]}}, 1e4, FrequencyFactors((1, 2.5))),
+      ({"rope_theta": 1e4, "rope_scaling": YARN}, 1e4, YarnScaling(4.0, 32)),
+      ({"rope_theta": 1e4, "rope_scaling": YARN | {"attn_factor": 0.9, "beta_fast": None}}, 1e4, YarnScaling(4.0, 32)),
+      ({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 64}, 1e4, YarnScaling(4, 64)),
     ],
-    ids=range(11),
+    ids=range(14),
   )  # fmt: skip
   def test_old_and_new_spellings_say_the_same(self, raw, theta, scaling):
     keys = ConfigKeys(raw)
@@ -131,21 +162,34 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "scaling is stated twice"),
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 32.0}}, "scaling is stated twice"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_type and type, and they differ"),
-      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn' is not implemented"),
+      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "longrope", "factor": 4}}, "'longrope' is not implemented"),
+      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}}, "lacks factor, original_max_position_embeddings"),
+      ({"rope_theta": 1e4, "rope_scaling": YARN | {"truncate": 1}}, "truncate is 1, expected true or false"),
+      ({"rope_theta": 1e4, "rope_scaling": YARN | {"beta_slow": -1}}, "beta_slow is -1"),
+      ({"rope_theta": 1e4, "rope_scaling": YARN | {"low_freq_factor": 1}}, "low_freq_factor not known to rope_type 'yarn'"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": ["llama3"]}}, "not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor, high_freq"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
       ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"beta_fast": 32}}, "beta_fast not known to rope_type 'llama3'"),
     ],
-    ids=range(17),
+    ids=str,
   )  # fmt: skip
   def test_what_is_missing_wrong_or_contradictory_is_an_error(self, raw, message):
     with pytest.raises(ConfigError, match=message):
       ConfigKeys(raw).rope()
 
   @pytest.mark.parametrize(
-    "scaling", [None, SCALING, LinearScaling(2.0), FrequencyFactors((1.0, 2.0))], ids=range(4)
+    "scaling",
+    [
+      None,
+      SCALING,
+      LinearScaling(2.0),
+      FrequencyFactors((1.0, 2.0)),
+      YarnScaling(4.0, 32),
+      YarnScaling(4.0, 32, 1.5, 16.0, 2.0, 0.5, 0.7, False),
+    ],
+    ids=range(6),
   )
   def test_a_scaling_is_read_as_it_was_written(self, scaling):
     written = write_scaling(scaling)

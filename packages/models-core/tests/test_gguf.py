@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+
 from models_core import extras
 from models_core.checkpoint import LocalFiles
 from models_core.errors import CheckpointError, ModelsError

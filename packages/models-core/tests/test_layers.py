@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+
 from models_core import attention, rope
 from models_core import cache as cache_lib
 from models_core.dtypes import common_dtype
 from models_core.errors import CacheError
-from models_core.linear import Embedder, Head, Projection
+from models_core.linear import BiasedProjection, Embedder, Head, Projection
 from models_core.mlp import GatedMLP
 from models_core.norm import RMSNorm
 from models_core.sharding import ShardingConfig
@@ -107,6 +108,56 @@ class TestRope:
     close(
       rope.inverse_frequencies(8, 10_000.0, rope.FrequencyFactors(factors)), plain / np.array(factors), 1e-7
     )
+
+
+# What transformers 5.24 gives for theta 321.5 and a head of 16.
+PLAIN_RAMP = [1.0, 0.36447155, 0.11807957, 0.028691096, 0.013942784, 0.0067756642, 0.0032927161, 0.0016001351]
+LONG_RAMP = [1.0, 0.45116317, 0.15581404, 0.044893105, 0.013942784, 0.0067756642, 0.0032927161, 0.0016001351]
+
+
+@pytest.mark.parametrize(
+  ("options", "frequencies", "magnitude"),
+  [
+    ({}, PLAIN_RAMP, 1.138629436111989),
+    ({"attention_factor": 1.7}, PLAIN_RAMP, 1.7),
+    (
+      {"beta_fast": 3.0, "beta_slow": 0.4, "truncate": False, "mscale": 0.7, "mscale_all_dim": 0.2},
+      LONG_RAMP,
+      1.0674447524556663,
+    ),
+  ],
+  ids=["defaults", "attention factor", "all else"],
+)
+def test_yarn(options, frequencies, magnitude):
+  scaling = rope.YarnScaling(4.0, 32, **options)
+  rotary = rope.rotary(16, 321.5, scaling)
+  close(rotary.frequencies, frequencies, 1e-7)
+  assert rotary.magnitude == pytest.approx(magnitude)
+  x, positions = np.random.default_rng(0).normal(size=(1, 3, 1, 16)).astype(np.float32), np.arange(3)[None]
+  plain = rotate(array(x), jnp.asarray(positions), rotary.frequencies)
+  close(rotate(array(x), jnp.asarray(positions), *rotary), magnitude * np.asarray(plain), 1e-6)
+  with pytest.raises(ValueError, match=r"YarnScaling also scales cosines and sines: call rotary"):
+    rope.inverse_frequencies(16, 321.5, scaling)
+
+
+def test_a_projection_with_a_bias(rng):
+  x, w, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 8), (4, 5, 8), (4, 5)))
+  made = module(
+    BiasedProjection, "btd,nhd->btnh", (4, 5, 8), P("tp", None, "fsdp"), P("tp", None), w=array(w), b=array(b)
+  )
+  close(call(made, array(x)), np.einsum("btd,nhd->btnh", x, w) + b, 1e-6)
+  half = module(
+    BiasedProjection,
+    "btd,nhd->btnh",
+    (4, 5, 8),
+    P(),
+    P(None, None),
+    w=array(w, "bfloat16"),
+    b=array(b, "bfloat16"),
+  )
+  out = call(half, array(x, "bfloat16"))
+  assert out.dtype == jnp.bfloat16
+  close(out, np.einsum("btd,nhd->btnh", x, w) + b, 0.03)
 
 
 class TestAttend:

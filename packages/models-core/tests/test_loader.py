@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core import loader, reader
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles
@@ -278,7 +279,7 @@ class TestCasts:
 
 class TestFiles:
   TABLE = WeightTable(("a", "a", "v d"), ("b", "b", "v d"))
-  PARAMETERS = {"a": ((4, 6), P("fsdp")), "b": ((4, 6), P(None, "tp"))}  # noqa: RUF012
+  PARAMETERS = {"a": ((4, 6), P("fsdp")), "b": ((4, 6), P(None, "tp"))}
 
   @pytest.fixture
   def tensors(self, rng):
@@ -435,7 +436,9 @@ class TestMemory:
     assert_same(array, x)
     whole_rows = "tp" not in spec
     where = f"{directory.name}/model.safetensors"
-    maps = [line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if where in line]
+    maps = [
+      line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if where in line
+    ]
     bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     for shard in array.addressable_shards:
       pointer = shard.data.unsafe_buffer_pointer()
@@ -483,7 +486,7 @@ class TestMemory:
 
 class TestTies:
   TABLE = WeightTable(("emb", "embed", "v d"), tied=[Tied("head", "embed")])
-  PARAMETERS = {"emb": ((8, 4), P("tp"))}  # noqa: RUF012
+  PARAMETERS = {"emb": ((8, 4), P("tp"))}
 
   def test_an_equal_head_is_left_out(self, save, plan, rng, mesh, tiny_chunks):
     x = rng.normal(size=(8, 4)).astype(np.float32)

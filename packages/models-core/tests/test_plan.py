@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles
 from models_core.errors import CheckpointError, ModelsError, ShardingError
@@ -144,8 +145,8 @@ class TestForms:
     ("gate", (Form("e.{e}.gate", "f d -> e f d"), Form("fused", "e (0/2 f) d -> e f d"))),
     ("up", (Form("e.{e}.up", "f d -> e f d"), Form("fused", "e (1/2 f) d -> e f d"))),
   )
-  PARAMETERS = {"gate": ((2, 3, 4), P()), "up": ((2, 3, 4), P())}  # noqa: RUF012
-  SPLIT = {f"e.{e}.{name}": zeros(3, 4) for e in range(2) for name in ("gate", "up")}  # noqa: RUF012
+  PARAMETERS = {"gate": ((2, 3, 4), P()), "up": ((2, 3, 4), P())}
+  SPLIT = {f"e.{e}.{name}": zeros(3, 4) for e in range(2) for name in ("gate", "up")}
 
   def tensors_of(self, plan):
     return [[piece.tensor for piece in planned.pieces] for planned in plan.parameters]
@@ -186,15 +187,15 @@ class TestLeftovers:
     ignored=[Ignored("m.{i}.inv_freq", "follows from the configuration"), Ignored("scale", "unused")],
     tied=[Tied("head.weight", "embed.weight")],
   )
-  PARAMETERS = {"emb": ((4, 2), P()), "layers.0.w": ((2,), P()), "layers.1.w": ((2,), P())}  # noqa: RUF012
-  TENSORS = {"embed.weight": zeros(4, 2), "m.0.w": zeros(2), "m.1.w": zeros(2)}  # noqa: RUF012
+  PARAMETERS = {"emb": ((4, 2), P()), "layers.0.w": ((2,), P()), "layers.1.w": ((2,), P())}
+  TENSORS = {"embed.weight": zeros(4, 2), "m.0.w": zeros(2), "m.1.w": zeros(2)}
 
   def test_ignored_tensors_are_listed_with_their_reason(self, save, plan):
     extra = {"m.0.inv_freq": zeros(1), "m.1.inv_freq": zeros(1), "scale": zeros(1)}
     made = plan(save(self.TENSORS | extra), self.PARAMETERS, self.TABLE)
     reason = "follows from the configuration"
     assert made.ignored == (("m.0.inv_freq", reason), ("m.1.inv_freq", reason), ("scale", "unused"))
-    assert f"left out: 2 x {reason}\nleft out: 1 x unused" in str(made)
+    assert f"left out: 2 tensors: {reason}\nleft out: 1 tensor: unused" in str(made)
 
   @pytest.mark.parametrize("name", ["m.0.inv_freq.x", "x.m.0.inv_freq", "m.01.inv_freq", "scales"])
   def test_an_ignored_pattern_matches_whole_names_only(self, save, plan, name):
@@ -221,12 +222,12 @@ class TestLeftovers:
 
 class TestCosts:
   TABLE = WeightTable(("a", "a", "v d"), ("b", "b", "d"), ("c", "c.{e}", "d -> e d"))
-  PARAMETERS = {  # noqa: RUF012
+  PARAMETERS = {
     "a": ((8, 4), P("fsdp", "tp")),
     "b": ((4,), P()),
     "c": ((2, 4), P(None, ("fsdp", "tp"))),
   }
-  TENSORS = {  # noqa: RUF012
+  TENSORS = {
     "a": zeros(8, 4, dtype=BF16),
     "b": zeros(4),
     "c.0": zeros(4, dtype=np.int8),
@@ -248,8 +249,8 @@ class TestCosts:
     made = plan(directory, self.PARAMETERS, self.TABLE, mesh, dtype=BF16)
     assert str(made).splitlines() == [
       f"44 parameters, 0.0 MiB to read from 1 file of {directory}",
-      "each of 4 devices holds 0.0 MiB",
-      "1 tensors: float32 -> bfloat16",
+      "4 devices, each holding 0.0 MiB",
+      "1 tensor: float32 -> bfloat16",
     ]
 
   def test_without_a_mesh_one_device_holds_all(self, save, plan):

@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
+
 from models_core.checkpoint import LocalFiles, as_files
 from models_core.errors import CheckpointError
 from models_core.safetensors_headers import (
@@ -16,7 +18,6 @@ from models_core.safetensors_headers import (
   read_header,
   read_safetensors,
 )
-from safetensors import numpy as safetensors_numpy
 
 
 def raw(header, data=b"", length=None):

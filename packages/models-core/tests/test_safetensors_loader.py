@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.errors import CheckpointError
 from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import WeightTable
@@ -132,12 +133,12 @@ class TestProblems:
 
 
 class TestPreprocess:
-  PARAMETERS = {  # noqa: RUF012
+  PARAMETERS = {
     "layers.0.qkv": ((3, N, D, H), P(None, "tp", "fsdp")),
     "layers.1.qkv": ((3, N, D, H), P(None, "tp", "fsdp")),
     "norm": ((D,), P("tp")),
   }
-  MAPPING = {  # noqa: RUF012
+  MAPPING = {
     r"l\.([0-9]+)\.([qkv])\.weight": (r"tmp.layers.\1.attn.\2", ((1, 0), (D, N, H))),
     r"norm": ("norm", None),
   }

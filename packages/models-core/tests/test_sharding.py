@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+
 from models_core.errors import ModelsError, ShardingError
 from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling
 from models_core.sharding import ShardingConfig, default_sharding, fit, named

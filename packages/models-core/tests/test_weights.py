@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from models_core.weights import Form, Values, WeightTable, arrange, matches, part_shape, pieces
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+
 from models_llama.llama3.params import create_model_from_safe_tensors, read_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -1,4 +1,5 @@
 import pytest
+
 from models_naming import FAMILIES, category_of_model_type, distribution_of
 
 

@@ -3,6 +3,7 @@
 import keyword
 
 import pytest
+
 from models_naming import (
   FAMILIES,
   ModelNaming,

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from models_naming import (
   ModelNaming,
   NamingConflictError,

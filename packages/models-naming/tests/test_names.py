@@ -1,5 +1,6 @@
-import models_naming
 import pytest
+
+import models_naming
 from models_naming import (
   NamingError,
   UnknownModelError,

@@ -1,4 +1,5 @@
 import pytest
+
 from models_naming import ModelNaming, UnsupportedModelError
 
 ARCHITECTURES = {

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from models_naming import (
   ModelNaming,
   NamingConflictError,

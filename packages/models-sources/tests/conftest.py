@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+
 from models_sources import huggingface
 from models_sources.testing import HubServer
 

@@ -3,6 +3,7 @@ import pathlib
 
 import pytest
 from huggingface_hub import constants
+
 from models_sources import ConnectionFailedError, CorruptFilesError, SourceError, get_source
 
 from .checkpoint import CONFIG, FILES, REPO, WEIGHTS, flipped

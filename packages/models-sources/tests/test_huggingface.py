@@ -9,6 +9,7 @@ import threading
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, scan_cache_dir
+
 from models_sources import AccessError, FilesNotFoundError, InvalidNameError, SourceError, get_source
 from models_sources.testing import SIGNATURE
 

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from models_sources import FilesNotFoundError, InvalidNameError, get_source
 
 open_files = get_source("local").open_files

@@ -1,4 +1,5 @@
 import pytest
+
 from models_sources import AccessError, ConnectionFailedError
 from models_sources.retry import Policy, with_retries
 

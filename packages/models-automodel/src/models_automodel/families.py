@@ -22,6 +22,25 @@ def installed() -> dict[str, importlib.metadata.EntryPoint]:
   return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
 
 
+def check_installed(model_id: str) -> None:
+  """Refuses a published repository whose architecture's package is missing, before anything is asked of a source.
+
+  Raises:
+    MissingFamilyError: with the command that installs it.
+  """
+  for family, ids in models_naming.known_model_ids().items():
+    if model_id in ids:
+      category = next(info.category for info in models_naming.FAMILIES.values() if info.family == family)
+      if category not in installed():
+        raise _missing(category, model_id)
+
+
+def _missing(category: str, wanted_by: str) -> MissingFamilyError:
+  distribution = models_naming.distribution_of(category)
+  remedy = distribution.install_command if distribution else "install the package that announces it"
+  return MissingFamilyError(f"{wanted_by} is a {category} model: {remedy}")
+
+
 def family_module(category: str, wanted_by: str) -> ModuleType:
   """The package of an architecture, such as `models_llama.llama3`.
 
@@ -34,9 +53,7 @@ def family_module(category: str, wanted_by: str) -> ModuleType:
   """
   entry = installed().get(category)
   if entry is None:
-    distribution = models_naming.distribution_of(category)
-    remedy = distribution.install_command if distribution else "install the package that announces it"
-    raise MissingFamilyError(f"{wanted_by} is a {category} model: {remedy}")
+    raise _missing(category, wanted_by)
   return importlib.import_module(entry.module)
 
 

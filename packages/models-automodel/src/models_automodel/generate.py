@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from models_core.errors import CacheError, ConfigError
 
 # Cache sizes are multiples of this, so that prompts of similar lengths share a compiled step.

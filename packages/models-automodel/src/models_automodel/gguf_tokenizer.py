@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+
 from models_core.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."

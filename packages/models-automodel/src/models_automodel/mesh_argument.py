@@ -11,7 +11,7 @@ MeshShape = dict[str, int]
 
 
 def parse_mesh(text: str) -> MeshShape:
-  """"fsdp=2,tp=4" -> {"fsdp": 2, "tp": 4}.
+  """ "fsdp=2,tp=4" -> {"fsdp": 2, "tp": 4}.
 
   Raises:
     argparse.ArgumentTypeError: if it is not of that form.
@@ -35,5 +35,7 @@ def make_mesh(shape: MeshShape | None) -> Any:
     return None
   size = math.prod(shape.values())
   if size > jax.device_count():
-    raise TypeError(f"a mesh of {size} devices was asked for, but {jax.default_backend()} has {jax.device_count()}")
+    raise TypeError(
+      f"a mesh of {size} devices was asked for, but {jax.default_backend()} has {jax.device_count()}"
+    )
   return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=jax.devices()[:size])

@@ -24,9 +24,13 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
   for name in fields:
     if name not in own:
       near = difflib.get_close_matches(name, [*own, *known], n=1)
-      hint = f": did you mean {near[0]!r}?" if near else f"; fields of {type(config).__name__}: {', '.join(own)}"
+      hint = (
+        f": did you mean {near[0]!r}?" if near else f"; fields of {type(config).__name__}: {', '.join(own)}"
+      )
       raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}{hint}")
-  return dataclasses.replace(config, **{name: _value(getattr(config, name), new) for name, new in fields.items()})
+  return dataclasses.replace(
+    config, **{name: _value(getattr(config, name), new) for name, new in fields.items()}
+  )
 
 
 def _value(old: Any, new: Any) -> Any:

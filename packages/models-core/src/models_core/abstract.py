@@ -69,7 +69,9 @@ def dotted(path: Path) -> str:
   return ".".join(map(str, path))
 
 
-def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, strict: bool = False) -> AbstractModel:
+def abstract_model(
+  model_class: Any, config: Any, mesh: Mesh | None = None, *, strict: bool = False
+) -> AbstractModel:
   """Builds a model's structure without allocating a parameter.
 
   Args:
@@ -89,13 +91,27 @@ def abstract_model(model_class: Any, config: Any, mesh: Mesh | None = None, *, s
   for path, variable in nnx.to_flat_state(state):
     metadata = variable.get_metadata()
     name, value = dotted(path), variable.get_value()
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+      raise TypeError(
+        f"{name} is {value.dtype}, no array of numbers: build the model without a random state of its own"
+      )
     spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
-    fitted, misfits = (spec, ()) if mesh is None else fit(value.shape, spec, mesh)
+    try:
+      fitted, misfits = (spec, ()) if mesh is None else fit(value.shape, spec, mesh)
+    except ShardingError as error:
+      raise ShardingError(f"{name}: {error}") from None
     parameters[name] = AbstractParameter(
-      name, tuple(value.shape), np.dtype(value.dtype), named(mesh, fitted), metadata.get("init", "normal"), misfits
+      name,
+      tuple(value.shape),
+      np.dtype(value.dtype),
+      named(mesh, fitted),
+      metadata.get("init", "normal"),
+      misfits,
     )
   if strict and (notes := misfit_notes(parameters)):
-    raise ShardingError("strict_sharding: the mesh does not hold every sharding:\n  - " + "\n  - ".join(notes))
+    raise ShardingError(
+      "strict_sharding: the mesh does not hold every sharding:\n  - " + "\n  - ".join(notes)
+    )
   return AbstractModel(parameters, graphdef, state)
 
 

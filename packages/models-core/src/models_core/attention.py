@@ -19,7 +19,7 @@ def attend(
     v: [B, S, K, H].
     mask: [B, T, S], True where a query sees a key. A row that sees none gives the mean of v.
     scale: factor on the logits, commonly H ** -0.5.
-    soft_cap: bounds the logits to (-soft_cap, soft_cap) by tanh, before the mask (arXiv:2408.00118).
+    soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask.
 
   Returns:
     [B, T, N, H] in the dtype of q.
@@ -29,11 +29,15 @@ def attend(
   q = q.reshape(B, T, K, N // K, H)
   k, v = k.astype(q.dtype), v.astype(q.dtype)
   logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-  if soft_cap is not None:
-    logits = jnp.tanh(logits / soft_cap) * soft_cap
+  logits = bound(logits, soft_cap)
   logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def bound(x: jax.Array, soft_cap: float | None) -> jax.Array:
+  """Keeps x within (-soft_cap, soft_cap) by tanh (arXiv:2408.00118); as it is without a cap."""
+  return x if soft_cap is None else jnp.tanh(x / soft_cap) * soft_cap
 
 
 def visible_keys(
@@ -51,12 +55,12 @@ def visible_keys(
   Args:
     positions: [B, T] of the queries.
     layer: cache that this call's keys will be appended to; None where the keys are the queries' own tokens.
-    mask: [B, T or 1, S], whole; one that is shorter than the cache is padded with False.
+    mask: [B, T or 1, S], whole, by slots of the cache; one that is shorter is padded with False.
     segment_ids: [B, T]: tokens of different segments don't see each other. Only without a cache.
     window: a query at position p sees keys from position p - window + 1 on.
 
   Returns:
-    bool [B, T, S].
+    bool [B, T, S], by the keys that the queries attend to, as `cache.append` gives them.
 
   Raises:
     ValueError: if shapes do not fit, for a mask of floats, or for segments together with a cache.
@@ -66,26 +70,29 @@ def visible_keys(
     query_slots = key_slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     key_positions = positions
   else:
-    S = layer["k"].shape[1]
     query_slots = cache_lib.slots(layer, T)
-    key_slots = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-    if "positions" in layer:
-      rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-      key_positions = layer["positions"].at[rows, query_slots].set(positions, mode="drop")
-    else:
+    key_slots, kept = cache_lib.places(layer, positions)
+    if kept is None:
       key_positions, positions = key_slots, query_slots
+    else:
+      key_positions = kept
   query, key = positions[:, :, None], key_positions[:, None, :]
   if mask is None:
     visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & (key <= query) & (key >= 0)
   else:
-    visible = _fit_mask(mask, B, T, key_slots.shape[1])
+    if layer is not None and cache_lib.is_ring(layer):
+      visible = _at_slots(_fit_mask(mask, B, T, mask.shape[-1]), key_slots)
+    else:
+      visible = _fit_mask(mask, B, T, key_slots.shape[1])
     if layer is not None:
       visible &= (key_slots <= query_slots[:, -1:])[:, None, :]
   if window is not None:
     visible &= key > query - window
   if segment_ids is not None:
     if layer is not None:
-      raise ValueError("segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row")
+      raise ValueError(
+        "segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row"
+      )
     visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
   return visible
 
@@ -95,9 +102,18 @@ def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
     remedy = "; make_causal_attn_mask makes one from [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
   if jnp.issubdtype(mask.dtype, jnp.floating):
-    raise ValueError(f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key")
+    raise ValueError(
+      f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key"
+    )
   mask = jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
   return jnp.broadcast_to(mask, (B, T, S))
+
+
+def _at_slots(mask: jax.Array, key_slots: jax.Array) -> jax.Array:
+  """A mask [B, T, S] at the slots [B, R] that a ring holds, False where it holds none: [B, T, R]."""
+  inside = (key_slots >= 0) & (key_slots < mask.shape[2])
+  index = jnp.where(inside, key_slots, 0)[:, None, :]
+  return jnp.take_along_axis(mask, index, axis=2) & inside[:, None, :]
 
 
 def make_causal_attn_mask(input_mask: jax.Array) -> jax.Array:

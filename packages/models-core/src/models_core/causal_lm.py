@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from models_core import cache as cache_lib
+from models_core.attention import visible_keys
 from models_core.cache import Cache
 from models_core.mesh import call_auto, explicit_axes, find_mesh, spec_of
 
@@ -83,9 +85,8 @@ class CausalLM(nnx.Module):
 
     def run(model, tokens, positions, cache, attention_mask, segment_ids):
       hidden, new_cache = model._hidden(tokens, positions, cache, attention_mask, segment_ids)
-      if cache is not None:
-        layer = next(iter(cache.values()))
-        overflow = cache_lib.slots(layer, tokens.shape[1]) >= layer["k"].shape[1]
+      if cache is not None and (name := cache_lib.limiting_layer(cache)) is not None:
+        overflow = cache_lib.slots(cache[name], tokens.shape[1]) >= cache[name]["k"].shape[1]
         hidden = jnp.where(overflow[:, :, None], jnp.nan, hidden)
       out = hidden if skip_lm_head else model._logits(hidden)
       return out, new_cache, hidden if output_hidden_states else None
@@ -100,7 +101,9 @@ class CausalLM(nnx.Module):
 
   def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
     """The head alone: [B, T, D] -> float32 [B, T, V]. For losses that take the vocabulary in chunks."""
-    return self._call(lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden)
+    return self._call(
+      lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden
+    )
 
   def _call(self, run, out_specs, *args):
     """`run(self, *args)` on a mesh of either kind."""
@@ -117,13 +120,37 @@ class CausalLM(nnx.Module):
   def _mesh(self):
     return find_mesh(self._weight())
 
-  def init_cache(self, batch_size: int, cache_size: int, dtype: Any = None) -> Cache:
+  def windows(self) -> Sequence[int | None]:
+    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    return (None,) * self.config.num_layers
+
+  def _masks(
+    self,
+    positions: jax.Array,
+    cache: Cache | None,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+  ) -> dict[int | None, jax.Array]:
+    """The keys that are visible [B, T, S], for each of the `windows`. Layers with the same one share a mask."""
+    first: dict[int | None, int] = {}
+    for i, window in enumerate(self.windows()):
+      first.setdefault(window, i)
+    return {
+      window: visible_keys(
+        positions, cache[f"layer_{i}"] if cache else None, attention_mask, segment_ids, window
+      )
+      for window, i in first.items()
+    }
+
+  def init_cache(self, batch_size: int, cache_size: int, dtype: Any = None, *, ring: bool = False) -> Cache:
     """An empty KV cache, placed on the mesh of the parameters.
 
     Args:
       batch_size: B, rows.
       cache_size: S, the tokens that a row has room for.
       dtype: of keys and values; None is the embedding's.
+      ring: layers with a sliding window keep no more tokens than it has, which changes no logit. Padding must
+        have negative positions, and other positions must ascend.
     """
     config, mesh = self.config, self._mesh()
     return {
@@ -135,8 +162,9 @@ class CausalLM(nnx.Module):
         dtype or self._weight().dtype,
         mesh=mesh,
         spec=config.shd_config.spec("act_btnh", "b s k h"),
+        window=window if ring else None,
       )
-      for i in range(config.num_layers)
+      for i, window in enumerate(self.windows())
     }
 
   @property

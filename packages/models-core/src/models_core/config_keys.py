@@ -2,28 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from models_core.errors import ConfigError
-from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling
+from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 # Keys that change no logit: provenance, token ids, training, generation and what old versions wrote by default.
 HARMLESS = frozenset(
-  """
-  architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype auto_map
-  bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id use_cache initializer_range
-  attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp max_position_embeddings
-  tokenizer_class _attn_implementation _attn_implementation_internal attn_implementation _commit_hash
-  return_dict output_hidden_states output_attentions output_scores return_dict_in_generate torchscript use_bfloat16
-  tf_legacy_loss pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
-  add_cross_attention tie_encoder_decoder finetuning_task id2label label2id task_specific_params problem_type
-  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k
-  top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-  bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
-  exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
-  transformers.js_config unsloth_version unsloth_fixed neftune_noise_alpha is_llama_config
-  """.split()
+  [
+    "architectures",
+    "model_type",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "auto_map",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "pretraining_tp",
+    "max_position_embeddings",
+    "tokenizer_class",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "attn_implementation",
+    "_commit_hash",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "output_scores",
+    "return_dict_in_generate",
+    "torchscript",
+    "use_bfloat16",
+    "tf_legacy_loss",
+    "pruned_heads",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "is_decoder",
+    "cross_attention_hidden_size",
+    "add_cross_attention",
+    "tie_encoder_decoder",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "task_specific_params",
+    "problem_type",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "num_return_sequences",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "prefix",
+    "transformers.js_config",
+    "unsloth_version",
+    "unsloth_fixed",
+    "neftune_noise_alpha",
+    "is_llama_config",
+  ]
 )
 
 _MISSING = object()
@@ -51,19 +115,62 @@ class ConfigKeys:
     if value is not None:
       return value
     if default is _MISSING:
-      raise ConfigError(f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it")
+      raise ConfigError(
+        f"{self._where}: {key} is missing, and no default is right for every checkpoint: add it"
+      )
     return default
 
-  def integer(self, key: str, default: Any = _MISSING) -> int:
-    """A positive whole number."""
+  def get(self, key: str, kind: type = object) -> Any:
+    """A key's value as it is, None where it is absent or null.
+
+    Raises:
+      ConfigError: if the value is of another kind, such as `list` or `Mapping`.
+    """
+    value = self._take(key, None)
+    if value is not None and not isinstance(value, kind):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a {kind.__name__.lower()}")
+    return value
+
+  def integer(self, key: str, default: Any = _MISSING, minimum: int = 1) -> int:
+    """A whole number, positive unless another minimum is given."""
     value = self._take(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**63 or value % 1:
-      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a positive whole number")
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not minimum <= value < 2**63
+      or value % 1
+    ):
+      kind = "a positive whole number" if minimum == 1 else f"a whole number from {minimum} on"
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected {kind}")
     return int(value)
+
+  def integers(self, key: str, default: Any = _MISSING) -> tuple[int, ...]:
+    """Whole numbers from 0 on, such as those of layers."""
+    value = self._take(key, default)
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    if not isinstance(value, (list, tuple)) or not all(map(whole, value)):
+      raise ConfigError(f"{self._where}: {key} is {value!r}, expected a list of whole numbers")
+    return tuple(value)
+
+  def sliding_layers(self, num_layers: int) -> tuple[bool, ...] | None:
+    """Which layers have a sliding window, from `layer_types`; None where that is not stated."""
+    value, kinds = self._take("layer_types", None), ("full_attention", "sliding_attention")
+    if value is None:
+      return None
+    if not isinstance(value, list) or len(value) != num_layers or any(kind not in kinds for kind in value):
+      raise ConfigError(
+        f"{self._where}: layer_types is {value!r}, expected {' or '.join(kinds)} for each of {num_layers} layers"
+      )
+    return tuple(kind == "sliding_attention" for kind in value)
 
   def number(self, key: str, default: Any = _MISSING) -> float:
     """A positive number."""
     return _positive(self._take(key, default), f"{self._where}: {key}")
+
+  def number_or_null(self, key: str) -> float | None:
+    """A positive number, or None where the file says null. The key must be there."""
+    null = key in self._raw and self._raw[key] is None
+    return self.get(key) if null else self.number(key)
 
   def boolean(self, key: str, default: Any = _MISSING) -> bool:
     """True or false."""
@@ -77,7 +184,9 @@ class ConfigKeys:
     value = self._take(key, values[0])
     if value not in values:
       expected = " or ".join(map(repr, values))
-      raise ConfigError(f"{self._where}: {key} is {value!r}; this architecture is implemented for {expected} alone")
+      raise ConfigError(
+        f"{self._where}: {key} is {value!r}; this architecture is implemented for {expected} alone"
+      )
 
   def rope(self, default_theta: float | None = None) -> tuple[float, RopeScaling | None]:
     """RoPE's theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`, or both.
@@ -96,28 +205,40 @@ class ConfigKeys:
     thetas = {"rope_theta": theta, "rope_parameters.rope_theta": (new or {}).get("rope_theta")}
     # rope_scaling carries a theta of its own where new transformers wrote it under the old name.
     thetas["rope_scaling.rope_theta"] = (old or {}).get("rope_theta")
-    stated = {name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None}
+    stated = {
+      name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None
+    }
     if len(set(stated.values())) > 1:
-      raise ConfigError(f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one")
+      raise ConfigError(
+        f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one"
+      )
     theta = next(iter(stated.values()), default_theta)
     if theta is None:
-      raise ConfigError(f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it")
+      raise ConfigError(
+        f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it"
+      )
     scalings = {
       name: _scaling(value, f"{self._where}: {name}", self._raw)
       for name, value in (("rope_scaling", old), ("rope_parameters", new))
       if value is not None
     }
     if len(set(scalings.values())) > 1:
-      raise ConfigError(f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one")
+      raise ConfigError(
+        f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one"
+      )
     return theta, next(iter(scalings.values()), None)
 
-  def done(self) -> None:
+  def done(self, harmless: Collection[str] = ()) -> None:
     """Refuses keys that nobody read and that are not known to be harmless.
+
+    Args:
+      harmless: further keys that change no logit of this architecture.
 
     Raises:
       ConfigError: naming all of them.
     """
-    unknown = [k for k, v in self._raw.items() if k not in self._read and k not in HARMLESS and v is not None]
+    known = self._read | HARMLESS | set(harmless)
+    unknown = [k for k, v in self._raw.items() if k not in known and v is not None]
     if unknown:
       raise ConfigError(
         f"{self._where}: {', '.join(f'{k}={self._raw[k]!r}' for k in sorted(unknown))}: not known to this "
@@ -136,7 +257,7 @@ def _spell(values: Mapping[str, Any]) -> str:
 
 
 def _fields(cls: type, **keys: str):
-  def read(value: Mapping[str, Any], where: str):
+  def read(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]):
     missing = [key for key in keys.values() if value.get(key) is None]
     if missing:
       raise ConfigError(f"{where} lacks {', '.join(missing)}")
@@ -153,9 +274,30 @@ def _numbers(value: Any, what: str) -> Any:
   return numbers if isinstance(value, (list, tuple)) else value
 
 
+def _yarn(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> YarnScaling:
+  length = value.get("original_max_position_embeddings")
+  if length is None:  # as transformers has it
+    length = raw.get("max_position_embeddings")
+  options = {k: v for k in _YARN_OPTIONS if (v := value.get(k)) is not None}
+  numbers = {"factor": value.get("factor"), "original_max_position_embeddings": length, **options}
+  if missing := [key for key, number in numbers.items() if number is None]:
+    raise ConfigError(f"{where} lacks {', '.join(missing)}")
+  for key, number in numbers.items():
+    _positive(number, f"{where}.{key}")
+  if not isinstance(truncate := value.get("truncate", True), bool):
+    raise ConfigError(f"{where}.truncate is {truncate!r}, expected true or false")
+  return YarnScaling(value["factor"], **{"original_max_position": length, **options}, truncate=truncate)
+
+
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# transformers ignores attn_factor, which other implementations multiply in: the logits are those of transformers.
+_YARN_KEYS = frozenset(
+  {"factor", "original_max_position_embeddings", "truncate", "attn_factor", *_YARN_OPTIONS}
+)
+
 # rope_type -> the class of the scaling and, field by field, the key that holds it.
-_SCALINGS = {
-  "default": (lambda value, where: None, frozenset()),
+_SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] = {
+  "default": (lambda value, where, raw: None, frozenset()),
   "linear": _fields(LinearScaling, factor="factor"),
   "llama3": _fields(
     Llama3Scaling,
@@ -164,6 +306,7 @@ _SCALINGS = {
     high_freq_factor="high_freq_factor",
     original_max_position="original_max_position_embeddings",
   ),
+  "yarn": (_yarn, _YARN_KEYS),
   "frequency_factors": _fields(FrequencyFactors, factors="factors"),
 }
 
@@ -171,7 +314,9 @@ _SCALINGS = {
 def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
   kinds = {str(value[key]) for key in ("rope_type", "type") if value.get(key) is not None}
   if len(kinds) > 1:
-    raise ConfigError(f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}")
+    raise ConfigError(
+      f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}"
+    )
   kind = next(iter(kinds), "default")
   if kind not in _SCALINGS:
     raise ConfigError(f"{where}: rope_type {kind!r} is not implemented; known are {', '.join(_SCALINGS)}")
@@ -179,7 +324,7 @@ def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> Ro
   unknown = [k for k in value if k not in keys | {"rope_type", "type", "rope_theta"} and value[k] is not None]
   if kind != "default" and unknown:
     raise ConfigError(f"{where}: {', '.join(sorted(unknown))} not known to rope_type {kind!r}")
-  return read(value, where)
+  return read(value, where, raw)
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -196,6 +341,15 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
         "low_freq_factor": low,
         "high_freq_factor": high,
         "original_max_position_embeddings": length,
+      }
+    case YarnScaling():
+      options = {k: v for k in _YARN_OPTIONS if (v := getattr(scaling, k)) is not None}
+      return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+        "truncate": scaling.truncate,
+        **options,
       }
     case FrequencyFactors(factors):
       return {"rope_type": "frequency_factors", "factors": list(factors)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import functools
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -15,15 +16,17 @@ from jax.sharding import Mesh
 from models_core.abstract import AbstractParameter, abstract_model
 from models_core.parameter import INITIALIZERS, SCALE
 
+M = TypeVar("M", bound=nnx.Module)
+
 
 def create_dummy_model(
-  model_class: Any,
+  model_class: type[M],
   config: Any,
   mesh: Mesh | None = None,
   dtype: Any = None,
   random_seed: int = 0,
   scale: float = SCALE,
-) -> nnx.Module:
+) -> M:
   """Creates a model with random parameters, each device making its own shards.
 
   Norms are ones (or what their module calls neutral), biases and integers zero, all else normal. A parameter's values
@@ -50,11 +53,13 @@ def create_dummy_model(
     make = _maker(*kind)
     for parameter in members:
       arrays[parameter.name] = make(seed, np.uint32(zlib.crc32(parameter.name.encode())), np.float32(scale))
-  return model.fill(arrays)
+  return cast(M, model.fill(arrays))
 
 
 @functools.lru_cache(256)
-def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str):
+def _maker(
+  shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str
+) -> Callable[..., jax.Array]:
   """One compilation for all parameters of a kind, whatever the number of layers and of models."""
 
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:

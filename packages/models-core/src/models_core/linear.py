@@ -25,12 +25,41 @@ class Projection(nnx.Module):
     self.w = parameter(shape, spec, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Input axes, as the equation names them -> output axes."""
     w = self.w[...]
     if w.dtype == x.dtype:
       # Called here, on the parameter itself: quantisation and LoRA intercept this product.
       return jnp.einsum(self.equation, x, w)
     dtype = common_dtype(w.dtype, x.dtype)
     return jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype)).astype(x.dtype)
+
+
+class BiasedProjection(nnx.Module):
+  """A linear map with a bias: as Projection, and a parameter `b` over the output axes. Their sum is rounded once."""
+
+  def __init__(
+    self,
+    equation: str,
+    shape: Sequence[int],
+    spec: PartitionSpec,
+    bias_spec: PartitionSpec,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.equation = equation
+    self.w = parameter(shape, spec, rngs=rngs)
+    self.b = parameter(shape[: len(bias_spec)], bias_spec, rngs=rngs, init="zeros")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Input axes, as the equation names them -> output axes."""
+    w = self.w[...]
+    if w.dtype == x.dtype:
+      # Called here, on the parameter itself: quantisation and LoRA intercept this product.
+      y = jnp.einsum(self.equation, x, w, preferred_element_type=jnp.float32)
+    else:
+      dtype = common_dtype(w.dtype, x.dtype)
+      y = jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Embedder(nnx.Module):
@@ -41,7 +70,9 @@ class Embedder(nnx.Module):
 
   def encode(self, tokens: jax.Array) -> jax.Array:
     """[B, T] -> [B, T, D]. A token outside of the vocabulary gives NaN, not a neighbour's embedding."""
-    return self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return (
+      self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
 
   def decode(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> logits [B, T, V] in float32, of a tied head."""

@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
 from models_core.weights import Piece, arrange, part_shape
+
+_log = logging.getLogger(__name__)
 
 # The unit of parallel work, in bytes.
 _TASK = 32 << 20
@@ -49,12 +52,16 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
   Raises:
     CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
   """
+  if notes := plan.notes():
+    _log.warning("\n".join([f"{plan.checkpoint.files.path}:", *notes]))
   return plan.model.fill(load_arrays(plan, on_bytes=on_bytes))
 
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  reader = TensorReader(plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None))
+  reader = TensorReader(
+    plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
+  )
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
     with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
@@ -118,9 +125,10 @@ def _place(plan: LoadPlan, reader: TensorReader, pool: concurrent.futures.Execut
 
 
 def _is_cpu(plan: LoadPlan) -> bool:
-  return all(
-    device.platform == "cpu" for planned in plan.parameters for device in planned.parameter.sharding.device_set
-  )
+  devices: set[jax.Device] = set()
+  for planned in plan.parameters:
+    devices |= planned.parameter.sharding.device_set
+  return all(device.platform == "cpu" for device in devices)
 
 
 def _shards(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[_Shard]:
@@ -145,7 +153,9 @@ def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np
   piece, shape = planned.pieces[0], planned.parameter.shape
   info = reader.tensors[piece.tensor]
   rows = index[0] if index else slice(0, 1)
-  if len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape):
+  if (
+    len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape)
+  ):
     return None
   row = math.prod(shape[1:])
   return reader.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
@@ -163,7 +173,9 @@ def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
   return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, parts)
 
 
-def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader) -> Iterator[Callable[[], None]]:
+def _tasks(
+  planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
+) -> Iterator[Callable[[], None]]:
   """The work of filling a parameter's shards, in units that threads share."""
   for piece in planned.pieces:
     info = reader.tensors[piece.tensor]
@@ -171,7 +183,7 @@ def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
     targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
     if not targets:
       continue
-    if piece.run is None:
+    if (run := piece.run) is None:
       yield functools.partial(_fill_reordered, piece, info, shape, targets, reader)
       continue
     if not shape:  # A scalar is one row of one element.
@@ -179,7 +191,7 @@ def _tasks(planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
     step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
     last = max(index[0].stop for index, _ in targets)
     for start in range(min(index[0].start for index, _ in targets), last, step):
-      yield functools.partial(_fill_rows, piece, info, shape, targets, start, min(start + step, last), reader)
+      yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
 
 
 def _target(piece: Piece, shard: _Shard) -> _Target | None:
@@ -199,7 +211,7 @@ def _target(piece: Piece, shard: _Shard) -> _Target | None:
 
 
 def _fill_rows(
-  piece: Piece,
+  base: int,
   info: TensorInfo,
   shape: tuple[int, ...],
   targets: list[_Target],
@@ -207,9 +219,8 @@ def _fill_rows(
   stop: int,
   reader: TensorReader,
 ) -> None:
-  """Rows [start, stop) of a piece whose bytes lie in the file as they lie in the parameter."""
+  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
   row = math.prod(shape[1:])
-  base = piece.run
   straight: list[_Target] = []
   through: list[_Target] = []
   for index, target in targets:

@@ -7,7 +7,7 @@ mesh the whole call runs in a region in which the axes are Auto, and its results
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,14 +61,24 @@ def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
   return function(*trees)
 
 
+def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
+  """The part of a spec that the Auto axes in context can hold; of no entries where there are none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not mesh.auto_axes:
+    return PartitionSpec()
+  auto = set(mesh.auto_axes)
+  own = [
+    names if set((names,) if isinstance(names, str) else names or ()) <= auto else None for names in spec
+  ]
+  return fit(shape, tuple(own), mesh)[0]
+
+
 def shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   """Constrains an activation inside `call_auto`, as far as the mesh can hold it; nothing without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.auto_axes:
     return x
-  auto = set(mesh.auto_axes)
-  own = [names if set((names,) if isinstance(names, str) else names or ()) <= auto else None for names in spec]
-  return jax.lax.with_sharding_constraint(x, fit(x.shape, tuple(own), mesh)[0])
+  return jax.lax.with_sharding_constraint(x, fit_auto(x.shape, spec))
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from models_core.linear import Projection
@@ -35,3 +36,8 @@ class GatedMLP(nnx.Module):
     """[B, T, D] -> [B, T, D]."""
     hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
     return self.down_proj(shard(hidden, self.act_btf))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+  """GELU by its tanh approximation (arXiv:1606.08415), in float32 and rounded once."""
+  return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

@@ -18,6 +18,22 @@ class RMSNorm(nnx.Module):
     self.w = parameter((dim,), spec, rngs=rngs, init="ones")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * self.w[...].astype(jnp.float32)).astype(x.dtype)
+    """[..., D] -> [..., D] in the dtype of x."""
+    return (_normalise(x, self.eps) * self.w[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class OffsetRMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * (1 + w) over the last axis, in float32: w is what Gemma's checkpoints store."""
+
+  def __init__(self, dim: int, eps: float, spec: PartitionSpec, *, rngs: nnx.Rngs):
+    self.eps = eps
+    self.w = parameter((dim,), spec, rngs=rngs, init="zeros")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D] in the dtype of x."""
+    return (_normalise(x, self.eps) * (1 + self.w[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def _normalise(x: jax.Array, eps: float) -> jax.Array:
+  y = x.astype(jnp.float32)
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ SCALE = 0.02
 
 INITIALIZERS = {
   # Drawn in float32 and rounded, so that a dtype changes no value beyond its precision.
-  "normal": lambda key, shape, dtype, scale=SCALE: (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype),
+  "normal": lambda key, shape, dtype, scale=SCALE: (
+    scale * jax.random.normal(key, shape, jnp.float32)
+  ).astype(dtype),
   "ones": lambda key, shape, dtype, scale=SCALE: jnp.ones(shape, dtype),
   "zeros": lambda key, shape, dtype, scale=SCALE: jnp.zeros(shape, dtype),
 }
@@ -36,7 +39,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def parameter(
-  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype=jnp.float32
+  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype: Any = jnp.float32
 ) -> nnx.Param:
   """A parameter with its initial values.
 

@@ -18,7 +18,7 @@ from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
 
-# An error lists so many problems of a kind; the rest is counted.
+# An error lists so many problems; the rest is counted.
 _MOST = 40
 
 
@@ -107,21 +107,25 @@ class LoadPlan:
     """Axes that stay whole because the mesh cannot hold their sharding."""
     return misfit_notes(self.model.parameters)
 
+  def notes(self) -> list[str]:
+    """What is not as one might take for granted: axes that stay whole, tensors that are left out."""
+    left_out = collections.Counter(reason for _, reason in self.ignored)
+    return self.replicated() + [f"left out: {_count(n, 'tensor')}: {why}" for why, n in left_out.items()]
+
   def __str__(self) -> str:
-    per_device = self.bytes_per_device()
+    devices = collections.Counter(self.bytes_per_device().values())
     lines = [
-      f"{self.num_parameters:,} parameters, {_size(self.stored_nbytes)} to read from {len(self.files)} "
-      f"file{'s' * (len(self.files) != 1)} of {self.checkpoint.files.path}",
-      "each device holds:" if len(set(per_device.values())) > 1 else
-      f"each of {len(per_device)} device{'s' * (len(per_device) != 1)} holds {_size(next(iter(per_device.values()), 0))}",
+      f"{self.num_parameters:,} parameters, {_size(self.stored_nbytes)} to read from "
+      f"{_count(len(self.files), 'file')} of {self.checkpoint.files.path}"
     ]
-    if len(set(per_device.values())) > 1:
-      lines += [f"  {device}: {_size(nbytes)}" for device, nbytes in per_device.items()]
-    lines += [f"{count} tensors: {stored} -> {loaded}" for (stored, loaded), count in self.casts().items()]
-    lines += [f"left out: {count} x {reason}" for reason, count in collections.Counter(r for _, r in self.ignored).items()]
+    lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in devices.items()]
+    lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
     lines += [f"{tie.tensor} must repeat {tie.twin}" for tie in self.ties]
-    lines += self.replicated()
-    return "\n".join(lines)
+    return "\n".join(lines + self.notes())
+
+
+def _count(number: int, what: str) -> str:
+  return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _stored(info: TensorInfo) -> str:
@@ -148,7 +152,8 @@ def plan_load(
   """
   tensors = checkpoint.tensors
   problems = list(checkpoint.problems)
-  planned, used = [], set()
+  planned: list[PlannedParameter] = []
+  used: set[str] = set()
   for parameter in model.parameters.values():
     row, placeholders = _row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
@@ -159,7 +164,9 @@ def plan_load(
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
     else:
       # What there is of any form belongs to the trouble that was just noted.
-      used.update(piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape))
+      used.update(
+        piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
+      )
   left = [name for name in tensors if name not in used]
   ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
   ignored, unexpected = [], []
@@ -222,7 +229,9 @@ def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype
     TypeError: if `dtype` is no floating-point type.
   """
   if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-    raise TypeError(f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become")
+    raise TypeError(
+      f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become"
+    )
   loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
   if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):
     loaded = dtype

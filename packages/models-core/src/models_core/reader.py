@@ -19,14 +19,22 @@ ALIGNMENT = 64
 # Scratch that stays in a core's cache, in bytes.
 CHUNK = 2 << 20
 
+# From this many bytes on, memory is pages of its own, which go back to the system one by one.
+_OWN_PAGES = 1 << 20
+
 OnBytes = Callable[[int], None]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Uninitialised memory that a CPU device can alias."""
   nbytes = math.prod(shape) * dtype.itemsize
-  memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-  start = -memory.ctypes.data % ALIGNMENT
+  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_POPULATE"):
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+  else:
+    # Pages that are asked for at once cost half of those that are touched one by one.
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
@@ -43,7 +51,9 @@ class TensorReader:
     CheckpointError: if a file is not what its header described.
   """
 
-  def __init__(self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes):
+  def __init__(
+    self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes
+  ):
     self.tensors = tensors
     self._on_bytes = on_bytes
     self._scratch = threading.local()
@@ -57,11 +67,15 @@ class TensorReader:
         described = {t.name: t for t in tensors.values() if t.file == name}
         size, last = os.fstat(self._open[name]).st_size, max(t.stop for t in described.values())
         if size < last:
-          raise CheckpointError(path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"])
+          raise CheckpointError(
+            path, [f"it has {size} bytes, but its header described {last}: it changed meanwhile"]
+          )
         if name.endswith(".safetensors"):
           found = {t.name: t for t in read_header(LocalFiles(self._where), name)[0]}
           if changed := next((t for t in described if found.get(t) != described[t]), None):
-            raise CheckpointError(path, [f"{changed} is not where its header described it: it changed meanwhile"])
+            raise CheckpointError(
+              path, [f"{changed} is not where its header described it: it changed meanwhile"]
+            )
     except BaseException:
       self.close()
       raise
@@ -75,18 +89,20 @@ class TensorReader:
 
   def _pread(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
     """Fills a uint8 buffer from byte `start` of a tensor."""
-    view = memoryview(buffer)
+    view = buffer.data
     offset, done = info.start + start, 0
     while done < len(view):
       count = os.preadv(self._open[info.file], [view[done : done + (1 << 30)]], offset + done)
       if not count:
-        raise CheckpointError(f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"])
+        raise CheckpointError(
+          f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"]
+        )
       done += count
-      self._on_bytes(count)
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
     """Elements from `element` on, into contiguous memory of the same dtype."""
     self._pread(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
+    self._on_bytes(target.nbytes)
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
     """Elements, decoded; valid until this thread's next call."""
@@ -99,6 +115,7 @@ class TensorReader:
     if scratch is None or scratch.nbytes < nbytes:
       scratch = self._scratch.buffer = aligned_empty((max(nbytes, CHUNK),), np.dtype(np.uint8))
     self._pread(info, start, scratch[:nbytes])
+    self._on_bytes(nbytes)
     return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,10 @@ import numpy as np
 
 class RopeScaling(Protocol):
   """Turns the plain inverse frequencies of a head into those of a longer context."""
+
+  @property
+  def magnitude(self) -> float:
+    """Factor of cosines and sines."""
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
     """float64 [H/2] -> float64 [H/2]."""
@@ -23,8 +27,10 @@ class LinearScaling:
   """Positions divided by a factor (arXiv:2306.15595)."""
 
   factor: float
+  magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     return inverse_frequencies / self.factor
 
 
@@ -43,12 +49,70 @@ class Llama3Scaling:
   low_freq_factor: float
   high_freq_factor: float
   original_max_position: int
+  magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     turns = self.original_max_position * inverse_frequencies / (2 * math.pi)
     smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
     return inverse_frequencies * ((1 - smooth) / self.factor + smooth)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class YarnScaling:
+  """Slow frequencies stretched, fast ones kept, a ramp between (arXiv:2309.00071), as transformers computes it.
+
+  Other implementations multiply `attention_factor` with an `attn_factor` of config.json. transformers reads that
+  key no more than it is a field here.
+
+  Attributes:
+    factor: by which slow frequencies shrink.
+    original_max_position: context length in pretraining, in tokens.
+    attention_factor: of cosines and sines; None derives it from `factor` and both mscales.
+    beta_fast: turns within the original context from which on a frequency is kept.
+    beta_slow: turns up to which it is stretched.
+    mscale: weight of log(factor) in the attention factor, where `mscale_all_dim` is set, too.
+    mscale_all_dim: the same in its denominator.
+    truncate: the ramp starts and ends at whole indices.
+  """
+
+  factor: float
+  original_max_position: int
+  attention_factor: float | None = None
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  truncate: bool = True
+
+  @property
+  def magnitude(self) -> float:
+    """Factor of cosines and sines."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    log = math.log(max(self.factor, 1.0))
+    if self.mscale and self.mscale_all_dim:
+      return (0.1 * self.mscale * log + 1) / (0.1 * self.mscale_all_dim * log + 1)
+    return 0.1 * log + 1
+
+  def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
+    if len(inverse_frequencies) < 2:
+      raise ValueError("YaRN's ramp needs a head_dim of 4 or more")
+    # The frequencies are powers of their second one, from which a number of turns gives an index.
+    decay = -math.log(inverse_frequencies[1] / inverse_frequencies[0])
+    low, high = (
+      math.log(self.original_max_position / (turns * 2 * math.pi)) / decay
+      for turns in (self.beta_fast, self.beta_slow)
+    )
+    if self.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    # The upper bound is a head's dimension, not a pair's.
+    low, high = max(low, 0), min(high, 2 * len(inverse_frequencies) - 1)
+    ramp = (np.arange(len(inverse_frequencies)) - low) / (high - low if high != low else 0.001)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return inverse_frequencies * (ramp / self.factor + 1 - ramp)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,35 +124,68 @@ class FrequencyFactors:
   """
 
   factors: tuple[float, ...]
+  magnitude: ClassVar[float] = 1.0
 
   def scale(self, inverse_frequencies: np.ndarray) -> np.ndarray:
+    """float64 [H/2] -> float64 [H/2]."""
     return inverse_frequencies / np.asarray(self.factors, np.float64)
 
 
+class Rotary(NamedTuple):
+  """What `rotate` turns heads by.
+
+  Attributes:
+    frequencies: float32 [H/2], radians per token.
+    magnitude: factor of cosines and sines.
+  """
+
+  frequencies: np.ndarray
+  magnitude: float
+
+
+def rotary(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
+  """The frequencies theta^(-2i/H) for i < H/2 and their magnitude, with any scaling."""
+  frequencies = _scaled(head_dim, theta, scaling)
+  return Rotary(frequencies, 1.0 if scaling is None else scaling.magnitude)
+
+
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-  """theta^(-2i/H) for i < H/2, scaled. Computed in float64, so that the angle of position 32768 is right.
+  """theta^(-2i/H) for i < H/2, scaled, where the scaling is one of frequencies alone.
 
   Returns:
     float32 [H/2], radians per token.
+
+  Raises:
+    ValueError: for a scaling that has a magnitude, too, which `rotary` gives.
   """
+  if scaling is not None and scaling.magnitude != 1.0:
+    raise ValueError(
+      f"{type(scaling).__name__} also scales cosines and sines: call rotary(), and rotate() by both"
+    )
+  return _scaled(head_dim, theta, scaling)
+
+
+def _scaled(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+  """Computed in float64, so that the angle of position 32768 is right."""
   frequencies = float(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   if scaling is not None:
     frequencies = scaling.scale(frequencies)
   return frequencies.astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> jax.Array:
   """Rotates each pair (i, i + H/2) of a head by position * frequency.
 
   Args:
     x: [B, T, N, H].
     positions: [B, T], in tokens.
     frequencies: float32 [H/2].
+    magnitude: factor of cosines and sines.
 
   Returns:
     [B, T, N, H] in the dtype of x; the angles and the products are float32.
   """
   angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

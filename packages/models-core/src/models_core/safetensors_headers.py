@@ -100,7 +100,9 @@ def _nothing_found(names: set[str]) -> str:
     return "this is an adapter: load its base model first, then merge"
   if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))):
     return f"only pickled weights ({pickles[0]}), which are never loaded: convert them to safetensors"
-  return "no safetensors file" + (f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty")
+  return "no safetensors file" + (
+    f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty"
+  )
 
 
 def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
@@ -122,7 +124,13 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
 def is_inside(name: str) -> bool:
   """Whether a relative name stays in its directory."""
   plain = posixpath.normpath(name)
-  return bool(name) and not name.startswith("/") and "\\" not in name and "\0" not in name and not plain.startswith("..")
+  return (
+    bool(name)
+    and not name.startswith("/")
+    and "\\" not in name
+    and "\0" not in name
+    and not plain.startswith("..")
+  )
 
 
 def parse_json(data: bytes) -> Any:
@@ -156,7 +164,9 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
     raise CheckpointError(where, [f"{size} bytes are no safetensors file"])
   (length,) = struct.unpack("<Q", start[:8])
   if length > min(_MAX_HEADER, size - 8):
-    raise CheckpointError(where, [f"its header claims {length} bytes of a file of {size}: truncated or no safetensors"])
+    raise CheckpointError(
+      where, [f"its header claims {length} bytes of a file of {size}: truncated or no safetensors"]
+    )
   if len(start) < 8 + length:
     start += files.read(name, len(start), 8 + length)
   try:
@@ -180,12 +190,16 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
   if not problems:
     for info in infos:
       if info.start != end:
-        problems.append(f"{info.name}: its data {'overlaps' if info.start < end else 'leaves a gap after'} the one before")
+        problems.append(
+          f"{info.name}: its data {'overlaps' if info.start < end else 'leaves a gap after'} the one before"
+        )
         break
       end = info.stop
     else:
       if end != size:
-        problems.append(f"the file has {size} bytes, but its header describes {end}: truncated or overwritten")
+        problems.append(
+          f"the file has {size} bytes, but its header describes {end}: truncated or overwritten"
+        )
   if problems:
     raise CheckpointError(where, problems)
   return infos, metadata

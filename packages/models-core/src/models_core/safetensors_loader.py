@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -22,19 +22,20 @@ from models_core.safetensors_headers import read_safetensors
 from models_core.sharding import default_sharding
 from models_core.weights import Piece, WeightTable
 
+M = TypeVar("M", bound=nnx.Module)
 Transform = tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
 KeyMapping = Mapping[str, tuple[str, Transform]]
 
 
 def load_and_create_model(
   file_dir: str | os.PathLike | Files,
-  model_class: Any,
+  model_class: type[M],
   config: Any,
   key_mapping: WeightTable | Callable[[Any], WeightTable | KeyMapping],
   mesh: Mesh | None = None,
   preprocess_fn: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
   dtype: Any = None,
-) -> nnx.Module:
+) -> M:
   """Creates a model and loads its weights, strictly: all that does not fit is one error, before data is read.
 
   Args:
@@ -58,13 +59,15 @@ def load_and_create_model(
   dtype = None if dtype is None else np.dtype(dtype)
   if isinstance(mapping, WeightTable):
     if preprocess_fn is not None:
-      raise TypeError("preprocess_fn works on a dictionary of names: a weight table says the same in its layouts")
-    return load(plan_load(checkpoint, model, mapping, dtype=dtype))
+      raise TypeError(
+        "preprocess_fn works on a dictionary of names: a weight table says the same in its layouts"
+      )
+    return cast(M, load(plan_load(checkpoint, model, mapping, dtype=dtype)))
   mapped = _map_names(checkpoint, mapping)
   if preprocess_fn is None:
-    return load(_plan_parameters(checkpoint, model, mapped, dtype))
+    return cast(M, load(_plan_parameters(checkpoint, model, mapped, dtype)))
   arrays = preprocess_fn(load_arrays(_plan_free(checkpoint, model, mapped, dtype)))
-  return model.fill(_fit_arrays(checkpoint, model, arrays))
+  return cast(M, model.fill(_fit_arrays(checkpoint, model, arrays)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,12 @@ class _Mapped:
   def planned(self, parameter: AbstractParameter, dtype: np.dtype | None) -> PlannedParameter:
     everything = (slice(None),) * len(self.info.shape)
     piece = Piece(
-      self.info.name, self.info.shape, self.info.shape, everything, self.order, (slice(None),) * len(self.shape)
+      self.info.name,
+      self.info.shape,
+      self.info.shape,
+      everything,
+      self.order,
+      (slice(None),) * len(self.shape),
     )
     return PlannedParameter(parameter, loaded_dtype([self.info.dtype], dtype), (piece,))
 
@@ -110,7 +118,9 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
       problems.append(f"{info.name} {info.shape} cannot take the transform {transform}: {error}")
       continue
     if name in mapped:
-      problems.append(f"{name} is doubled: the key mapping gives it to {mapped[name].info.name} and {info.name}")
+      problems.append(
+        f"{name} is doubled: the key mapping gives it to {mapped[name].info.name} and {info.name}"
+      )
     mapped[name] = _Mapped(name, final, info, order)
   if problems:
     raise CheckpointError(checkpoint.files.path, problems)
@@ -140,11 +150,15 @@ def _plan_free(
   return LoadPlan(checkpoint, model, tuple(planned))
 
 
-def _fit_arrays(checkpoint: Checkpoint, model: AbstractModel, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _fit_arrays(
+  checkpoint: Checkpoint, model: AbstractModel, arrays: Mapping[str, Any]
+) -> dict[str, jax.Array]:
   """Places what a preprocess function returned on the shardings of the model."""
   flat = {dotted(path): array for path, array in nnx.traversals.flatten_mapping(arrays).items()}
   _check(checkpoint, model, {name: (tuple(array.shape), "preprocess_fn") for name, array in flat.items()})
-  return {name: jax.device_put(flat[name], parameter.sharding) for name, parameter in model.parameters.items()}
+  return {
+    name: jax.device_put(flat[name], parameter.sharding) for name, parameter in model.parameters.items()
+  }
 
 
 def _check(
@@ -158,7 +172,9 @@ def _check(
   problems = []
   for name, parameter in model.parameters.items():
     if name not in found:
-      problems.append(f"the parameter {name} {parameter.shape} is missing: the key mapping gives it no tensor")
+      problems.append(
+        f"the parameter {name} {parameter.shape} is missing: the key mapping gives it no tensor"
+      )
     elif found[name][0] != parameter.shape:
       shape, origin = found[name]
       problems.append(f"{origin} gives {name} the shape {shape}, but the parameter has {parameter.shape}")

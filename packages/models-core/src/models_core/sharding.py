@@ -114,7 +114,9 @@ class Misfit:
   remedy: str
 
 
-def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
+def fit(
+  shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh
+) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
   """The part of a spec that a mesh can hold.
 
   Args:
@@ -159,7 +161,7 @@ def fit(shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh) -> tuple[Pa
 
 def default_sharding() -> SingleDeviceSharding:
   """Where arrays go without a mesh: the default device of this process."""
-  device = jax.config.jax_default_device
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]
   return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
 
 

@@ -26,13 +26,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_core.abstract import abstract_model
+from models_core.checkpoint import LocalFiles
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.loader import load
 from models_core.plan import plan_load
 from models_core.remat import RematConfig
 from models_core.safetensors_headers import DTYPES, read_safetensors
-from models_core.checkpoint import LocalFiles
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, pieces, put_back
 
@@ -59,7 +59,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> No
   assert error <= tolerance * scale, f"largest error {error:.3g}, largest value {scale:.3g}"
 
 
-def write_checkpoint(directory: pathlib.Path, family: Family, config: Any, model: nnx.Module) -> dict[str, np.ndarray]:
+def write_checkpoint(
+  directory: pathlib.Path, family: Family, config: Any, model: nnx.Module
+) -> dict[str, np.ndarray]:
   """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
   tensors = to_tensors(model, family.weights["huggingface"])
   header, end = {}, 0
@@ -82,7 +84,7 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   tensors: dict[str, np.ndarray] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
-    (row, at), = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
+    ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
     for piece in pieces(row, row.forms[0], at, value.shape):
       tensor = tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
       put_back(value[piece.target], piece, tensor)
@@ -94,6 +96,33 @@ def _call(model, tokens, positions, cache=None, mask=None, segment_ids=None):
   return model(tokens, positions, cache, mask, segment_ids=segment_ids)
 
 
+@nnx.jit
+def _call_in_parts(model, tokens, positions):
+  hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
+  kept = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[0]
+  return hidden, kept, model.compute_final_logits(hidden[:, -1:])
+
+
+def _loss(model, tokens, positions):
+  logits, _ = model(tokens, positions)
+  return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+
+def _step(model, optimizer, tokens, positions):
+  value, grads = nnx.value_and_grad(_loss)(model, tokens, positions)
+  optimizer.update(model, grads)
+  return value
+
+
+_jitted_step: Any = nnx.jit(_step, donate_argnums=(0, 1))
+
+
+def _train(model: nnx.Module) -> list[float]:
+  """Losses of three steps of gradient descent with donated state."""
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
+
+
 class FamilyContract:
   """Subclass it with a family and a tiny configuration.
 
@@ -101,11 +130,14 @@ class FamilyContract:
     family: under test.
     config: tiny, with at least two layers, two query heads for each KV head and 32 tokens.
     changes: another value for each field of the configuration but `shd_config` and `remat_config`.
+    others: further configurations of the family, each under test in a subclass of its own. A field that `config`
+      has no use for, such as one of experts in a dense model, is left out of `changes` and differs here.
   """
 
   family: ClassVar[Family]
   config: ClassVar[Any]
   changes: ClassVar[Mapping[str, Any]]
+  others: ClassVar[tuple[Any, ...]] = ()
 
   @pytest.fixture(scope="class", autouse=True)
   @classmethod
@@ -131,7 +163,7 @@ class FamilyContract:
     return np.asarray(_call(model, TOKENS, POSITIONS)[0])
 
   @classmethod
-  def make(cls, config: Any, mesh: Mesh | None = None) -> nnx.Module:
+  def make(cls, config: Any, mesh: Mesh | None = None) -> Any:
     """A random model of the family."""
     return create_dummy_model(cls.family.model_class, config, mesh, scale=0.3)
 
@@ -156,13 +188,17 @@ class FamilyContract:
     names = {name for config in self._all_configs() for name in self.shapes(config)}
     for dialect, table in self.family.weights.items():
       for row in table.rows:
-        assert any(row.match(name) is not None for name in names), f"{dialect}: no configuration has {row.ours}"
+        assert any(row.match(name) is not None for name in names), (
+          f"{dialect}: no configuration has {row.ours}"
+        )
 
   def test_loads_what_the_table_writes_bit_by_bit(self, model, mesh, tmp_path):
     write_checkpoint(tmp_path, self.family, self.config, model)
     config = self.family.read_config(json.loads((tmp_path / "config.json").read_text()))
     abstract = abstract_model(self.family.model_class, config, mesh)
-    loaded = load(plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"]))
+    loaded = load(
+      plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"])
+    )
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
     assert ours.keys() == theirs.keys()
     for path, variable in ours.items():
@@ -175,24 +211,35 @@ class FamilyContract:
     yield self.config
     for name, value in self.changes.items():
       yield dataclasses.replace(self.config, **{name: value})
+    yield from self.others
 
   def test_every_config_field_changes_shapes_or_output(self, model, expected):
     own = {field.name for field in dataclasses.fields(self.config)} - {"shd_config", "remat_config"}
-    assert own == set(self.changes), "give another value for each field of the configuration"
+    elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
+    assert own - elsewhere <= set(self.changes) <= own, (
+      "give another value for each field of the configuration"
+    )
     shapes = self.shapes(self.config)
     for name, value in self.changes.items():
       config = dataclasses.replace(self.config, **{name: value})
       if self.shapes(config) == shapes:
         logits, _ = _call(self.make(config), TOKENS, POSITIONS)
-        assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), f"{name} changes nothing"
+        assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), (
+          f"{name} changes nothing"
+        )
 
   def test_sharding_config_decides_the_shardings(self):
     names = [field.name for field in dataclasses.fields(ShardingConfig)]
     default = self.config.shd_config
-    turned = {n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names}
+    turned: dict[str, Any] = {
+      n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names
+    }
     config = dataclasses.replace(self.config, shd_config=ShardingConfig(**turned))
     specs = [
-      {n: p.sharding.spec for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()}
+      {
+        n: p.sharding.spec
+        for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()
+      }
       for c in (self.config, config)
     ]
     assert specs[0] != specs[1]
@@ -242,7 +289,28 @@ class FamilyContract:
 
   def test_right_padding_changes_nothing(self, model, expected):
     tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
-    assert_close(_call(model, tokens, positions)[0][:, : T], expected)
+    assert_close(_call(model, tokens, positions)[0][:, :T], expected)
+
+  def test_rings_change_nothing(self, model, mesh, expected):
+    """Chunks longer and shorter than a window, padding left, right and between, single tokens; causal or masked."""
+    if not any(model.windows()):
+      assert model.init_cache(B, T, ring=True).keys() == model.init_cache(B, T).keys()
+      return
+    layout = np.array([[-1, 0, 1, 2, 3, 4, -1, -1, 5, 6], [0, 1, -1, 2, 3, -1, 4, 5, 6, -1]], np.int32)
+    real = layout >= 0
+    tokens = np.where(real, np.take_along_axis(TOKENS, np.maximum(layout, 0), axis=1), 0)
+    total = layout.shape[1]
+    causal = np.tril(np.ones((total, total), bool)) & real[:, None, :]
+    for tested, mask in ((model, None), (model, causal), (self.make(self.config, mesh), None)):
+      cache, parts = tested.init_cache(B, total + 20, ring=True), []
+      for start, stop in [(0, 6), (6, 7), (7, 9), (9, 10)]:
+        part = None if mask is None else mask[:, start:stop]
+        logits, cache = _call(tested, tokens[:, start:stop], layout[:, start:stop], cache, part)
+        parts.append(logits)
+      sizes = [layer["k"].shape[1] for layer in cache.values()]
+      assert sizes == [min(window or total + 20, total + 20) for window in tested.windows()]
+      for row in range(B):
+        assert_close(np.concatenate(parts, axis=1)[row, real[row]], expected[row])
 
   def test_segments_equal_separate_sequences(self, model, mesh, expected):
     tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
@@ -253,7 +321,7 @@ class FamilyContract:
 
   def test_writing_past_the_cache_is_an_error(self, model):
     cache = model.init_cache(B, T)
-    _, cache = model(TOKENS[:, :-1], POSITIONS[:, :-1], cache)
+    _, cache = _call(model, TOKENS[:, :-1], POSITIONS[:, :-1], cache)
     with pytest.raises(ValueError, match="cache_size"):
       model(TOKENS[:, -2:], POSITIONS[:, -2:], cache)
     logits, _ = _call(model, TOKENS[:, -2:], POSITIONS[:, -2:], cache)
@@ -261,11 +329,10 @@ class FamilyContract:
     assert np.isnan(logits[:, 1]).all()
 
   def test_the_head_can_be_left_out_and_computed_apart(self, model, mesh, expected):
-    for sharded in (model, self.make(self.config, mesh)):
-      hidden, _ = sharded(TOKENS, POSITIONS, output_hidden_states=True, skip_lm_head=True)
-      kept = nnx.pop(sharded, nnx.Intermediate)["all_hidden_states"].get_value()[0]
+    for tested in (model, self.make(self.config, mesh)):
+      hidden, kept, logits = _call_in_parts(tested, TOKENS, POSITIONS)
       np.testing.assert_array_equal(kept, hidden)
-      assert_close(sharded.compute_final_logits(hidden[:, -1:]), expected[:, -1:])
+      assert_close(logits, expected[:, -1:])
 
   # Meshes
 
@@ -290,27 +357,19 @@ class FamilyContract:
     ):
       np.testing.assert_array_equal(ours, theirs)
 
-  def test_gradient_steps_with_donated_state(self, model, mesh):
-    def loss(model, tokens, positions):
-      logits, _ = model(tokens, positions)
-      return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+  @pytest.fixture(scope="class")
+  @classmethod
+  def losses(cls):
+    """Of three steps on one device."""
+    return _train(cls.make(cls.config))
 
-    @functools.partial(nnx.jit, donate_argnums=(0, 1))
-    def step(model, optimizer, tokens, positions):
-      value, grads = nnx.value_and_grad(loss)(model, tokens, positions)
-      optimizer.update(model, grads)
-      return value
-
-    losses = {}
-    for name, trained in (("one device", self.make(self.config)), ("mesh", self.make(self.config, mesh))):
-      optimizer = nnx.Optimizer(trained, optax.sgd(0.1), wrt=nnx.Param)
-      losses[name] = [float(step(trained, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
-    assert losses["one device"][2] < losses["one device"][0]
-    np.testing.assert_allclose(losses["mesh"], losses["one device"], rtol=1e-4)
+  def test_gradient_steps_with_donated_state(self, losses, mesh):
+    assert losses[2] < losses[0]
+    np.testing.assert_allclose(_train(self.make(self.config, mesh)), losses, rtol=1e-4)
 
   @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
   def test_half_precision_stays_half_and_near(self, expected, dtype):
-    model = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
+    model: Any = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
     logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
     assert logits.dtype == jnp.float32
     assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)

@@ -69,7 +69,7 @@ class Ignored:
   """Tensors that a model does not need.
 
   Attributes:
-    pattern: a name with placeholders; matches as a whole.
+    pattern: a name with placeholders; matches as a whole. A last part `**` stands for any rest.
     reason: why they can be left out.
   """
 
@@ -127,7 +127,10 @@ def _name_pattern(name: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-  """Whether a name with placeholders stands for this name, as a whole."""
+  """Whether a name with placeholders stands for this name, as a whole; with a last part `**`, for all below it."""
+  if pattern.endswith(".**"):
+    found = _name_pattern(pattern.removesuffix("**")).match(name)
+    return found is not None and found.end() < len(name)
   return _name_pattern(pattern).fullmatch(name) is not None
 
 
@@ -180,7 +183,9 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   """
   theirs, ours = parse_layout(form.layout)
   if len(ours) != len(shape):
-    raise ValueError(f"the layout {form.layout!r} has {len(ours)} axes for a parameter of shape {tuple(shape)}")
+    raise ValueError(
+      f"the layout {form.layout!r} has {len(ours)} axes for a parameter of shape {tuple(shape)}"
+    )
   sizes = _sizes(ours, shape, form.layout)
   stacked = [name for name in _PLACEHOLDER.findall(form.name) if name not in placeholders]
   flat_ours = [axis for group in ours for axis in group]
@@ -189,7 +194,9 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
   if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
-    raise ValueError(f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0")
+    raise ValueError(
+      f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0"
+    )
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
   select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from models_core import rope
@@ -18,7 +17,7 @@ from models_core.mesh import shard
 from models_core.mlp import GatedMLP
 from models_core.norm import RMSNorm
 from models_core.remat import RematConfig
-from models_core.rope import Llama3Scaling, RopeScaling
+from models_core.rope import Llama3Scaling, RopeScaling, Rotary
 from models_core.sharding import ShardingConfig
 
 __all__ = ["Llama3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
@@ -109,7 +108,9 @@ class ModelConfig:
     return cls.llama3p1_70b()
 
 
-_SCALING_3P1 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+_SCALING_3P1 = Llama3Scaling(
+  factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+)
 _SCALING_3P2 = dataclasses.replace(_SCALING_3P1, factor=32.0)
 
 
@@ -152,11 +153,11 @@ class Attention(nnx.Module):
     self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, frequencies: np.ndarray, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rope.rotate(self.q_proj(x), positions, frequencies), act_btnh)
-    k = shard(rope.rotate(self.k_proj(x), positions, frequencies), act_btnh)
+    q = shard(rope.rotate(self.q_proj(x), positions, *rotary), act_btnh)
+    k = shard(rope.rotate(self.k_proj(x), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
     if cache is not None:
       cache = update(cache, k, v, positions)
@@ -176,10 +177,12 @@ class DecoderLayer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
     self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
 
-  def __call__(self, x, positions, frequencies, cache, mask):
-    attention = nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+  def __call__(self, x, positions, rotary, cache, mask):
+    attention = (
+      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    )
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
     x = shard(x + out, act_btd)
     return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache
 
@@ -198,14 +201,18 @@ class Llama3(CausalLM):
 
   def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
     config = self.config
-    frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     mask = visible_keys(positions, cache and cache["layer_0"], attention_mask, segment_ids)
-    layer_call = nnx.remat(DecoderLayer.__call__) if config.remat_config is RematConfig.DECODER else DecoderLayer.__call__
+    layer_call = (
+      nnx.remat(DecoderLayer.__call__)
+      if config.remat_config is RematConfig.DECODER
+      else DecoderLayer.__call__
+    )
     x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):
       name = f"layer_{i}"
-      x, new_cache[name] = layer_call(layer, x, positions, frequencies, cache and cache[name], mask)
+      x, new_cache[name] = layer_call(layer, x, positions, rotary, cache and cache[name], mask)
     return self.final_norm(x), new_cache if cache is not None else None
 
   def _logits(self, hidden):

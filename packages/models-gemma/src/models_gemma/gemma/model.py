@@ -1,0 +1,258 @@
+"""Gemma 1 (arXiv:2403.08295) and 2 (arXiv:2408.00118).
+
+Norms multiply by 1 + w, embeddings are scaled by sqrt(D), the head is the embedding, GELU by tanh. Gemma 2 adds norms
+behind attention and feed-forward block, soft caps on logits, and sliding windows on every other layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models_core import rope
+from models_core.attention import attend, bound, make_causal_attn_mask
+from models_core.cache import Cache, LayerCache, append
+from models_core.causal_lm import CausalLM
+from models_core.linear import Embedder, Projection
+from models_core.mesh import shard
+from models_core.mlp import GatedMLP, gelu_tanh
+from models_core.norm import OffsetRMSNorm
+from models_core.remat import RematConfig
+from models_core.sharding import ShardingConfig
+from models_gemma.attention_types import AttentionType, checked, every
+
+__all__ = ["AttentionType", "Gemma", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Numbers of a Gemma 1 or 2 model.
+
+  Attributes:
+    num_layers: decoder layers.
+    num_embed: V, rows of the embedding.
+    embed_dim: D.
+    hidden_dim: F, of the feed-forward block.
+    num_heads: N, query heads.
+    head_dim: H; N * H need not be D.
+    num_kv_heads: K, key and value heads.
+    final_logit_softcap: bounds the logits; None in Gemma 1.
+    use_post_attn_norm: a norm behind attention, as Gemma 2 has it.
+    use_post_ffw_norm: a norm behind the feed-forward block, as Gemma 2 has it.
+    attention_types: of each layer; those beyond the last layer are left out.
+    rope_theta: base of the RoPE frequencies.
+    norm_eps: added to the mean square in each norm.
+    query_pre_attn_scalar: attention logits are scaled by its -1/2th power; the head dimension in Gemma 1.
+    attn_logits_soft_cap: bounds the attention logits; None in Gemma 1.
+    sliding_window_size: tokens that a sliding layer sees.
+    shd_config: mesh axes of parameters and activations.
+    remat_config: what the backward pass recomputes.
+  """
+
+  num_layers: int
+  num_embed: int
+  embed_dim: int
+  hidden_dim: int
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int
+  final_logit_softcap: float | None
+  use_post_attn_norm: bool
+  use_post_ffw_norm: bool
+  attention_types: tuple[AttentionType, ...]
+  rope_theta: float
+  norm_eps: float
+  query_pre_attn_scalar: int
+  attn_logits_soft_cap: float | None = None
+  sliding_window_size: int | None = None
+  shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
+  remat_config: RematConfig = RematConfig.NONE
+
+  def __post_init__(self):
+    types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
+    object.__setattr__(self, "attention_types", types)
+
+  @classmethod
+  def gemma_2b(cls) -> ModelConfig:
+    """Gemma 2B."""
+    return cls(**_SIZES["gemma-2b"])
+
+  @classmethod
+  def gemma_7b(cls) -> ModelConfig:
+    """Gemma 7B."""
+    return cls(**_SIZES["gemma-7b"])
+
+  @classmethod
+  def gemma2_2b(cls) -> ModelConfig:
+    """Gemma 2 2B."""
+    return cls(**_SIZES["gemma-2-2b"])
+
+  @classmethod
+  def gemma2_9b(cls) -> ModelConfig:
+    """Gemma 2 9B."""
+    return cls(**_SIZES["gemma-2-9b"])
+
+  @classmethod
+  def gemma2_27b(cls) -> ModelConfig:
+    """Gemma 2 27B."""
+    return cls(**_SIZES["gemma-2-27b"])
+
+  # The same numbers under other names.
+  gemma1p1_2b = codegemma_2b = codegemma1p1_2b = gemma_2b
+  gemma1p1_7b = codegemma_7b = codegemma1p1_7b = gemma_7b
+  shieldgemma_2b, shieldgemma_9b, shieldgemma_27b = gemma2_2b, gemma2_9b, gemma2_27b
+
+
+def _gemma1(num_layers: int, *widths: int) -> dict[str, Any]:
+  names = ("embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads", "query_pre_attn_scalar")
+  return {
+    **dict(zip(names, widths, strict=True)),
+    "num_layers": num_layers,
+    "num_embed": 256000,
+    "final_logit_softcap": None,
+    "use_post_attn_norm": False,
+    "use_post_ffw_norm": False,
+    "attention_types": every(1, num_layers),
+    "rope_theta": 10_000.0,
+    "norm_eps": 1e-6,
+  }
+
+
+def _gemma2(num_layers: int, *widths: int) -> dict[str, Any]:
+  return _gemma1(num_layers, *widths) | {
+    "final_logit_softcap": 30.0,
+    "use_post_attn_norm": True,
+    "use_post_ffw_norm": True,
+    "attention_types": every(2, num_layers),
+    "attn_logits_soft_cap": 50.0,
+    "sliding_window_size": 4096,
+  }
+
+
+_SIZES = {
+  #                      L   D     F      N   H    K   query scalar
+  "gemma-2b":    _gemma1(18, 2048, 16384, 8,  256, 1,  256),
+  "gemma-7b":    _gemma1(28, 3072, 24576, 16, 256, 16, 256),
+  "gemma-2-2b":  _gemma2(26, 2304, 9216,  8,  256, 4,  256),
+  "gemma-2-9b":  _gemma2(42, 3584, 14336, 16, 256, 8,  256),
+  "gemma-2-27b": _gemma2(46, 4608, 36864, 32, 128, 16, 144),
+}  # fmt: skip
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention with soft-capped logits."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    shd = config.shd_config
+    q, kv = shd.spec("q_weight_dnh", "n h d"), shd.spec("kv_weight_dnh", "k h d")
+    self.config = config
+    self.q_proj = Projection("btd,nhd->btnh", (N, H, D), q, rngs=rngs)
+    self.k_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.v_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    frequencies: np.ndarray,
+    cache: LayerCache | None,
+    mask: jax.Array,
+  ) -> tuple[jax.Array, LayerCache | None]:
+    config = self.config
+    act_btnh = config.shd_config.spec("act_btnh", "b t n h")
+    q = shard(rope.rotate(self.q_proj(x), positions, frequencies), act_btnh)
+    k = shard(rope.rotate(self.k_proj(x), positions, frequencies), act_btnh)
+    v = shard(self.v_proj(x), act_btnh)
+    if cache is not None:
+      cache, k, v = append(cache, k, v, positions)
+    out = attend(
+      q, k, v, mask, scale=config.query_pre_attn_scalar**-0.5, soft_cap=config.attn_logits_soft_cap
+    )
+    return self.o_proj(shard(out, act_btnh)), cache
+
+
+class DecoderLayer(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2, what is added is normalised, too."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, spec = config.embed_dim, config.shd_config.spec("rms_norm_weight", "d")
+    norm = functools.partial(OffsetRMSNorm, D, config.norm_eps, spec, rngs=rngs)
+    self.config = config
+    self.input_layernorm = norm()
+    self.attn = Attention(config, rngs=rngs)
+    # Gemma 1 calls the norm before the feed-forward block by its place behind attention.
+    if config.use_post_attn_norm:
+      self.post_attn_norm = norm()
+      self.pre_ffw_norm = norm()
+    else:
+      self.post_attention_layernorm = norm()
+    self.mlp = GatedMLP(D, config.hidden_dim, gelu_tanh, config.shd_config, rngs=rngs)
+    if config.use_post_ffw_norm:
+      self.post_ffw_norm = norm()
+
+  def __call__(self, x, positions, frequencies, cache, mask):
+    config = self.config
+    attention = (
+      nnx.remat(Attention.__call__) if config.remat_config is RematConfig.BLOCK else Attention.__call__
+    )
+    act_btd = config.shd_config.spec("act_btd", "b t d")
+    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    if config.use_post_attn_norm:
+      x = shard(x + self.post_attn_norm(out), act_btd)
+      out = self.mlp(self.pre_ffw_norm(x))
+    else:
+      x = shard(x + out, act_btd)
+      out = self.mlp(self.post_attention_layernorm(x))
+    if config.use_post_ffw_norm:
+      out = self.post_ffw_norm(out)
+    return shard(x + out, act_btd), cache
+
+
+class Gemma(CausalLM):
+  """Gemma 1, 1.1 and 2, CodeGemma, ShieldGemma."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    shd, D = config.shd_config, config.embed_dim
+    self.config = config
+    self.embedder = Embedder(config.num_embed, D, shd.spec("emb_vd", "v d"), rngs=rngs)
+    self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+    self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
+
+  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+    config = self.config
+    frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
+    masks = self._masks(positions, cache, attention_mask, segment_ids)
+    layer_call = (
+      nnx.remat(DecoderLayer.__call__)
+      if config.remat_config is RematConfig.DECODER
+      else DecoderLayer.__call__
+    )
+    x = self.embedder.encode(tokens)
+    # The factor is rounded to the embedding's dtype first: 55.5 for 3072 in bfloat16.
+    x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
+    new_cache: Cache = {}
+    for i, (layer, window) in enumerate(zip(self.layers, self.windows(), strict=True)):
+      name = f"layer_{i}"
+      x, new_cache[name] = layer_call(layer, x, positions, frequencies, cache and cache[name], masks[window])
+    return self.final_norm(x), new_cache if cache is not None else None
+
+  def _logits(self, hidden):
+    return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
+
+  def windows(self) -> tuple[int | None, ...]:
+    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    window = {AttentionType.GLOBAL: None, AttentionType.LOCAL_SLIDING: self.config.sliding_window_size}
+    return tuple(window[kind] for kind in self.config.attention_types)
+
+  @property
+  def num_embed(self) -> int:
+    """Rows of the embedding."""
+    return self.config.num_embed

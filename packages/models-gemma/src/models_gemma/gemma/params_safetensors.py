@@ -1,0 +1,163 @@
+"""Gemma 1 and 2 checkpoints of Hugging Face and GGUF: where weights lie and what the configuration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from models_core import safetensors_loader
+from models_core.config_keys import ConfigKeys
+from models_core.errors import ConfigError
+from models_core.family import Family
+from models_core.weights import Tied, WeightTable
+from models_gemma.attention_types import every
+from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
+from models_gemma.gemma.model import Gemma, ModelConfig
+from models_gemma.gguf_values import FACTOR
+
+L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+
+# post_attention_layernorm is Gemma 1's norm before the feed-forward block, and Gemma 2's behind attention.
+HUGGINGFACE = WeightTable(
+  # ours                               checkpoint                                layout: checkpoint -> ours
+  ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
+  (f"{L}.input_layernorm.w",           f"{M}.input_layernorm.weight",            "d"),
+  (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d -> n h d"),
+  (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h) -> d n h"),
+  (f"{L}.post_attn_norm.w",            f"{M}.post_attention_layernorm.weight",   "d"),
+  (f"{L}.post_attention_layernorm.w",  f"{M}.post_attention_layernorm.weight",   "d"),
+  (f"{L}.pre_ffw_norm.w",              f"{M}.pre_feedforward_layernorm.weight",  "d"),
+  (f"{L}.mlp.gate_proj.w",             f"{M}.mlp.gate_proj.weight",              "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{M}.mlp.up_proj.weight",                "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
+  (f"{L}.post_ffw_norm.w",             f"{M}.post_feedforward_layernorm.weight", "d"),
+  ("final_norm.w",                     "model.norm.weight",                      "d"),
+  tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
+)  # fmt: skip
+
+GGUF = WeightTable(
+  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
+  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d", FACTOR),
+  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
+  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
+  (f"{L}.post_attn_norm.w",            f"{B}.post_attention_norm.weight",        "d", FACTOR),
+  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d", FACTOR),
+  (f"{L}.pre_ffw_norm.w",              f"{B}.ffn_norm.weight",                   "d", FACTOR),
+  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
+  (f"{L}.post_ffw_norm.w",             f"{B}.post_ffw_norm.weight",              "d", FACTOR),
+  ("final_norm.w",                     "output_norm.weight",                     "d", FACTOR),
+  tied=[Tied("output.weight", "token_embd.weight")],
+)  # fmt: skip
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+  """config.json of `model_type` "gemma" or "gemma2" -> configuration.
+
+  Raises:
+    ConfigError: on a missing, contradictory or unknown key.
+  """
+  keys = ConfigKeys(raw)
+  if keys.get("hidden_act") is not None and keys.get("hidden_activation") is None:
+    # The first Gemma files say "gelu" and mean its tanh form.
+    keys.expect("hidden_act", GELU_TANH, "gelu")
+  common = read_common(keys)
+  theta, scaling = keys.rope()
+  if scaling is not None:
+    raise ConfigError(f"config.json: RoPE scaling {scaling} is not implemented for Gemma 1 and 2")
+  if raw.get("model_type") == "gemma":
+    own = _gemma1(common["num_layers"], common["head_dim"])
+  else:
+    own = _gemma2(keys, common["num_layers"])
+  keys.done()
+  return ModelConfig(**common, **own, rope_theta=theta)
+
+
+def _gemma1(num_layers: int, head_dim: int) -> dict[str, Any]:
+  """What Gemma 1 has of Gemma 2's fields."""
+  return {
+    "final_logit_softcap": None,
+    "attn_logits_soft_cap": None,
+    "sliding_window_size": None,
+    "use_post_attn_norm": False,
+    "use_post_ffw_norm": False,
+    "attention_types": every(1, num_layers),
+    "query_pre_attn_scalar": head_dim,
+  }
+
+
+def _gemma2(keys: ConfigKeys, num_layers: int) -> dict[str, Any]:
+  keys.get("sliding_window_size")  # the first files' name of what "sliding_window" says
+  return {
+    "final_logit_softcap": keys.number_or_null("final_logit_softcapping"),
+    "attn_logits_soft_cap": keys.number_or_null("attn_logit_softcapping"),
+    "sliding_window_size": None if keys.get("sliding_window") is None else keys.integer("sliding_window"),
+    "use_post_attn_norm": keys.boolean("use_post_attn_norm", True),
+    "use_post_ffw_norm": keys.boolean("use_post_ffw_norm", True),
+    "attention_types": read_types(keys, num_layers, 2),
+    "query_pre_attn_scalar": keys.integer("query_pre_attn_scalar"),
+  }
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """Configuration -> config.json, in the spellings of transformers 4 and 5.
+
+  A configuration that is neither Gemma 1 nor 2 becomes a "gemma2" with two keys that transformers does not know.
+  """
+  raw = write_common(config) | {
+    "hidden_act": GELU_TANH,
+    "rope_theta": config.rope_theta,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+  }
+  if all(
+    getattr(config, field) == value for field, value in _gemma1(config.num_layers, config.head_dim).items()
+  ):
+    return raw | {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
+  raw |= {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "final_logit_softcapping": config.final_logit_softcap,
+    "attn_logit_softcapping": config.attn_logits_soft_cap,
+    "sliding_window": config.sliding_window_size,
+    "layer_types": [kind.value for kind in config.attention_types],
+    "query_pre_attn_scalar": config.query_pre_attn_scalar,
+  }
+  if not (config.use_post_attn_norm and config.use_post_ffw_norm):
+    raw |= {"use_post_attn_norm": config.use_post_attn_norm, "use_post_ffw_norm": config.use_post_ffw_norm}
+  return raw
+
+
+def create_model_from_safe_tensors(
+  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Gemma:
+  """Loads a directory of safetensors files with Hugging Face's names.
+
+  Args:
+    file_dir: the directory.
+    config: of the model that the files hold.
+    mesh: of either kind; None is one device.
+    dtype: of the parameters; None keeps each as it is stored.
+
+  Raises:
+    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+  """
+  return safetensors_loader.load_and_create_model(file_dir, Gemma, config, HUGGINGFACE, mesh, dtype=dtype)
+
+
+FAMILY = Family(
+  name="gemma",
+  model_types=("gemma", "gemma2"),
+  model_class=Gemma,
+  config_class=ModelConfig,
+  read_config=read_config,
+  write_config=write_config,
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+)

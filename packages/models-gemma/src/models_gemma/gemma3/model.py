@@ -1,0 +1,259 @@
+"""Gemma 3 (arXiv:2503.19786), its language model.
+
+As Gemma 2 without soft caps, plus norms on queries and keys. Five layers slide, the sixth sees all; sliding layers have
+a RoPE base of their own, and only global ones stretch their positions for the long context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models_core import rope
+from models_core.attention import attend, bound, make_causal_attn_mask
+from models_core.cache import Cache, LayerCache, append
+from models_core.causal_lm import CausalLM
+from models_core.linear import Embedder, Projection
+from models_core.mesh import shard
+from models_core.mlp import GatedMLP, gelu_tanh
+from models_core.norm import OffsetRMSNorm
+from models_core.remat import RematConfig
+from models_core.rope import LinearScaling, RopeScaling
+from models_core.sharding import ShardingConfig
+from models_gemma.attention_types import AttentionType, checked, every
+
+__all__ = ["AttentionType", "Gemma3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Numbers of a Gemma 3 language model.
+
+  Attributes:
+    num_layers: decoder layers.
+    num_embed: V, rows of the embedding.
+    embed_dim: D.
+    hidden_dim: F, of the feed-forward block.
+    num_heads: N, query heads.
+    head_dim: H; N * H need not be D.
+    num_kv_heads: K, key and value heads.
+    attention_types: of each layer; those beyond the last layer are left out.
+    rope_theta: base of the RoPE frequencies of global layers.
+    local_rope_theta: that of sliding layers, which are never scaled.
+    norm_eps: added to the mean square in each norm.
+    query_pre_attn_scalar: attention logits are scaled by its -1/2th power.
+    sliding_window_size: tokens that a sliding layer sees.
+    rope_scaling: of the RoPE frequencies of global layers; None for the small sizes.
+    final_logit_softcap: bounds the logits; None in all published models.
+    shd_config: mesh axes of parameters and activations.
+    remat_config: what the backward pass recomputes.
+  """
+
+  num_layers: int
+  num_embed: int
+  embed_dim: int
+  hidden_dim: int
+  num_heads: int
+  head_dim: int
+  num_kv_heads: int
+  attention_types: tuple[AttentionType, ...]
+  rope_theta: float
+  local_rope_theta: float
+  norm_eps: float
+  query_pre_attn_scalar: int
+  sliding_window_size: int | None
+  rope_scaling: RopeScaling | None = None
+  final_logit_softcap: float | None = None
+  shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
+  remat_config: RematConfig = RematConfig.NONE
+
+  def __post_init__(self):
+    types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
+    object.__setattr__(self, "attention_types", types)
+
+  @classmethod
+  def gemma3_270m(cls) -> ModelConfig:
+    """Gemma 3 270M."""
+    return cls(**_SIZES["270m"])
+
+  @classmethod
+  def gemma3_1b(cls) -> ModelConfig:
+    """Gemma 3 1B."""
+    return cls(**_SIZES["1b"])
+
+  @classmethod
+  def gemma3_4b(cls) -> ModelConfig:
+    """Gemma 3 4B."""
+    return cls(**_SIZES["4b"])
+
+  @classmethod
+  def gemma3_12b(cls) -> ModelConfig:
+    """Gemma 3 12B."""
+    return cls(**_SIZES["12b"])
+
+  @classmethod
+  def gemma3_27b(cls) -> ModelConfig:
+    """Gemma 3 27B."""
+    return cls(**_SIZES["27b"])
+
+  functiongemma_270m = gemma3_270m
+
+  @classmethod
+  def medgemma_27b_text(cls) -> ModelConfig:
+    """MedGemma 27B for text, whose vocabulary has no place for images."""
+    return dataclasses.replace(cls.gemma3_27b(), num_embed=262144)
+
+
+def _small(num_layers: int, *widths: int) -> dict[str, Any]:
+  names = ("embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads", "query_pre_attn_scalar")
+  return {
+    **dict(zip(names, widths, strict=True)),
+    "num_layers": num_layers,
+    "num_embed": 262144,
+    "attention_types": every(6, num_layers),
+    "rope_theta": 1_000_000.0,
+    "local_rope_theta": 10_000.0,
+    "norm_eps": 1e-6,
+    "sliding_window_size": 512,
+  }
+
+
+def _large(num_layers: int, *widths: int) -> dict[str, Any]:
+  """Sizes that also see images: more rows, a longer context."""
+  own = {"num_embed": 262208, "sliding_window_size": 1024, "rope_scaling": LinearScaling(8.0)}
+  return _small(num_layers, *widths) | own
+
+
+_SIZES = {
+  #              L   D     F      N   H    K   query scalar
+  "270m": _small(18, 640,  2048,  4,  256, 1,  256),
+  "1b":   _small(26, 1152, 6912,  4,  256, 1,  256),
+  "4b":   _large(34, 2560, 10240, 8,  256, 4,  256),
+  "12b":  _large(48, 3840, 15360, 16, 256, 8,  256),
+  "27b":  _large(62, 5376, 21504, 32, 128, 16, 168),
+}  # fmt: skip
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention, queries and keys normalised before they are rotated."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    shd = config.shd_config
+    q, kv, norm = (
+      shd.spec(field, axes)
+      for field, axes in (("q_weight_dnh", "n h d"), ("kv_weight_dnh", "k h d"), ("qk_norm_weight", "h"))
+    )
+    self.config = config
+    self.q_proj = Projection("btd,nhd->btnh", (N, H, D), q, rngs=rngs)
+    self.k_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.v_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
+    self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+    self.q_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
+    self.k_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    frequencies: np.ndarray,
+    cache: LayerCache | None,
+    mask: jax.Array,
+  ) -> tuple[jax.Array, LayerCache | None]:
+    act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
+    q = shard(rope.rotate(self.q_norm(self.q_proj(x)), positions, frequencies), act_btnh)
+    k = shard(rope.rotate(self.k_norm(self.k_proj(x)), positions, frequencies), act_btnh)
+    v = shard(self.v_proj(x), act_btnh)
+    if cache is not None:
+      cache, k, v = append(cache, k, v, positions)
+    out = attend(q, k, v, mask, scale=self.config.query_pre_attn_scalar**-0.5)
+    return self.o_proj(shard(out, act_btnh)), cache
+
+
+class DecoderLayer(nnx.Module):
+  """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, spec = config.embed_dim, config.shd_config.spec("rms_norm_weight", "d")
+    norm = functools.partial(OffsetRMSNorm, D, config.norm_eps, spec, rngs=rngs)
+    self.config = config
+    self.input_layernorm = norm()
+    self.attn = Attention(config, rngs=rngs)
+    self.post_attn_norm = norm()
+    self.pre_ffw_norm = norm()
+    self.mlp = GatedMLP(D, config.hidden_dim, gelu_tanh, config.shd_config, rngs=rngs)
+    self.post_ffw_norm = norm()
+
+  def __call__(self, x, positions, frequencies, cache, mask):
+    attention = (
+      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
+    )
+    act_btd = self.config.shd_config.spec("act_btd", "b t d")
+    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    x = shard(x + self.post_attn_norm(out), act_btd)
+    return shard(x + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x))), act_btd), cache
+
+
+class Gemma3(CausalLM):
+  """Gemma 3, FunctionGemma, MedGemma for text."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    shd, D = config.shd_config, config.embed_dim
+    self.config = config
+    self.embedder = Embedder(config.num_embed, D, shd.spec("emb_vd", "v d"), rngs=rngs)
+    self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+    self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
+
+  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+    config = self.config
+    frequencies = {
+      AttentionType.GLOBAL: rope.inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
+      AttentionType.LOCAL_SLIDING: rope.inverse_frequencies(config.head_dim, config.local_rope_theta),
+    }
+    masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
+    layer_call = (
+      nnx.remat(DecoderLayer.__call__)
+      if config.remat_config is RematConfig.DECODER
+      else DecoderLayer.__call__
+    )
+    x = self.embedder.encode(tokens)
+    # The factor is rounded to the embedding's dtype first: 50.5 for 2560 in bfloat16.
+    x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
+    new_cache: Cache = {}
+    for i, (layer, kind) in enumerate(zip(self.layers, config.attention_types, strict=True)):
+      name = f"layer_{i}"
+      x, new_cache[name] = layer_call(
+        layer, x, positions, frequencies[kind], cache and cache[name], masks[windows[i]]
+      )
+    return self.final_norm(x), new_cache if cache is not None else None
+
+  def _logits(self, hidden):
+    return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
+
+  def windows(self) -> tuple[int | None, ...]:
+    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    window = {AttentionType.GLOBAL: None, AttentionType.LOCAL_SLIDING: self.config.sliding_window_size}
+    return tuple(window[kind] for kind in self.config.attention_types)
+
+  def get_attention_mask(self, tokens: jax.Array, *, inputs_mask: jax.Array | None = None) -> jax.Array:
+    """The causal mask of a batch, for trainers that ask the model for it. Windows are the layers' own affair.
+
+    Args:
+      tokens: [B, T].
+      inputs_mask: bool [B, T], False for padding; None where there is none.
+
+    Returns:
+      bool [B, T, T].
+    """
+    return make_causal_attn_mask(jnp.ones(tokens.shape, bool) if inputs_mask is None else inputs_mask)
+
+  @property
+  def num_embed(self) -> int:
+    """Rows of the embedding."""
+    return self.config.num_embed

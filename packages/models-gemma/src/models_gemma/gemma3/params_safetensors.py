@@ -1,0 +1,206 @@
+"""Gemma 3 checkpoints of Hugging Face and GGUF: where weights lie and what the configuration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from models_core import safetensors_loader
+from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.errors import ConfigError
+from models_core.family import Family
+from models_core.rope import RopeScaling
+from models_core.weights import Form, Ignored, Tied, WeightTable
+from models_gemma.attention_types import AttentionType, every
+from models_gemma.config_json import read_common, read_types, write_common
+from models_gemma.gemma3.model import Gemma3, ModelConfig
+from models_gemma.gguf_values import FACTOR
+
+L, M, B = "layers.{i}", "layers.{i}", "blk.{i}"
+
+# Where the language model lies: alone, and beside a vision tower in older and newer files.
+PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+VISION = "the vision tower; the language model is loaded alone"
+
+HUGGINGFACE = WeightTable(
+  *((ours, [Form(prefix + name, layout) for prefix in PREFIXES]) for ours, name, layout in (
+    # ours                          checkpoint                                layout: checkpoint -> ours
+    ("embedder.input_embedding",    "embed_tokens.weight",                    "v d"),
+    (f"{L}.input_layernorm.w",      f"{M}.input_layernorm.weight",            "d"),
+    (f"{L}.attn.q_proj.w",          f"{M}.self_attn.q_proj.weight",           "(n h) d -> n h d"),
+    (f"{L}.attn.k_proj.w",          f"{M}.self_attn.k_proj.weight",           "(k h) d -> k h d"),
+    (f"{L}.attn.v_proj.w",          f"{M}.self_attn.v_proj.weight",           "(k h) d -> k h d"),
+    (f"{L}.attn.o_proj.w",          f"{M}.self_attn.o_proj.weight",           "d (n h) -> d n h"),
+    (f"{L}.attn.q_norm.w",          f"{M}.self_attn.q_norm.weight",           "h"),
+    (f"{L}.attn.k_norm.w",          f"{M}.self_attn.k_norm.weight",           "h"),
+    (f"{L}.post_attn_norm.w",       f"{M}.post_attention_layernorm.weight",   "d"),
+    (f"{L}.pre_ffw_norm.w",         f"{M}.pre_feedforward_layernorm.weight",  "d"),
+    (f"{L}.mlp.gate_proj.w",        f"{M}.mlp.gate_proj.weight",              "f d"),
+    (f"{L}.mlp.up_proj.w",          f"{M}.mlp.up_proj.weight",                "f d"),
+    (f"{L}.mlp.down_proj.w",        f"{M}.mlp.down_proj.weight",              "d f"),
+    (f"{L}.post_ffw_norm.w",        f"{M}.post_feedforward_layernorm.weight", "d"),
+    ("final_norm.w",                "norm.weight",                            "d"),
+  )),
+  ignored=[
+    Ignored(f"{prefix}{part}.**", VISION)
+    for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+  ],
+  tied=[
+    Tied("lm_head.weight", "model.embed_tokens.weight"),
+    Tied("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+    Tied("lm_head.weight", "model.language_model.embed_tokens.weight"),
+  ],
+)  # fmt: skip
+
+GGUF = WeightTable(
+  ("embedder.input_embedding",      "token_embd.weight",                      "v d"),
+  (f"{L}.input_layernorm.w",        f"{B}.attn_norm.weight",                  "d", FACTOR),
+  (f"{L}.attn.q_proj.w",            f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
+  (f"{L}.attn.k_proj.w",            f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.w",            f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.o_proj.w",            f"{B}.attn_output.weight",                "d (n h) -> d n h"),
+  (f"{L}.attn.q_norm.w",            f"{B}.attn_q_norm.weight",                "h", FACTOR),
+  (f"{L}.attn.k_norm.w",            f"{B}.attn_k_norm.weight",                "h", FACTOR),
+  (f"{L}.post_attn_norm.w",         f"{B}.post_attention_norm.weight",        "d", FACTOR),
+  (f"{L}.pre_ffw_norm.w",           f"{B}.ffn_norm.weight",                   "d", FACTOR),
+  (f"{L}.mlp.gate_proj.w",          f"{B}.ffn_gate.weight",                   "f d"),
+  (f"{L}.mlp.up_proj.w",            f"{B}.ffn_up.weight",                     "f d"),
+  (f"{L}.mlp.down_proj.w",          f"{B}.ffn_down.weight",                   "d f"),
+  (f"{L}.post_ffw_norm.w",          f"{B}.post_ffw_norm.weight",              "d", FACTOR),
+  ("final_norm.w",                  "output_norm.weight",                     "d", FACTOR),
+  tied=[Tied("output.weight", "token_embd.weight")],
+)  # fmt: skip
+
+# What the text_config of a checkpoint with a vision tower leaves out.
+DEFAULTS = {
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "vocab_size": 262208,
+  "query_pre_attn_scalar": 256,
+  "rms_norm_eps": 1e-6,
+  "sliding_window": 4096,
+}
+THETAS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
+
+# Of the vision tower and of how images stand among tokens.
+IMAGE_KEYS = """
+  vision_config mm_tokens_per_image image_token_index image_token_id boi_token_index boi_token_id eoi_token_index
+  eoi_token_id
+"""
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+  """config.json of `model_type` "gemma3_text", or "gemma3" with its `text_config` -> configuration.
+
+  Raises:
+    ConfigError: on a missing, contradictory or unknown key.
+  """
+  outer = ConfigKeys(raw)
+  if (text := outer.get("text_config", Mapping)) is None:
+    return _read_text(outer)
+  for key in IMAGE_KEYS.split():
+    outer.get(key)
+  outer.expect("tie_word_embeddings", True)
+  outer.done()
+  stated = {key: value for key, value in text.items() if value is not None}
+  defaults = DEFAULTS if "rope_parameters" in stated else DEFAULTS | THETAS
+  return _read_text(ConfigKeys(defaults | stated, "config.json: text_config"))
+
+
+def _read_text(keys: ConfigKeys) -> ModelConfig:
+  common = read_common(keys)
+  keys.expect("attn_logit_softcapping", None)
+  keys.get("hidden_act")  # hidden_activation counts
+  theta, scaling = _rope(keys, AttentionType.GLOBAL, "rope_theta", "rope_scaling")
+  local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq")
+  if local_scaling is not None:
+    raise ConfigError(f"config.json: RoPE scaling {local_scaling} of sliding layers is not implemented")
+  # transformers writes this key whatever layer_types says, and does not read it.
+  pattern = keys.integer("_sliding_window_pattern", 6)
+  config = ModelConfig(
+    **common,
+    attention_types=read_types(keys, common["num_layers"], pattern, "sliding_window_pattern"),
+    rope_theta=theta,
+    local_rope_theta=local_theta,
+    query_pre_attn_scalar=keys.integer("query_pre_attn_scalar"),
+    sliding_window_size=None if keys.get("sliding_window") is None else keys.integer("sliding_window"),
+    rope_scaling=scaling,
+    final_logit_softcap=None if keys.get(cap := "final_logit_softcapping") is None else keys.number(cap),
+  )
+  keys.done()
+  return config
+
+
+def _rope(
+  keys: ConfigKeys, kind: AttentionType, theta: str, scaling: str | None = None
+) -> tuple[float, RopeScaling | None]:
+  """Theta and scaling of one kind of layer, from the older flat keys, the newer nested ones, or both."""
+  nested = keys.get("rope_parameters", Mapping) or {}
+  if unknown := nested.keys() - {kind.value for kind in AttentionType}:
+    raise ConfigError(
+      f"config.json: rope_parameters has {', '.join(sorted(unknown))}; expected an object for each kind of layer: "
+      + " and ".join(kind.value for kind in AttentionType)
+    )
+  own = {
+    "rope_theta": keys.get(theta),
+    "rope_scaling": keys.get(scaling) if scaling else None,
+    "rope_parameters": nested.get(kind.value),
+  }
+  return ConfigKeys(own, f"config.json, {kind.value} ({theta})").rope()
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """Configuration -> config.json of a language model alone, in the spellings of transformers 4 and 5."""
+  scaling = write_scaling(config.rope_scaling)
+  pattern = [
+    p for p in range(1, config.num_layers + 2) if every(p, config.num_layers) == config.attention_types
+  ]
+  raw = write_common(config) | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": config.query_pre_attn_scalar,
+    "sliding_window": config.sliding_window_size,
+    "layer_types": [kind.value for kind in config.attention_types],
+    "rope_theta": config.rope_theta,
+    "rope_local_base_freq": config.local_rope_theta,
+    "rope_scaling": scaling or None,
+    "rope_parameters": {
+      "full_attention": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+      "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_theta},
+    },
+    "final_logit_softcapping": config.final_logit_softcap,
+  }
+  # Older versions know no layer_types.
+  return raw | {"sliding_window_pattern": pattern[0]} if pattern else raw
+
+
+def create_model_from_safe_tensors(
+  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Gemma3:
+  """Loads a directory of safetensors files with Hugging Face's names.
+
+  Args:
+    file_dir: the directory.
+    config: of the model that the files hold.
+    mesh: of either kind; None is one device.
+    dtype: of the parameters; None keeps each as it is stored.
+
+  Raises:
+    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+  """
+  return safetensors_loader.load_and_create_model(file_dir, Gemma3, config, HUGGINGFACE, mesh, dtype=dtype)
+
+
+FAMILY = Family(
+  name="gemma3",
+  model_types=("gemma3", "gemma3_text"),
+  model_class=Gemma3,
+  config_class=ModelConfig,
+  read_config=read_config,
+  write_config=write_config,
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+)

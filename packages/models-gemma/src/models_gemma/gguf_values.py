@@ -1,0 +1,17 @@
+"""What Gemma's GGUF files store otherwise."""
+
+import numpy as np
+
+from models_core.weights import Values
+
+
+def _load(stored: np.ndarray) -> np.ndarray:
+  return stored.astype(np.float32) - np.float32(1)
+
+
+def _save(w: np.ndarray) -> np.ndarray:
+  return w.astype(np.float32) + np.float32(1)
+
+
+# Norms hold the factor 1 + w, where Hugging Face's files hold w.
+FACTOR = Values(load=_load, save=_save)

@@ -1,0 +1,145 @@
+"""Qwen 2.5 checkpoints: where their weights lie and what their configuration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from models_core import safetensors_loader
+from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.family import Family
+from models_core.weights import Ignored, Tied, WeightTable
+from models_qwen import windows
+from models_qwen.qwen2.model import ModelConfig, Qwen2
+
+L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+
+HUGGINGFACE = WeightTable(
+  # ours                               checkpoint                                layout: checkpoint -> ours
+  ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
+  (f"{L}.input_layernorm.w",           f"{M}.input_layernorm.weight",            "d"),
+  (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d -> n h d"),
+  (f"{L}.attn.q_proj.b",               f"{M}.self_attn.q_proj.bias",             "(n h) -> n h"),
+  (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.k_proj.b",               f"{M}.self_attn.k_proj.bias",             "(k h) -> k h"),
+  (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.b",               f"{M}.self_attn.v_proj.bias",             "(k h) -> k h"),
+  (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h) -> d n h"),
+  (f"{L}.post_attention_layernorm.w",  f"{M}.post_attention_layernorm.weight",   "d"),
+  (f"{L}.mlp.gate_proj.w",             f"{M}.mlp.gate_proj.weight",              "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{M}.mlp.up_proj.weight",                "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
+  ("final_norm.w",                     "model.norm.weight",                      "d"),
+  ("lm_head.w",                        "lm_head.weight",                         "v d"),
+  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration")],
+  tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
+)  # fmt: skip
+
+GGUF = WeightTable(
+  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
+  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
+  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
+  (f"{L}.attn.q_proj.b",               f"{B}.attn_q.bias",                       "(n h) -> n h"),
+  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.k_proj.b",               f"{B}.attn_k.bias",                       "(k h) -> k h"),
+  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.b",               f"{B}.attn_v.bias",                       "(k h) -> k h"),
+  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
+  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
+  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
+  ("final_norm.w",                     "output_norm.weight",                     "d"),
+  ("lm_head.w",                        "output.weight",                          "v d"),
+  tied=[Tied("output.weight", "token_embd.weight")],
+)  # fmt: skip
+
+# transformers computes no dual chunk attention, so that the logits are those of full attention.
+HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+  """config.json of `model_type` "qwen2" -> configuration.
+
+  Raises:
+    ConfigError: on a missing, contradictory or unknown key.
+  """
+  keys = ConfigKeys(raw)
+  heads, hidden, layers = (
+    keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+  )
+  keys.expect("hidden_act", "silu", "swish")
+  keys.expect("use_mrope", False)
+  theta, scaling = keys.rope()
+  sliding_window, max_window_layers = windows.read_window(keys, layers)
+  config = ModelConfig(
+    num_layers=layers,
+    vocab_size=keys.integer("vocab_size"),
+    embed_dim=hidden,
+    hidden_dim=keys.integer("intermediate_size"),
+    num_heads=heads,
+    head_dim=keys.integer("head_dim", hidden // heads),
+    num_kv_heads=keys.integer("num_key_value_heads"),
+    rope_theta=theta,
+    norm_eps=keys.number("rms_norm_eps"),
+    rope_scaling=scaling,
+    use_tied_embedding=keys.boolean("tie_word_embeddings", False),
+    sliding_window=sliding_window,
+    max_window_layers=max_window_layers,
+  )
+  keys.done(HARMLESS)
+  return config
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """Configuration -> config.json, in the spellings of transformers 4 and 5."""
+  scaling = write_scaling(config.rope_scaling)
+  return {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "num_hidden_layers": config.num_layers,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed_dim,
+    "intermediate_size": config.hidden_dim,
+    "num_attention_heads": config.num_heads,
+    "head_dim": config.head_dim,
+    "num_key_value_heads": config.num_kv_heads,
+    "rms_norm_eps": config.norm_eps,
+    "rope_theta": config.rope_theta,
+    "rope_scaling": scaling or None,
+    "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    "tie_word_embeddings": config.use_tied_embedding,
+    **windows.write_window(config.sliding_window, config.max_window_layers, config.num_layers),
+  }
+
+
+def create_model_from_safe_tensors(
+  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Qwen2:
+  """Loads a directory of safetensors files with Hugging Face's names.
+
+  Args:
+    file_dir: the directory.
+    config: of the model that the files hold.
+    mesh: of either kind; None is one device.
+    dtype: of the parameters; None keeps each as it is stored.
+
+  Raises:
+    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+  """
+  return safetensors_loader.load_and_create_model(file_dir, Qwen2, config, HUGGINGFACE, mesh, dtype=dtype)
+
+
+FAMILY = Family(
+  name="qwen2",
+  model_types=("qwen2",),
+  model_class=Qwen2,
+  config_class=ModelConfig,
+  read_config=read_config,
+  write_config=write_config,
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+)

@@ -1,0 +1,195 @@
+"""Qwen 3 checkpoints, dense or with experts: where their weights lie and what their configuration says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from models_core import safetensors_loader
+from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.errors import ConfigError
+from models_core.family import Family
+from models_core.weights import Form, Ignored, Tied, WeightTable
+from models_qwen import windows
+from models_qwen.qwen3.model import ModelConfig, Qwen3
+
+L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+X = f"{M}.mlp.experts"
+
+HUGGINGFACE = WeightTable(
+  # ours                               checkpoint                                layout: checkpoint -> ours
+  ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
+  (f"{L}.input_layernorm.w",           f"{M}.input_layernorm.weight",            "d"),
+  (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d -> n h d"),
+  (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d -> k h d"),
+  (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h) -> d n h"),
+  (f"{L}.attn.q_norm.w",               f"{M}.self_attn.q_norm.weight",           "h"),
+  (f"{L}.attn.k_norm.w",               f"{M}.self_attn.k_norm.weight",           "h"),
+  (f"{L}.post_attention_layernorm.w",  f"{M}.post_attention_layernorm.weight",   "d"),
+  (f"{L}.mlp.gate_proj.w",             f"{M}.mlp.gate_proj.weight",              "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{M}.mlp.up_proj.weight",                "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
+  (f"{L}.mlp.router.w",                f"{M}.mlp.gate.weight",                   "e d"),
+  (f"{L}.mlp.experts.gate_proj",       [Form(f"{X}.{{e}}.gate_proj.weight",      "f d -> e f d"),
+                                        Form(f"{X}.gate_up_proj",                "e (0/2 f) d -> e f d")]),
+  (f"{L}.mlp.experts.up_proj",         [Form(f"{X}.{{e}}.up_proj.weight",        "f d -> e f d"),
+                                        Form(f"{X}.gate_up_proj",                "e (1/2 f) d -> e f d")]),
+  (f"{L}.mlp.experts.down_proj",       [Form(f"{X}.{{e}}.down_proj.weight",      "d f -> e d f"),
+                                        Form(f"{X}.down_proj",                   "e d f")]),
+  ("final_norm.w",                     "model.norm.weight",                      "d"),
+  ("lm_head.w",                        "lm_head.weight",                         "v d"),
+  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration")],
+  tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
+)  # fmt: skip
+
+GGUF = WeightTable(
+  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
+  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
+  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
+  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
+  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
+  (f"{L}.attn.q_norm.w",               f"{B}.attn_q_norm.weight",                "h"),
+  (f"{L}.attn.k_norm.w",               f"{B}.attn_k_norm.weight",                "h"),
+  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
+  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
+  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
+  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
+  (f"{L}.mlp.router.w",                f"{B}.ffn_gate_inp.weight",               "e d"),
+  (f"{L}.mlp.experts.gate_proj",       f"{B}.ffn_gate_exps.weight",              "e f d"),
+  (f"{L}.mlp.experts.up_proj",         f"{B}.ffn_up_exps.weight",                "e f d"),
+  (f"{L}.mlp.experts.down_proj",       f"{B}.ffn_down_exps.weight",              "e d f"),
+  ("final_norm.w",                     "output_norm.weight",                     "d"),
+  ("lm_head.w",                        "output.weight",                          "v d"),
+  tied=[Tied("output.weight", "token_embd.weight")],
+)  # fmt: skip
+
+# The auxiliary loss is one of training alone.
+HARMLESS = ("router_aux_loss_coef", "output_router_logits", *windows.KEYS)
+
+
+def read_config(raw: Mapping[str, Any]) -> ModelConfig:
+  """config.json of `model_type` "qwen3" or "qwen3_moe" -> configuration.
+
+  Raises:
+    ConfigError: on a missing, contradictory or unknown key.
+  """
+  keys = ConfigKeys(raw)
+  sparse = raw.get("model_type") == "qwen3_moe"
+  heads, hidden, layers = (
+    keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+  )
+  keys.expect("hidden_act", "silu", "swish")
+  for bias in ("attention_bias", "qkv_bias"):
+    keys.expect(bias, False)
+  keys.expect("use_qk_norm", True)
+  keys.expect("shared_expert_intermediate_size", 0)
+  theta, scaling = keys.rope()
+  if sparse:
+    sliding_window, max_window_layers = windows.read_common_window(keys, layers), 0
+  else:
+    sliding_window, max_window_layers = windows.read_window(keys, layers)
+  config = ModelConfig(
+    num_layers=layers,
+    vocab_size=keys.integer("vocab_size"),
+    embed_dim=hidden,
+    hidden_dim=keys.integer("intermediate_size"),
+    num_heads=heads,
+    head_dim=keys.integer("head_dim", hidden // heads if sparse else 128),
+    num_kv_heads=keys.integer("num_key_value_heads"),
+    rope_theta=theta,
+    norm_eps=keys.number("rms_norm_eps"),
+    rope_scaling=scaling,
+    use_tied_embedding=keys.boolean("tie_word_embeddings", False),
+    sliding_window=sliding_window,
+    max_window_layers=max_window_layers,
+    **(_read_experts(keys, raw) if sparse else {}),
+  )
+  keys.done(HARMLESS)
+  return config
+
+
+def _read_experts(keys: ConfigKeys, raw: Mapping[str, Any]) -> dict[str, Any]:
+  stated = {keys.integer(k) for k in ("num_experts", "num_local_experts") if raw.get(k) is not None}
+  if len(stated) > 1:
+    raise ConfigError(f"num_experts and num_local_experts differ: {stated}; remove one")
+  return {
+    "num_experts": stated.pop() if stated else keys.integer("num_experts"),
+    "num_experts_per_tok": keys.integer("num_experts_per_tok"),
+    "moe_hidden_dim": keys.integer("moe_intermediate_size"),
+    "norm_topk_prob": keys.boolean("norm_topk_prob", False),
+    "decoder_sparse_step": keys.integer("decoder_sparse_step", 1),
+    "mlp_only_layers": keys.integers("mlp_only_layers", ()),
+  }
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+  """Configuration -> config.json, in the spellings of transformers 4 and 5.
+
+  Raises:
+    ConfigError: for a sparse model of which some layers slide and some do not: transformers has none.
+  """
+  scaling, sparse = write_scaling(config.rope_scaling), config.num_experts is not None
+  if sparse and config.sliding_window is not None and config.max_window_layers:
+    raise ConfigError("a model with experts slides in all of its layers: set max_window_layers=0")
+  experts = {
+    "num_experts": config.num_experts,
+    "num_local_experts": config.num_experts,
+    "num_experts_per_tok": config.num_experts_per_tok,
+    "moe_intermediate_size": config.moe_hidden_dim,
+    "norm_topk_prob": config.norm_topk_prob,
+    "decoder_sparse_step": config.decoder_sparse_step,
+    "mlp_only_layers": list(config.mlp_only_layers),
+  }
+  return {
+    "architectures": ["Qwen3MoeForCausalLM" if sparse else "Qwen3ForCausalLM"],
+    "model_type": "qwen3_moe" if sparse else "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "num_hidden_layers": config.num_layers,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed_dim,
+    "intermediate_size": config.hidden_dim,
+    "num_attention_heads": config.num_heads,
+    "head_dim": config.head_dim,
+    "num_key_value_heads": config.num_kv_heads,
+    "rms_norm_eps": config.norm_eps,
+    "rope_theta": config.rope_theta,
+    "rope_scaling": scaling or None,
+    "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    "tie_word_embeddings": config.use_tied_embedding,
+    **windows.write_window(config.sliding_window, config.max_window_layers, config.num_layers),
+    **(experts if sparse else {}),
+  }
+
+
+def create_model_from_safe_tensors(
+  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Qwen3:
+  """Loads a directory of safetensors files with Hugging Face's names.
+
+  Args:
+    file_dir: the directory.
+    config: of the model that the files hold.
+    mesh: of either kind; None is one device.
+    dtype: of the parameters; None keeps each as it is stored.
+
+  Raises:
+    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+  """
+  return safetensors_loader.load_and_create_model(file_dir, Qwen3, config, HUGGINGFACE, mesh, dtype=dtype)
+
+
+FAMILY = Family(
+  name="qwen3",
+  model_types=("qwen3", "qwen3_moe"),
+  model_class=Qwen3,
+  config_class=ModelConfig,
+  read_config=read_config,
+  write_config=write_config,
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+)
