@@ -222,6 +222,14 @@ class Placement:
       out.append(np.argmax(np.asarray(logits)[:, -1], -1).astype(np.int32))
     return np.stack(out, 1)
 
+  def greedy_without_cache(self, model: nnx.Module, prompt, length: int) -> np.ndarray:
+    """The tokens [B, length - T] that follow, each from a pass over all slots, of which the last are not seen."""
+    T, tokens = np.shape(prompt)[1], np.zeros((len(prompt), length), np.int32)
+    tokens[:, :T] = prompt
+    for t in range(T, length):
+      tokens[:, t] = np.argmax(self.logits(model, tokens)[:, t - 1], -1)
+    return tokens[:, T:]
+
 
 def count(tokens) -> np.ndarray:
   """Positions [B, T] of rows without padding."""

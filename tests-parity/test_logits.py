@@ -42,17 +42,17 @@ def test_head_apart(checkpoint, variant, placement, tokens, assert_parity):
   assert_parity(model.compute_final_logits(hidden), source.logits(tokens))
 
 
-@pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
+@pytest.mark.parametrize("placement", ["one-jit", "explicit-jit", "auto-jit"], indirect=True)
 def test_greedy_continuation(checkpoint, variant, placement, tokens):
   source, prompt = checkpoint(variant), tokens[:, :7]
-  np.testing.assert_array_equal(
-    placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
-  )
+  ours = placement.greedy_without_cache(source.model(placement), prompt, 40)
+  np.testing.assert_array_equal(ours, source.greedy(prompt, 33))
 
 
 @pytest.mark.parametrize(
   ("variant", "placement"),
   [
+    ("mqa", "one-jit"),
     ("untied", "explicit-jit"),
     ("untied", "auto-jit-inside"),
     ("divisible-tied", "explicit-jit-inside"),
@@ -60,7 +60,7 @@ def test_greedy_continuation(checkpoint, variant, placement, tokens):
   ],
   indirect=True,
 )
-def test_greedy_continuation_on_meshes(checkpoint, variant, placement, tokens):
+def test_greedy_continuation_with_cache(checkpoint, variant, placement, tokens):
   source, prompt = checkpoint(variant), tokens[:, :7]
   np.testing.assert_array_equal(
     placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
