@@ -121,9 +121,7 @@ def reference_logits(model: torch.nn.Module, tokens, mask=None, positions=None) 
   as_long = functools.partial(torch.tensor, dtype=torch.long)
   mask, positions = (None if array is None else as_long(np.asarray(array)) for array in (mask, positions))
   with torch.no_grad():
-    out = model(
-      as_long(tokens), attention_mask=as_long(mask), position_ids=as_long(positions), use_cache=False
-    )
+    out = model(as_long(tokens), attention_mask=mask, position_ids=positions, use_cache=False)
   return out.logits.float().numpy()
 
 
@@ -223,6 +221,14 @@ class Placement:
       logits, cache = self.call(model, out[-1][:, None], np.full((B, 1), position, np.int32), cache)
       out.append(np.argmax(np.asarray(logits)[:, -1], -1).astype(np.int32))
     return np.stack(out, 1)
+
+  def greedy_without_cache(self, model: nnx.Module, prompt, length: int) -> np.ndarray:
+    """The tokens [B, length - T] that follow, each from a pass over all slots, of which the last are not seen."""
+    T, tokens = np.shape(prompt)[1], np.zeros((len(prompt), length), np.int32)
+    tokens[:, :T] = prompt
+    for t in range(T, length):
+      tokens[:, t] = np.argmax(self.logits(model, tokens)[:, t - 1], -1)
+    return tokens[:, T:]
 
 
 def count(tokens) -> np.ndarray:

@@ -42,24 +42,28 @@ def test_head_apart(checkpoint, variant, placement, tokens, assert_parity):
   assert_parity(model.compute_final_logits(hidden), source.logits(tokens))
 
 
-@pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
+@pytest.mark.parametrize("placement", ["one-jit", "explicit-jit", "auto-jit"], indirect=True)
 def test_greedy_continuation(checkpoint, variant, placement, tokens):
   source, prompt = checkpoint(variant), tokens[:, :7]
-  np.testing.assert_array_equal(
-    placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
-  )
+  ours = placement.greedy_without_cache(source.model(placement), prompt, 40)
+  np.testing.assert_array_equal(ours, source.greedy(prompt, 33))
 
 
 @pytest.mark.parametrize(
-  "placement",
-  ["explicit-eager", "explicit-jit", "explicit-jit-inside", "auto-jit", "auto-jit-inside"],
+  ("variant", "placement"),
+  [
+    ("mqa", "one-jit"),
+    ("untied", "explicit-jit"),
+    ("untied", "auto-jit-inside"),
+    ("divisible-tied", "explicit-jit-inside"),
+    ("divisible-tied", "auto-jit"),
+  ],
   indirect=True,
 )
-@pytest.mark.parametrize("variant", ["untied", "divisible-tied"], indirect=True)
-def test_greedy_continuation_on_meshes(checkpoint, variant, placement, tokens):
-  source, prompt, new = checkpoint(variant), tokens[:, :7], 24 if placement.compiled else 6
+def test_greedy_continuation_with_cache(checkpoint, variant, placement, tokens):
+  source, prompt = checkpoint(variant), tokens[:, :7]
   np.testing.assert_array_equal(
-    placement.greedy(source.model(placement), prompt, new), source.greedy(prompt, new)
+    placement.greedy(source.model(placement), prompt, 24), source.greedy(prompt, 24)
   )
 
 

@@ -19,8 +19,17 @@ STEPS, RATE = 3, 1e-2
 # An epsilon far above float32's rounding of the gradients: Adam divides by their size.
 ADAM = {"eps": 1e-3, "weight_decay": 0.1}
 
-PLACED = pytest.mark.parametrize("placement", ["one-jit", "explicit-jit", "auto-jit-inside"], indirect=True)
-SOME = pytest.mark.parametrize("variant", ["untied", "divisible-tied"], indirect=True)
+COMPILED = pytest.mark.parametrize(
+  ("variant", "placement"),
+  [
+    ("untied", "one-jit"),
+    ("untied", "explicit-jit"),
+    ("untied", "auto-jit-inside"),
+    ("divisible-tied", "explicit-jit-inside"),
+    ("divisible-tied", "auto-jit"),
+  ],
+  indirect=True,
+)
 
 
 def _inputs(tokens):
@@ -49,8 +58,7 @@ def _ours(parameter_name, shape, tensors):
   return out
 
 
-@PLACED
-@SOME
+@COMPILED
 def test_loss_and_gradients(checkpoint, variant, placement, tokens, assert_parity):
   source, inputs = checkpoint(variant), _inputs(tokens)
   theirs = source.fresh_reference()
@@ -82,8 +90,7 @@ def _torch_losses(source, tokens):
   return [loss.item() for loss in losses]
 
 
-@PLACED
-@SOME
+@COMPILED
 def test_nnx_optimizer(checkpoint, variant, placement, tokens, assert_parity):
   source, inputs = checkpoint(variant), _inputs(tokens)
 
@@ -101,8 +108,7 @@ def test_nnx_optimizer(checkpoint, variant, placement, tokens, assert_parity):
   assert_parity(losses, _torch_losses(source, tokens.tobytes()), TOLERANCE, what="losses")
 
 
-@pytest.mark.parametrize("placement", ["one-jit", "explicit-jit-inside", "auto-jit"], indirect=True)
-@SOME
+@COMPILED
 def test_optax_with_donated_state(checkpoint, variant, placement, tokens, assert_parity):
   source, inputs, optimizer = checkpoint(variant), _inputs(tokens), optax.adamw(RATE, **ADAM)
   with placement.context():
