@@ -115,6 +115,7 @@ def test_greedy_continuation(checkpoint, case, placement, tokens):
   np.testing.assert_array_equal(ours, source.greedy(tokens[:, :7], 20))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("placement", ["one-jit"], indirect=True)
 def test_error_of_bfloat16(checkpoint, placement, tokens):
   ours, theirs = [], []

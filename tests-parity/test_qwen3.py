@@ -173,6 +173,7 @@ def _errors_of_bfloat16(checkpoint, case, placement, tokens):
   return np.array(ours), np.array(theirs)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("placement", ["one-jit", "auto-jit"], indirect=True)
 @pytest.mark.parametrize("case", ["dense", "sparse, all experts"])
 def test_error_of_bfloat16(checkpoint, case, placement, tokens):
@@ -182,6 +183,7 @@ def test_error_of_bfloat16(checkpoint, case, placement, tokens):
   assert np.max(ours) <= np.max(theirs)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("placement", ["one-jit", "auto-jit"], indirect=True)
 def test_error_of_bfloat16_where_experts_are_chosen(checkpoint, placement, tokens):
   """Of the median token: a rounding that turns a choice of experts outweighs all others, on either side."""
