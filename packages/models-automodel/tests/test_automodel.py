@@ -21,6 +21,7 @@ from models_automodel import (
   ShardingError,
   SourceFilesError,
   call_model_config,
+  families,
   get_model_module,
 )
 from models_core.remat import RematConfig
@@ -158,7 +159,6 @@ def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
   [
     ({"model_type": ...}, ConfigError, "no model_type"),
     ({"model_type": "mamba"}, ModelNameError, "no installed family reads model_type 'mamba'"),
-    ({"model_type": "qwen3"}, ImportError, r'is a qwen3 model: pip install "models-automodel\[qwen\]"'),
     ({"hidden_size": ...}, ConfigError, "hidden_size is missing"),
     ({"hidden_act": "gelu"}, ConfigError, "hidden_act is 'gelu'"),
     ({"attention_bias": True}, ConfigError, "attention_bias"),
@@ -170,6 +170,18 @@ def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
 def test_a_config_that_does_not_fit_is_refused(edit_config, changes, error, message):
   with pytest.raises(error, match=message) as caught:
     AutoModel.from_pretrained(str(edit_config(**changes)))
+  assert isinstance(caught.value, ModelsError)
+
+
+def test_a_family_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+  edit_config, monkeypatch
+):
+  here = {name: entry for name, entry in families.installed().items() if name != "qwen3"}
+  monkeypatch.setattr(families, "installed", lambda: here)
+  with pytest.raises(
+    ImportError, match=r'is a qwen3 model: pip install "models-automodel\[qwen\]"'
+  ) as caught:
+    AutoModel.from_pretrained(str(edit_config(model_type="qwen3")))
   assert isinstance(caught.value, ModelsError)
 
 
