@@ -61,7 +61,7 @@ class Request:
 
   @property
   def sent(self) -> int:
-    """Bytes of the body that have been sent up to now."""
+    """Bytes of the body that have been handed to the connection up to now."""
     return self._sent[0]
 
 
@@ -375,8 +375,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     end = len(body) if fault.cut is None else fault.cut
     for start in range(0, end, _BLOCK):
       block = body[start : min(start + _BLOCK, end)]
-      self.wfile.write(block)
+      # Counted first: whoever has received the bytes finds them counted.
       request._sent[0] += len(block)
+      self.wfile.write(block)
     if fault.cut is not None:
       self._hang_up(fault.reset)
 
