@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fnmatch
+import functools
 import importlib
 import os
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from models_automodel.families import (
   load_family,
 )
 from models_automodel.overrides import override
+from models_automodel.revision import agree_on_revision
 from models_core.abstract import abstract_model
 from models_core.checkpoint import Checkpoint, Files
 from models_core.errors import ConfigError
@@ -35,6 +37,7 @@ from models_core.family import Family
 from models_core.gguf import gguf_config, read_gguf
 from models_core.loader import load
 from models_core.plan import LoadPlan, plan_load
+from models_core.processes import together
 from models_core.safetensors_headers import parse_json, read_safetensors
 
 
@@ -118,7 +121,8 @@ class AutoModel:
     files = plan.checkpoint.files
     hidden = None if progress else True  # None: bars on a terminal alone.
     with source_errors():
-      files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
+      with together(mesh):
+        files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
       with tqdm.tqdm(
         total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
       ) as bar:
@@ -143,16 +147,24 @@ class AutoModel:
     **fields: Any,
   ) -> LoadPlan:
     """What `from_pretrained` would do, from the configuration and the headers alone. Same arguments and errors."""
-    found = find(
+    place = functools.partial(
+      find,
       model_id,
       model_source=model_source,
       model_path=model_path,
       model_download_path=model_download_path,
-      revision=revision,
       token=token,
       config=config,
       progress=progress,
     )
+    revision = agree_on_revision(mesh, revision, lambda: place(revision=revision).files)
+    with together(mesh):
+      return cls._plan(place(revision=revision), mesh, dtype, strict_sharding, fields)
+
+  @staticmethod
+  def _plan(
+    found: Found, mesh: Mesh | None, dtype: Any, strict_sharding: bool, fields: dict[str, Any]
+  ) -> LoadPlan:
     known = (
       "dtype",
       "revision",

@@ -4,6 +4,9 @@ A run of bytes that a shard takes as it is goes from the file straight into that
 cast, decoded, split over columns or reordered passes through a scratch buffer of a few MB that stays in the
 processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned;
 elsewhere they are transferred and let go.
+
+Over several processes each reads its own part (`models_core.reading`), and after every batch they make sure that
+all succeeded before the devices exchange what they hold.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import ml_dtypes
@@ -24,13 +28,17 @@ from flax import nnx
 
 from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
+from models_core.processes import check_same, processes_of, together
 from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
+from models_core.reading import reading, redistribute
 from models_core.weights import Piece, arrange, part_shape
 
 _log = logging.getLogger(__name__)
 
 # The unit of parallel work, in bytes.
 _TASK = 32 << 20
+# What a process reads before it meets the others, in bytes.
+_BATCH = 1 << 30
 # Host memory of transfers under way to an accelerator, in bytes.
 _IN_FLIGHT = 2 << 30
 
@@ -59,21 +67,56 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  reader = TensorReader(
-    plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
-  )
+  mesh = plan.mesh
+  check_same(mesh, "checkpoint", _fingerprint(plan))
+  with together(mesh):
+    reader = TensorReader(
+      plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
+    )
+  arrays: dict[str, jax.Array] = {}
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
     with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
       try:
-        for tie in plan.ties:
-          reader.check_equal(tie.tensor, tie.twin)
-        return _place(plan, reader, pool)
+        with together(mesh):
+          for tie in plan.ties:
+            reader.check_equal(tie.tensor, tie.twin)
+        for batch in _batches(plan):
+          with together(mesh):
+            ways = [reading(planned, reader.tensors) for planned in batch]
+            read = _place(ways, reader, pool, on_cpu=_is_cpu(plan))
+          for planned in batch:
+            parameter = planned.parameter
+            arrays[parameter.name] = redistribute(
+              read.pop(parameter.name), parameter.shape, parameter.sharding
+            )
+        return arrays
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
   finally:
     reader.close()
+
+
+def _fingerprint(plan: LoadPlan) -> bytes:
+  """Of all that the headers say, so that processes that see different versions of a checkpoint find out."""
+  tensors = plan.checkpoint.tensors.values()
+  said = [f"{t.name} {t.dtype} {t.shape} {t.file} {t.start} {t.stop}" for t in tensors]
+  return hashlib.sha256("\n".join(said).encode()).digest()
+
+
+def _batches(plan: LoadPlan) -> Iterator[list[PlannedParameter]]:
+  """Parameters that are read before the processes meet; all of them where there is one process."""
+  processes = len(processes_of(plan.mesh))
+  batch: list[PlannedParameter] = []
+  size = 0
+  for planned in plan.parameters:
+    batch.append(planned)
+    size += planned.nbytes // processes
+    if size > _BATCH and processes > 1:
+      yield batch
+      batch, size = [], 0
+  yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +136,17 @@ class _Shard:
   filled: bool
 
 
-def _place(plan: LoadPlan, reader: TensorReader, pool: concurrent.futures.Executor) -> dict[str, jax.Array]:
+def _place(
+  parameters: Sequence[PlannedParameter],
+  reader: TensorReader,
+  pool: concurrent.futures.Executor,
+  *,
+  on_cpu: bool,
+) -> dict[str, jax.Array]:
   arrays: dict[str, jax.Array] = {}
   # Parameters whose bytes are being read, first in first placed.
   reading: collections.deque = collections.deque()
   in_flight = 0
-  on_cpu = _is_cpu(plan)
 
   def place_first() -> None:
     nonlocal in_flight
@@ -111,7 +159,7 @@ def _place(plan: LoadPlan, reader: TensorReader, pool: concurrent.futures.Execut
       arrays[planned.parameter.name].block_until_ready()
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
-  for planned in plan.parameters:
+  for planned in parameters:
     shards = _shards(planned, reader, alias=on_cpu)
     size = sum(shard.buffer.nbytes for shard in shards)
     while reading and not on_cpu and in_flight + size > _IN_FLIGHT:
@@ -170,7 +218,9 @@ def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
   """The global array of this process's shards. Never `device_put` to a sharding of several processes: it compares."""
   parts = [jax.device_put(shard.buffer, device) for shard in shards for device in shard.devices]
   parameter = planned.parameter
-  return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, parts)
+  return jax.make_array_from_single_device_arrays(
+    parameter.shape, parameter.sharding, parts, dtype=planned.dtype
+  )
 
 
 def _tasks(

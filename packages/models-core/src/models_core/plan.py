@@ -8,9 +8,11 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from models_core.abstract import AbstractModel, AbstractParameter, misfit_notes
 from models_core.checkpoint import Checkpoint, TensorInfo
@@ -71,6 +73,14 @@ class LoadPlan:
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
     return tuple(sorted({self.checkpoint.tensors[name].file for name in names}))
+
+  @property
+  def mesh(self) -> Mesh | None:
+    """Where the parameters will lie; None is one device."""
+    for planned in self.parameters:
+      if isinstance(planned.parameter.sharding, NamedSharding):
+        return cast(Mesh, planned.parameter.sharding.mesh)
+    return None
 
   @property
   def num_parameters(self) -> int:

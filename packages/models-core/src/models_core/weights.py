@@ -168,6 +168,14 @@ class Piece:
       start = start * size + index
     return start * math.prod(self.split[len(fused) :])
 
+  def in_one_row(self) -> Piece:
+    """The same run of elements as a part of one axis."""
+    fused = sum(isinstance(s, int) for s in self.select)
+    split = (*self.split[:fused], math.prod(self.split[fused:]))
+    return dataclasses.replace(
+      self, split=split, select=(*self.select[:fused], slice(None)), order=(0,), target=(slice(None),)
+    )
+
 
 def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequence[int]) -> list[Piece]:
   """The tensors that make up a parameter.

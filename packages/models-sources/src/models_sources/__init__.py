@@ -50,6 +50,10 @@ class Files(Protocol):
   def path(self) -> str:
     """Where the files are, or where `fetch` puts them: a directory, or one file."""
 
+  @property
+  def revision(self) -> str | None:
+    """What, as `open_files`' argument, gives these very files again; None where a source has no versions."""
+
   def names(self) -> Sequence[str]:
     """Names of all files, relative to the root, with `/` between folders, sorted."""
 

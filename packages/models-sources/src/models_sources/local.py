@@ -16,9 +16,11 @@ class LocalFiles:
 
   Attributes:
     path: absolute, with symbolic links as they are.
+    revision: none; a directory has no versions.
   """
 
   path: str
+  revision: None = dataclasses.field(default=None, init=False, repr=False)
 
   def names(self) -> Sequence[str]:
     """Names of the regular files at the top level, sorted. A link counts as what it points to."""

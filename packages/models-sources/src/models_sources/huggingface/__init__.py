@@ -131,6 +131,11 @@ class HubFiles:
   progress: bool = True
 
   @property
+  def revision(self) -> str:
+    """The commit."""
+    return self.commit
+
+  @property
   def path(self) -> str:
     """The directory that `fetch` puts the files in. It exists once a file of the commit is cached."""
     return str(self.cache.snapshot(self.commit))

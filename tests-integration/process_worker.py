@@ -1,0 +1,66 @@
+"""One of several processes under `jax.distributed`: loads a checkpoint and reports what it read and holds."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+
+def main(task: dict) -> dict:
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", task["devices"])
+  jax.distributed.initialize(
+    f"127.0.0.1:{task['port']}", num_processes=task["processes"], process_id=task["process"]
+  )
+  from models_automodel import AutoModel
+  from models_core.loader import load
+  from models_core.safetensors_headers import read_safetensors
+
+  shape, names = task["mesh"]
+  mesh = jax.make_mesh(shape, names)
+  if task["auto"]:
+    mesh = jax.sharding.Mesh(mesh.devices, names)
+  counts: list[int] = []
+  try:
+    plan = AutoModel.plan(task["path"], mesh)
+    model = load(plan, on_bytes=counts.append)
+  except Exception as error:
+    return {"error": type(error).__name__, "message": str(error)}
+  expected = read_safetensors(plan.checkpoint.files)
+  held = {}
+  wrong = []
+  for planned in plan.parameters:
+    name = planned.parameter.name
+    array = _get(model, name)
+    (piece,) = planned.pieces
+    info = expected.tensors[piece.tensor]
+    whole = np.frombuffer(plan.checkpoint.files.read(info.file, info.start, info.stop), info.dtype).reshape(
+      array.shape
+    )
+    assert array.sharding == planned.parameter.sharding
+    for shard in array.addressable_shards:
+      held[name, str(shard.index)] = shard.data.nbytes
+      if not np.array_equal(np.asarray(shard.data).view(np.uint16), whole[shard.index].view(np.uint16)):
+        wrong.append(f"{name}{shard.index}")
+  tokens = np.arange(8, dtype=np.int32)[None] % 7
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  call = jax.jit(lambda m: m(tokens, np.arange(8, dtype=np.int32)[None])[0], out_shardings=everywhere)
+  logits = call(model)
+  return {
+    "read": sum(counts),
+    "held": sum(held.values()),
+    "stored": plan.stored_nbytes,
+    "wrong": wrong,
+    "logits": float(np.abs(np.asarray(logits.addressable_data(0))).sum()),
+  }
+
+
+def _get(model, name):
+  for part in name.split("."):
+    model = model[int(part)] if part.isdigit() else getattr(model, part)
+  return model[...]
+
+
+if __name__ == "__main__":
+  print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,97 @@
+"""Loading by several processes under `jax.distributed`, each with some of the mesh's devices."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from models_core.dummy_model_creator import create_dummy_model
+from models_core.testing import write_checkpoint
+from models_llama.llama3 import FAMILY
+from models_llama.llama3.model import Llama3, ModelConfig
+
+WORKER = pathlib.Path(__file__).with_name("process_worker.py")
+CONFIG = ModelConfig(
+  num_layers=2,
+  vocab_size=512,
+  embed_dim=64,
+  hidden_dim=256,
+  num_heads=8,
+  head_dim=16,
+  num_kv_heads=2,
+  rope_theta=1e4,
+  norm_eps=1e-5,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("checkpoint")
+  model = create_dummy_model(Llama3, CONFIG, dtype=jnp.bfloat16)
+  write_checkpoint(directory, FAMILY, CONFIG, model)
+  return directory
+
+
+def run(paths, mesh, names, *, devices=1, auto=False):
+  """Starts a process for each path. Returns their reports."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  workers = []
+  for process, path in enumerate(paths):
+    task = {
+      "port": port, "process": process, "processes": len(paths), "devices": devices,
+      "mesh": [mesh, names], "auto": auto, "path": str(path),
+    }  # fmt: skip
+    command = [sys.executable, str(WORKER), json.dumps(task)]
+    workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+  reports = []
+  for worker in workers:
+    out, err = worker.communicate(timeout=60)
+    assert worker.returncode == 0, err[-4000:]
+    reports.append(json.loads(out.splitlines()[-1]))
+  return reports
+
+
+@pytest.mark.parametrize(
+  ("processes", "devices", "mesh", "names", "auto"),
+  [
+    (4, 1, (4,), ("fsdp",), False),
+    (4, 1, (2, 2), ("fsdp", "tp"), True),
+    (2, 4, (2, 4), ("fsdp", "tp"), False),
+    (2, 2, (4, 1), ("other", "tp"), False),
+  ],
+)
+def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, names, auto):
+  reports = run([checkpoint] * processes, mesh, names, devices=devices, auto=auto)
+  assert [r.get("wrong") for r in reports] == [[]] * processes, reports
+  assert len({r["logits"] for r in reports}) == 1
+  stored = reports[0]["stored"]
+  assert sum(r["read"] for r in reports) == stored
+  assert max(r["read"] for r in reports) <= 1.05 * stored / processes
+
+
+def test_where_one_process_fails_all_fail(checkpoint, tmp_path):
+  other = tmp_path / "other"
+  other.mkdir()
+  for file in checkpoint.iterdir():
+    (other / file.name).write_bytes(file.read_bytes())
+  with (other / "model.safetensors").open("r+b") as file:
+    file.truncate(1000)
+  first, second = run([checkpoint, other], (2,), ("fsdp",))
+  assert second["error"] == "CheckpointError"
+  assert first["error"] == "ProcessError"
+  assert "process 1 failed" in first["message"]
+
+
+def test_processes_that_see_different_checkpoints_find_out(checkpoint, tmp_path):
+  other = tmp_path / "other"
+  other.mkdir()
+  write_checkpoint(other, FAMILY, CONFIG, create_dummy_model(Llama3, CONFIG))
+  reports = run([checkpoint, other], (2,), ("fsdp",))
+  assert [r["error"] for r in reports] == ["ProcessError"] * 2
+  assert "process 1 sees another checkpoint than process 0" in reports[0]["message"]
