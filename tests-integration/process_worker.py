@@ -24,6 +24,7 @@ def main(task: dict) -> dict:
   counts: list[int] = []
   try:
     plan = AutoModel.plan(task["path"], mesh)
+    plan.checkpoint.files.fetch(plan.files)
     model = load(plan, on_bytes=counts.append)
   except Exception as error:
     return {"error": type(error).__name__, "message": str(error)}

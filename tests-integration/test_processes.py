@@ -13,6 +13,7 @@ from models_core.dummy_model_creator import create_dummy_model
 from models_core.testing import write_checkpoint
 from models_llama.llama3 import FAMILY
 from models_llama.llama3.model import Llama3, ModelConfig
+from models_sources.testing import HubServer
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 CONFIG = ModelConfig(
@@ -95,3 +96,19 @@ def test_processes_that_see_different_checkpoints_find_out(checkpoint, tmp_path)
   reports = run([checkpoint, other], (2,), ("fsdp",))
   assert [r["error"] for r in reports] == ["ProcessError"] * 2
   assert "process 1 sees another checkpoint than process 0" in reports[0]["message"]
+
+
+def test_one_process_asks_what_a_branch_is_and_each_file_is_downloaded_once(checkpoint, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+  for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+    monkeypatch.delenv(name, raising=False)
+  with HubServer() as hub:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.add("meta-llama/Llama-3.2-1B", {file.name: file.read_bytes() for file in checkpoint.iterdir()})
+    reports = run(["meta-llama/Llama-3.2-1B"] * 3, (3,), ("fsdp",))
+    assert [r.get("wrong") for r in reports] == [[]] * 3, reports
+    assert sum("/revision/main" in line for line in hub.lines("hub")) == 1
+    size = (checkpoint / "model.safetensors").stat().st_size
+    whole = [r for r in hub.requests if r.host == "storage" and r.sent >= size]
+    assert len(whole) == 1
