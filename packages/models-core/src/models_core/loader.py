@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -24,7 +23,7 @@ from flax import nnx
 
 from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
-from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
+from models_core.reader import OnBytes, TensorReader, aligned_empty, open_reader
 from models_core.weights import Piece, arrange, part_shape
 
 _log = logging.getLogger(__name__)
@@ -59,12 +58,10 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  reader = TensorReader(
-    plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
-  )
+  reader = open_reader(plan.checkpoint, plan.files, on_bytes or (lambda count: None))
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
-    with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(reader.threads) as pool:
       try:
         for tie in plan.ties:
           reader.check_equal(tie.tensor, tie.twin)
@@ -233,7 +230,7 @@ def _fill_rows(
       reader.read_into(info, base + low * row, part)
   if not through:
     return
-  step = max(1, CHUNK // max(1, row * info.dtype.itemsize))
+  step = max(1, reader.chunk // max(1, row * info.dtype.itemsize))
   for low in range(start, stop, step):
     high = min(low + step, stop)
     wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]
