@@ -53,8 +53,7 @@ def plan(toy):
 @pytest.fixture
 def tiny_chunks(monkeypatch):
   """Every tensor takes several chunks and several tasks."""
-  for module in (loader, reader):
-    monkeypatch.setattr(module, "CHUNK", 64)
+  monkeypatch.setattr(reader.LocalReader, "chunk", 64)
   monkeypatch.setattr(loader, "_TASK", 256)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,14 @@ class Files(Protocol):
 
   def fetch(self, names: Sequence[str]) -> str:
     """Makes the named files local, complete or not at all. Returns the directory that holds them."""
+
+
+@runtime_checkable
+class RangeFiles(Files, Protocol):
+  """Files that are read where they lie, range by range, by many threads at once. All ranges are of one version."""
+
+  def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+    """Fills a buffer with a file's bytes from `start` on, or raises."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -29,7 +28,7 @@ from flax import nnx
 from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.processes import check_same, processes_of, together
-from models_core.reader import CHUNK, OnBytes, TensorReader, aligned_empty
+from models_core.reader import OnBytes, TensorReader, aligned_empty, open_reader
 from models_core.reading import reading, redistribute
 from models_core.weights import Piece, arrange, part_shape
 
@@ -68,19 +67,18 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
   mesh = plan.mesh
+  processes = processes_of(mesh)
   check_same(mesh, "checkpoint", _fingerprint(plan))
   with together(mesh):
-    reader = TensorReader(
-      plan.checkpoint.files, plan.checkpoint.tensors, plan.files, on_bytes or (lambda count: None)
-    )
+    reader = open_reader(plan.checkpoint, plan.files, on_bytes or (lambda count: None))
   arrays: dict[str, jax.Array] = {}
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.
-    with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(reader.threads) as pool:
       try:
         with together(mesh):
           for tie in plan.ties:
-            reader.check_equal(tie.tensor, tie.twin)
+            reader.check_equal(tie.tensor, tie.twin, processes.index(jax.process_index()), len(processes))
         for batch in _batches(plan):
           with together(mesh):
             ways = [reading(planned, reader.tensors) for planned in batch]
@@ -283,7 +281,7 @@ def _fill_rows(
       reader.read_into(info, base + low * row, part)
   if not through:
     return
-  step = max(1, CHUNK // max(1, row * info.dtype.itemsize))
+  step = max(1, reader.chunk // max(1, row * info.dtype.itemsize))
   for low in range(start, stop, step):
     high = min(low + step, stop)
     wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import abc
+import concurrent.futures
 import math
 import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, final
 
 import numpy as np
 
-from models_core.checkpoint import Files, LocalFiles, TensorInfo
+from models_core.checkpoint import Checkpoint, Files, LocalFiles, RangeFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.safetensors_headers import read_header
 
 # XLA's CPU client aliases host memory that starts at such a multiple, in bytes.
 ALIGNMENT = 64
-# Scratch that stays in a core's cache, in bytes.
-CHUNK = 2 << 20
+# Bytes of one request to a store: large enough that its latency does not count.
+RANGE = 8 << 20
+# Requests to a store at a time. They wait for the network, not for a core.
+_REQUESTS = 32
 
 # From this many bytes on, memory is pages of its own, which go back to the system one by one.
 _OWN_PAGES = 1 << 20
@@ -38,8 +43,121 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-class TensorReader:
-  """The tensors of some files.
+class TensorReader(Protocol):
+  """The tensors of a checkpoint, for many threads at once.
+
+  Attributes:
+    tensors: as the headers described them, by name.
+    chunk: bytes of a read that passes through scratch memory.
+    threads: that keep it busy.
+  """
+
+  tensors: Mapping[str, TensorInfo]
+  chunk: int
+  threads: int
+
+  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
+    """Elements from `element` on, into contiguous memory of the same dtype."""
+
+  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
+    """Elements, decoded; valid until this thread's next call."""
+
+  def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
+    """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
+
+  def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
+    """Compares two tensors' bytes, or one of some parts of them.
+
+    Raises:
+      CheckpointError: if they differ.
+    """
+
+  def close(self) -> None:
+    """Lets go of files and threads. No read may be under way."""
+
+
+def open_reader(checkpoint: Checkpoint, names: Sequence[str], on_bytes: OnBytes) -> TensorReader:
+  """A reader of some of a checkpoint's files: by ranges where the files offer them, else of fetched files.
+
+  Args:
+    checkpoint: whose headers were read.
+    names: of the files that will be read.
+    on_bytes: called with the number of bytes that were read, from several threads.
+
+  Raises:
+    CheckpointError: if a file is not what its header described.
+  """
+  if isinstance(checkpoint.files, RangeFiles):
+    return RangeReader(checkpoint.files, checkpoint.tensors, on_bytes)
+  return LocalReader(checkpoint.files, checkpoint.tensors, names, on_bytes)
+
+
+class _ByteReader(abc.ABC):
+  """What readers of bytes share: decoding, scratch memory and the comparison of twins."""
+
+  tensors: Mapping[str, TensorInfo]
+  chunk: int
+  threads: int
+
+  def __init__(self, where: str, tensors: Mapping[str, TensorInfo], on_bytes: OnBytes):
+    self.tensors = tensors
+    self._where = where
+    self._on_bytes = on_bytes
+    self._scratch = threading.local()
+
+  @abc.abstractmethod
+  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
+    """Fills a uint8 buffer from byte `start` of a tensor."""
+
+  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
+    """Elements from `element` on, into contiguous memory of the same dtype."""
+    self._fill(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
+    self._on_bytes(target.nbytes)
+
+  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
+    """Elements, decoded; valid until this thread's next call."""
+    codec = info.codec
+    if codec is None:
+      start, nbytes = element * info.dtype.itemsize, count * info.dtype.itemsize
+    else:
+      start, nbytes = (n // codec.block_size * codec.block_bytes for n in (element, count))
+    scratch = getattr(self._scratch, "buffer", None)
+    if scratch is None or scratch.nbytes < nbytes:
+      scratch = self._scratch.buffer = aligned_empty((max(nbytes, self.chunk),), np.dtype(np.uint8))
+    self._fill(info, start, scratch[:nbytes])
+    self._on_bytes(nbytes)
+    return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
+
+  def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
+    """Compares two tensors' bytes, or one of some parts of them.
+
+    Raises:
+      CheckpointError: if they differ.
+    """
+    a, b = self.tensors[name], self.tensors[twin]
+    nbytes = a.stop - a.start
+    same = (a.shape, a.dtype, nbytes) == (b.shape, b.dtype, b.stop - b.start)
+    first, last = nbytes * part // parts, nbytes * (part + 1) // parts if same else 0
+    left, right = (np.empty(min(nbytes, self.chunk), np.uint8) for _ in range(2))
+    for start in range(first, last, self.chunk):
+      size = min(self.chunk, last - start)
+      self._fill(a, start, left[:size])
+      self._fill(b, start, right[:size])
+      if not (same := np.array_equal(left[:size], right[:size])):
+        break
+    if not same:
+      raise CheckpointError(
+        self._where,
+        [
+          f"the config ties the head to the embedding, but {name} differs from {twin}: untie it in the config to load "
+          f"both, or remove {name} from the checkpoint"
+        ],
+      )
+
+
+@final
+class LocalReader(_ByteReader):
+  """The tensors of files of this machine.
 
   Args:
     files: of the checkpoint.
@@ -51,13 +169,14 @@ class TensorReader:
     CheckpointError: if a file is not what its header described.
   """
 
+  # Scratch that stays in a core's cache.
+  chunk = 2 << 20
+
   def __init__(
     self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes
   ):
-    self.tensors = tensors
-    self._on_bytes = on_bytes
-    self._scratch = threading.local()
-    self._where = files.fetch(names)
+    super().__init__(files.fetch(names), tensors, on_bytes)
+    self.threads = max(2, min(os.cpu_count() or 1, 16))
     self._open: dict[str, int] = {}
     self._maps: dict[str, mmap.mmap] = {}
     try:
@@ -87,8 +206,7 @@ class TensorReader:
       os.close(descriptor)
     self._open.clear()
 
-  def _pread(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    """Fills a uint8 buffer from byte `start` of a tensor."""
+  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
     view = buffer.data
     offset, done = info.start + start, 0
     while done < len(view):
@@ -98,25 +216,6 @@ class TensorReader:
           f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"]
         )
       done += count
-
-  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
-    """Elements from `element` on, into contiguous memory of the same dtype."""
-    self._pread(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
-    self._on_bytes(target.nbytes)
-
-  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
-    """Elements, decoded; valid until this thread's next call."""
-    codec = info.codec
-    if codec is None:
-      start, nbytes = element * info.dtype.itemsize, count * info.dtype.itemsize
-    else:
-      start, nbytes = (n // codec.block_size * codec.block_bytes for n in (element, count))
-    scratch = getattr(self._scratch, "buffer", None)
-    if scratch is None or scratch.nbytes < nbytes:
-      scratch = self._scratch.buffer = aligned_empty((max(nbytes, CHUNK),), np.dtype(np.uint8))
-    self._pread(info, start, scratch[:nbytes])
-    self._on_bytes(nbytes)
-    return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
     """Elements as read-only memory of the mapped file; None where a CPU device could not alias it."""
@@ -129,27 +228,48 @@ class TensorReader:
     self._on_bytes(count * info.dtype.itemsize)
     return np.frombuffer(self._maps[info.file], info.dtype, count, start)
 
-  def check_equal(self, name: str, twin: str) -> None:
-    """Compares two tensors' bytes.
 
-    Raises:
-      CheckpointError: if they differ.
-    """
-    a, b = self.tensors[name], self.tensors[twin]
-    nbytes = a.stop - a.start
-    same = (a.shape, a.dtype, nbytes) == (b.shape, b.dtype, b.stop - b.start)
-    left, right = (np.empty(min(nbytes, CHUNK), np.uint8) for _ in range(2))
-    for start in range(0, nbytes if same else 0, CHUNK):
-      size = min(CHUNK, nbytes - start)
-      self._pread(a, start, left[:size])
-      self._pread(b, start, right[:size])
-      if not (same := np.array_equal(left[:size], right[:size])):
-        break
-    if not same:
-      raise CheckpointError(
-        self._where,
-        [
-          f"the config ties the head to the embedding, but {name} differs from {twin}: untie it in the config to load "
-          f"both, or remove {name} from the checkpoint"
-        ],
-      )
+@final
+class RangeReader(_ByteReader):
+  """The tensors of files elsewhere, of which only the bytes that are asked for travel, many ranges at a time.
+
+  Args:
+    files: of the checkpoint, pinned to one version by themselves.
+    tensors: as the headers described them.
+    on_bytes: called with the number of bytes that were read.
+  """
+
+  chunk = 2 * RANGE
+  threads = _REQUESTS // 2
+
+  def __init__(self, files: RangeFiles, tensors: Mapping[str, TensorInfo], on_bytes: OnBytes):
+    super().__init__(files.path, tensors, on_bytes)
+    self._files = files
+    self._pool = concurrent.futures.ThreadPoolExecutor(_REQUESTS, "ranges")
+
+  def close(self) -> None:
+    """Ends the threads."""
+    self._pool.shutdown(cancel_futures=True)
+
+  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
+    view, offset = buffer.data, info.start + start
+    if len(view) <= RANGE:
+      if view:
+        self._files.read_into(info.file, offset, view)
+      return
+    reads = [
+      self._pool.submit(self._files.read_into, info.file, offset + at, view[at : at + RANGE])
+      for at in range(0, len(view), RANGE)
+    ]
+    try:
+      for read in reads:
+        read.result()
+    finally:
+      # After an error nothing may be written into memory that others use by then.
+      for read in reads:
+        read.cancel()
+      concurrent.futures.wait(reads)
+
+  def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
+    """None: there is no file to map."""
+    return None
