@@ -147,6 +147,26 @@ def test_the_plan_costs_a_mesh_without_reading_weights(checkpoint, tmp_path):
   assert "4 devices, each holding" in str(plan)
 
 
+def test_a_model_is_cut_to_its_first_layers_and_nothing_else_is_read(checkpoint):
+  directory, tensors = checkpoint
+  plan = AutoModel.plan(str(directory), layers=range(1))
+  of_others = [name for name in tensors if ".layers." in name and ".layers.0." not in name]
+  assert sorted(name for name, _ in plan.ignored) == sorted(of_others)
+  kept = sum(array.nbytes for name, array in tensors.items() if name not in of_others)
+  assert plan.stored_nbytes == kept
+  model, _ = AutoModel.from_pretrained(str(directory), layers=range(1))
+  assert len(model.layers) == model.config.num_layers == 1
+  whole, _ = AutoModel.from_pretrained(str(directory))
+  for name, array in weights(model).items():
+    np.testing.assert_array_equal(array, weights(whole)[name])
+
+
+@pytest.mark.parametrize("layers", [range(0), range(1, 2), range(99), 1])
+def test_layers_are_the_first_of_those_that_there_are(checkpoint, layers):
+  with pytest.raises(ValueError, match=r"expected range\(n\) for an n from 1 to "):
+    AutoModel.plan(str(checkpoint[0]), layers=layers)
+
+
 def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
   mesh = jax.make_mesh((1, 4), ("fsdp", "tp"))
   assert "k_proj" in str(AutoModel.plan(str(checkpoint[0]), mesh))

@@ -28,7 +28,7 @@ from models_automodel.families import (
   family_of_model_type,
   load_family,
 )
-from models_automodel.overrides import override
+from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_core.abstract import abstract_model
 from models_core.checkpoint import Checkpoint, Files
@@ -95,6 +95,7 @@ class AutoModel:
         revision: branch, tag or commit.
         token: of the hub.
         config: a configuration to use instead of the checkpoint's.
+        layers: `range(n)` loads the first n layers alone, and reads nothing else: for bringing a large model up.
         strict_sharding: raise where the mesh cannot hold a sharding instead of replicating that axis.
         progress: show progress bars on a terminal.
 
@@ -142,6 +143,7 @@ class AutoModel:
     revision: str | None = None,
     token: str | bool | None = None,
     config: Any = None,
+    layers: range | None = None,
     strict_sharding: bool = False,
     progress: bool = True,
     **fields: Any,
@@ -159,23 +161,29 @@ class AutoModel:
     )
     revision = agree_on_revision(mesh, revision, lambda: place(revision=revision).files)
     with together(mesh):
-      return cls._plan(place(revision=revision), mesh, dtype, strict_sharding, fields)
+      return cls._plan(place(revision=revision), mesh, dtype, layers, strict_sharding, fields)
 
   @staticmethod
   def _plan(
-    found: Found, mesh: Mesh | None, dtype: Any, strict_sharding: bool, fields: dict[str, Any]
+    found: Found,
+    mesh: Mesh | None,
+    dtype: Any,
+    layers: range | None,
+    strict_sharding: bool,
+    fields: dict[str, Any],
   ) -> LoadPlan:
     known = (
       "dtype",
       "revision",
       "token",
       "config",
+      "layers",
       "strict_sharding",
       "progress",
       "model_path",
       "model_source",
     )
-    final = override(found.config, fields, known)
+    final = cut(override(found.config, fields, known), layers)
     model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
       checkpoint = found.checkpoint or read_safetensors(found.files)
@@ -184,7 +192,9 @@ class AutoModel:
       raise ConfigError(
         f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect"
       )
-    return plan_load(checkpoint, model, table, dtype=_dtype(dtype))
+    return plan_load(
+      checkpoint, model, table, dtype=_dtype(dtype), layers=None if layers is None else len(layers)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

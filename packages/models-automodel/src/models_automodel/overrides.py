@@ -33,6 +33,21 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
   )
 
 
+def cut(config: Any, layers: range | None) -> Any:
+  """The configuration of the first layers of a model; of all where `layers` is None.
+
+  Raises:
+    ValueError: if these are not the first layers, or more than the model has.
+  """
+  if layers is None:
+    return config
+  if (
+    not isinstance(layers, range) or layers != range(len(layers)) or not 1 <= len(layers) <= config.num_layers
+  ):
+    raise ValueError(f"layers={layers!r}, expected range(n) for an n from 1 to {config.num_layers}")
+  return dataclasses.replace(config, num_layers=len(layers))
+
+
 def _value(old: Any, new: Any) -> Any:
   if isinstance(old, enum.Enum) and isinstance(new, str):
     kind = type(old)

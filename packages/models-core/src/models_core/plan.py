@@ -147,7 +147,12 @@ def _size(nbytes: int) -> str:
 
 
 def plan_load(
-  checkpoint: Checkpoint, model: AbstractModel, table: WeightTable, *, dtype: np.dtype | None = None
+  checkpoint: Checkpoint,
+  model: AbstractModel,
+  table: WeightTable,
+  *,
+  dtype: np.dtype | None = None,
+  layers: int | None = None,
 ) -> LoadPlan:
   """Resolves every parameter of a model to tensors of a checkpoint.
 
@@ -156,6 +161,7 @@ def plan_load(
     model: to fill.
     table: of the checkpoint's dialect.
     dtype: of the loaded floating-point parameters; None keeps each as it is stored.
+    layers: how many the model was cut to; the checkpoint may hold more. None is no cut.
 
   Raises:
     CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
@@ -184,6 +190,8 @@ def plan_load(
     if any(name == tie.tensor for tie in ties):
       continue
     reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
+    if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
+      reason = f"layers from {layers} on, beyond those that were asked for"
     if reason is not None:
       ignored.append((name, reason))
     else:

@@ -103,6 +103,13 @@ class WeightTable:
   def __repr__(self) -> str:
     return f"WeightTable({len(self.rows)} rows)"
 
+  def layer_of(self, tensor: str) -> int | None:
+    """The number of the layer that a tensor belongs to by some row; None where it is of no layer."""
+    for form in (form for row in self.rows for form in row.forms if "{i}" in form.name):
+      if found := _name_pattern(form.name).fullmatch(tensor):
+        return int(found["i"])
+    return None
+
 
 def _row(row: tuple) -> Row:
   match row:
