@@ -156,9 +156,14 @@ def _fit_arrays(
   """Places what a preprocess function returned on the shardings of the model."""
   flat = {dotted(path): array for path, array in nnx.traversals.flatten_mapping(arrays).items()}
   _check(checkpoint, model, {name: (tuple(array.shape), "preprocess_fn") for name, array in flat.items()})
-  return {
-    name: jax.device_put(flat[name], parameter.sharding) for name, parameter in model.parameters.items()
-  }
+  return {name: _spread(flat[name], parameter.sharding) for name, parameter in model.parameters.items()}
+
+
+def _spread(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """An array of this process onto a sharding; `device_put` to one of several processes would compare it over them."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
 
 
 def _check(
