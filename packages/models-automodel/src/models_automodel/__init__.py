@@ -8,7 +8,7 @@ from models_automodel.automodel import (
   get_model_module,
 )
 from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
-from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, ShardingError
+from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
 from models_core.plan import LoadPlan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
   "ModelNameError",
   "ModelSource",
   "ModelsError",
+  "SaveError",
   "ShardingError",
   "SourceFilesError",
   "call_model_config",
