@@ -101,6 +101,14 @@ def test_every_flipped_bit_changes_it(dtype, rng):
   assert len(numbers) == 1 + len(flips)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 12, 25, 60])
+def test_blocks_don_t_count(block, rng, monkeypatch):
+  arrays = {"a": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32), "b": jnp.arange(11), "c": jnp.ones(())}
+  expected = digest_arrays(arrays)
+  monkeypatch.setattr("models_core.digest._BLOCK", block)
+  assert digest_arrays(arrays) == expected
+
+
 @pytest.mark.parametrize("dtype", ["int64", "float64", "complex128"])
 def test_64_bits_count_in_full(dtype, rng):
   with jax.enable_x64(True):
@@ -151,7 +159,8 @@ def test_elements_that_32_bits_cannot_number_are_told_apart(rng):
   """A part of an array of 2^34 elements, at its first row and 2^32 elements later."""
   part = jnp.asarray(rng.integers(0, 256, (1, 1, 4)), jnp.uint8)
   shape = (4, 1 << 16, 1 << 16)
-  sums = [tuple(np.asarray(_sum_elements(part, np.array([i, 0, 0], np.uint32), shape))) for i in range(4)]
+  places = [np.array([[0, 0, 0], [i, 0, 0]], np.uint32) for i in range(4)]
+  sums = [tuple(np.asarray(_sum_elements(part, place, part.shape, shape))) for place in places]
   assert len(set(sums)) == 4
 
 
