@@ -7,6 +7,7 @@ from models_automodel.automodel import (
   call_model_config,
   get_model_module,
 )
+from models_automodel.digest import Digest, digest
 from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
 from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
 from models_core.plan import LoadPlan
@@ -16,6 +17,7 @@ __all__ = [
   "CacheError",
   "CheckpointError",
   "ConfigError",
+  "Digest",
   "LoadPlan",
   "MissingFamilyError",
   "ModelModule",
@@ -26,5 +28,6 @@ __all__ = [
   "ShardingError",
   "SourceFilesError",
   "call_model_config",
+  "digest",
   "get_model_module",
 ]

@@ -77,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     "--strict-sharding", action="store_true", help="fail where the mesh cannot hold a sharding"
   )
 
+  one = commands.add_parser(
+    "digest",
+    parents=[where, mesh],
+    help="a number for the weights: equal bits give equal numbers on every mesh",
+  )
+  one.set_defaults(run=_digest)
+  one.add_argument("--parameters", action="store_true", help="also one for each parameter")
+
   sampling = argparse.ArgumentParser(add_help=False)
   sampling.add_argument("--max-new-tokens", type=int, default=256)
   sampling.add_argument(
@@ -189,6 +197,24 @@ def _plan(options: argparse.Namespace) -> None:
     strict_sharding=options.strict_sharding,
   )
   print(plan)
+
+
+def _digest(options: argparse.Namespace) -> None:
+  from models_automodel.digest import digest
+
+  _make_devices(options.mesh)
+  found = digest(
+    options.model,
+    mesh=make_mesh(options.mesh),
+    model_source=options.source,
+    model_download_path=options.download_path,
+    revision=options.revision,
+    dtype=options.dtype,
+  )
+  if options.parameters:
+    for name, number in found.parameters.items():
+      print(f"{number:016x}  {name}")
+  print(found)
 
 
 def _generate(options: argparse.Namespace) -> None:
