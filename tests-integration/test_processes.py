@@ -8,11 +8,15 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import save_file
 
 from models_core.dummy_model_creator import create_dummy_model
-from models_core.testing import write_checkpoint
+from models_core.testing import to_tensors, write_checkpoint
 from models_llama.llama3 import FAMILY
 from models_llama.llama3.model import Llama3, ModelConfig
+from models_qwen import qwen3
+from models_qwen.qwen3.model import ModelConfig as Qwen3Config
+from models_qwen.qwen3.model import Qwen3
 from models_sources.testing import HubServer
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
@@ -51,11 +55,16 @@ def run(paths, mesh, names, *, devices=1, auto=False):
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
   reports = []
-  for worker in workers:
-    out, err = worker.communicate(timeout=60)
-    assert worker.returncode == 0, err[-4000:]
-    reports.append(json.loads(out.splitlines()[-1]))
-  return reports
+  try:
+    for worker in workers:
+      out, err = worker.communicate(timeout=300)
+      assert worker.returncode == 0, err[-4000:]
+      reports.append(json.loads(out.splitlines()[-1]))
+    return reports
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.communicate()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,30 @@ def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, 
   stored = reports[0]["stored"]
   assert sum(r["read"] for r in reports) == stored
   assert max(r["read"] for r in reports) <= 1.05 * stored / processes
+
+
+def test_a_process_needs_the_files_of_its_own_experts_alone(tmp_path):
+  config = Qwen3Config(
+    num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=32, num_heads=4, head_dim=8, num_kv_heads=2,
+    rope_theta=1e4, norm_eps=1e-6, num_experts=4, num_experts_per_tok=2, moe_hidden_dim=16,
+    norm_topk_prob=True, decoder_sparse_step=1,
+  )  # fmt: skip
+  tensors = to_tensors(create_dummy_model(Qwen3, config), qwen3.FAMILY.weights["huggingface"])
+  parts = {"rest": {}, "first": {}, "second": {}}
+  for name, tensor in tensors.items():
+    part = "rest" if ".experts." not in name else "second" if int(name.split(".")[5]) >= 2 else "first"
+    parts[part][name] = tensor
+  for part, own in parts.items():
+    save_file(own, tmp_path / f"{part}.safetensors")
+  weight_map = {name: f"{part}.safetensors" for part, own in parts.items() for name in own}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  (tmp_path / "config.json").write_text(json.dumps(qwen3.FAMILY.write_config(config)))
+  reports = run([tmp_path] * 2, (2,), ("tp",))
+  assert [r.get("wrong") for r in reports] == [[]] * 2, reports
+  assert [r["files"] for r in reports] == [
+    ["first.safetensors", "rest.safetensors"],
+    ["rest.safetensors", "second.safetensors"],
+  ]
 
 
 def test_where_one_process_fails_all_fail(checkpoint, tmp_path):
@@ -98,7 +131,9 @@ def test_processes_that_see_different_checkpoints_find_out(checkpoint, tmp_path)
   assert "process 1 sees another checkpoint than process 0" in reports[0]["message"]
 
 
-def test_one_process_asks_what_a_branch_is_and_each_file_is_downloaded_once(checkpoint, tmp_path, monkeypatch):
+def test_one_process_asks_what_a_branch_is_and_each_file_is_downloaded_once(
+  checkpoint, tmp_path, monkeypatch
+):
   monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
   monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
   for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):

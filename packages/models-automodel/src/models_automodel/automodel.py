@@ -38,6 +38,7 @@ from models_core.gguf import gguf_config, read_gguf
 from models_core.loader import load
 from models_core.plan import LoadPlan, plan_load
 from models_core.processes import together
+from models_core.reading import files_of_process
 from models_core.replace_directory import recover
 from models_core.safetensors_headers import parse_json, read_safetensors
 from models_core.safetensors_saver import flatten, save_parameters
@@ -127,7 +128,8 @@ class AutoModel:
     hidden = None if progress else True  # None: bars on a terminal alone.
     with source_errors():
       with together(mesh):
-        files.fetch([name for name in files.names() if name in plan.files or _is_companion(name)])
+        wanted = files_of_process(plan)
+        files.fetch([name for name in files.names() if name in wanted or _is_companion(name)])
       with tqdm.tqdm(
         total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
       ) as bar:

@@ -29,7 +29,7 @@ from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.processes import check_same, processes_of, together
 from models_core.reader import OnBytes, TensorReader, aligned_empty, open_reader
-from models_core.reading import reading, redistribute
+from models_core.reading import files_of_process, reading, redistribute
 from models_core.weights import Piece, arrange, part_shape
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str,
   processes = processes_of(mesh)
   check_same(mesh, "checkpoint", _fingerprint(plan))
   with together(mesh):
-    reader = open_reader(plan.checkpoint, plan.files, on_bytes or (lambda count: None))
+    reader = open_reader(plan.checkpoint, files_of_process(plan), on_bytes or (lambda count: None))
   arrays: dict[str, jax.Array] = {}
   try:
     # Leaving the pool waits for its threads: no file is closed under a read.

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from models_core.checkpoint import TensorInfo
-from models_core.plan import PlannedParameter
+from models_core.plan import LoadPlan, PlannedParameter
 from models_core.weights import Piece
 
 
@@ -44,6 +44,28 @@ def reading(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> Pla
   if is_run and size % (mesh.size * (codec.block_size if codec else 1)) == 0:
     ways.append(_as(planned, (size,), split, (piece.in_one_row(),)))
   return min(ways, key=lambda way: _elements_read(way.parameter.shape, way.parameter.sharding))
+
+
+def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
+  """The files of which this process reads something."""
+  tensors = plan.checkpoint.tensors
+  names = {name for tie in plan.ties for name in (tie.tensor, tie.twin)}
+  for planned in plan.parameters:
+    way = reading(planned, tensors)
+    shape, sharding = way.parameter.shape, way.parameter.sharding
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    names |= {
+      piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
+    }
+  return tuple(sorted({tensors[name].file for name in names}))
+
+
+def _touches(piece: Piece, index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+  """Whether a shard takes something of a piece that fills one position along stacked axes."""
+  return all(
+    not isinstance(at, int) or at in range(*bounds.indices(size))
+    for at, bounds, size in zip(piece.target, index, shape, strict=True)
+  )
 
 
 def _as(
