@@ -39,7 +39,7 @@ _PROVIDER = Provider(
     "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or pass an access token as "
     "token=, of an account that may list and read the bucket"
   ),
-  misplaced="check STORAGE_EMULATOR_HOST and the proxy settings",
+  misplaced="check GOOGLE_BASE_URL, STORAGE_EMULATOR_HOST and the proxy settings",
 )
 
 

@@ -124,13 +124,13 @@ class _Bucket:
   client: Any = dataclasses.field(repr=False)
   anonymous: bool
 
-  def ask(self, action: Callable[[], T], what: str, changed: str) -> T:
+  def ask(self, action: Callable[[], T], what: str, gone: str) -> T:
     """Calls `action`; translates its errors and tries again where that may help.
 
     Args:
       action: one request.
       what: is asked for, in words.
-      changed: what it means that an object of the listing is not there any more.
+      gone: the error where it is not there.
     """
 
     def attempt() -> T:
@@ -138,38 +138,28 @@ class _Bucket:
         return action()
       except (obstore.exceptions.BaseError, FileNotFoundError) as error:
         # The original quotes addresses and answers.
-        raise self._translated(str(error), what, changed) from None
+        raise self._translated(str(error), what, gone) from None
 
     return with_retries(attempt, POLICY)
 
-  def _translated(self, message: str, what: str, changed: str) -> SourceError:
-    found = _STATUS.search(message)
-    status = int(found[1]) if found else None
-    place = f"{self.provider.name} ({self.provider.endpoint() or 'its own endpoint'})"
-    if status in _LATER:
-      return ConnectionFailedError(f"{place} answers {status} about {what}: try later")
-    if _NO_CREDENTIALS.search(message):
-      return _NoCredentialsError(f"no credentials for {what}: {self.provider.remedy}")
-    if _BROKEN_CREDENTIALS.search(message):
-      return AccessError(f"the credentials for {what} do not work: {self.provider.remedy}")
-    if status in (401, 403):
-      who = "without credentials" if self.anonymous else "with these credentials"
-      return AccessError(f"{what} may not be read {who}: {self.provider.remedy}")
-    if status == 404:
-      return FilesNotFoundError(changed or f"there is no {what}: check the spelling")
-    if status in (412, 416):
-      return CorruptFilesError(f"{what} was replaced while it was read: load it again when it stays as it is")
-    if status is not None:
-      hint = self.provider.misplaced if 300 <= status < 400 else "check the endpoint and the proxy settings"
-      return SourceError(f"{place} answers {status} about {what}: {hint}")
-    if _OTHER_ANSWER.search(message):
-      return SourceError(
-        f"{what}: other bytes came than were asked for; check the endpoint and the proxy settings"
+  def _translated(self, message: str, what: str, gone: str) -> SourceError:
+    status = match[1] if (match := _STATUS.search(message)) else "none"
+    kind, template = next(
+      (kind, template)
+      for statuses, pattern, kind, template in _FAILURES
+      if (statuses is None or status in statuses) and re.search(pattern, message, re.I)
+    )
+    return kind(
+      template.format(
+        what=what,
+        gone=gone,
+        status=status,
+        place=f"{self.provider.name} ({self.provider.endpoint() or 'its own endpoint'})",
+        who="without credentials" if self.anonymous else "with these credentials",
+        remedy=self.provider.remedy,
+        misplaced=self.provider.misplaced,
       )
-    if "certificate" in message.lower():
-      return SourceError(f"the certificate of {place} is not trusted: check the proxy settings")
-    kind = "timed out" if "Timeout" in message or "TimedOut" in message else "failed or was cut"
-    return ConnectionFailedError(f"the connection to {place} for {what} {kind}")
+    )
 
 
 class _NoCredentialsError(AccessError):
@@ -177,11 +167,52 @@ class _NoCredentialsError(AccessError):
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
-_LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
-# The last link of both chains is the metadata service of a virtual machine.
-_NO_CREDENTIALS = re.compile(r"/computeMetadata/|/latest/(api/token|meta-data)\b")
-_BROKEN_CREDENTIALS = re.compile(r"token request|service account|Credentials|AssumeRole", re.I)
-_OTHER_ANSWER = re.compile(r"non-partial response|Requested \d+\.\.|Content-Range|content length", re.I)
+_LATER = frozenset({"408", "425", "429", "500", "502", "503", "504"})
+_REPLACED = "{what} was replaced while it was read: load it again when it stays as it is"
+_SETTINGS = "check the endpoint and the proxy settings"
+
+# Statuses (None is any, "none" is no answer), a pattern of the client's message, and what it means. The first row that
+# fits decides. The client tells no more of an answer than this: neither Retry-After nor the region of a bucket.
+_FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...] = (
+  (_LATER, "", ConnectionFailedError, "{place} answers {status} about {what}: try later"),
+  # The last link of both chains of credentials is the metadata service of a virtual machine.
+  (
+    None,
+    r"/computeMetadata/|/latest/(api/token|meta-data)\b",
+    _NoCredentialsError,
+    "no credentials for {what}: {remedy}",
+  ),
+  (
+    None,
+    "token request|service account|AssumeRole",
+    AccessError,
+    "the credentials for {what} do not work: {remedy}",
+  ),
+  (frozenset({"401", "403"}), "", AccessError, "{what} may not be read {who}: {remedy}"),
+  (frozenset({"404"}), "", FilesNotFoundError, "{gone}"),
+  (frozenset({"412", "416"}), "", CorruptFilesError, _REPLACED),
+  (None, "redirect|code: 30[0-9]", SourceError, "{place} has {what} elsewhere: {misplaced}"),
+  (
+    frozenset({"none"}),
+    "certificate",
+    SourceError,
+    f"the certificate of {{place}} is not trusted: {_SETTINGS}",
+  ),
+  (
+    frozenset({"none"}),
+    r"non-partial|Requested \d+\.\.|CONTENT.RANGE|CONTENT.LENGTH|ETag|LAST.MODIFIED|invalid list",
+    SourceError,
+    f"{{place}} does not answer what was asked about {{what}}: {_SETTINGS}",
+  ),
+  (
+    frozenset({"none"}),
+    "Timeout|TimedOut",
+    ConnectionFailedError,
+    "the connection to {place} for {what} timed out",
+  ),
+  (frozenset({"none"}), "", ConnectionFailedError, "the connection to {place} for {what} failed or was cut"),
+  (None, "", SourceError, f"{{place}} answers {{status}} about {{what}}: {_SETTINGS}"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +268,7 @@ class StoreFiles:
       answer = obstore.get(self.bucket.client, entry.key, options=options)  # type: ignore[arg-type]
       # A store that does not know the condition still tells what it sends.
       if _bare(answer.meta["e_tag"]) != _bare(entry.etag) or answer.meta["size"] != entry.size:
-        raise CorruptFilesError(
-          f"{what} was replaced while it was read: load it again when it stays as it is"
-        )
+        raise CorruptFilesError(_REPLACED.format(what=what))
       for block in answer.stream(_BLOCK):
         if done + len(block) > len(buffer):
           raise SourceError(f"{what}: more bytes came than were asked for; check the proxy settings")

@@ -38,7 +38,7 @@ _PROVIDER = Provider(
     "`aws configure export-credentials --format env` prints them), or give the machine's role the right to list and "
     "read the bucket"
   ),
-  misplaced="the bucket is in another region; set AWS_REGION",
+  misplaced="set AWS_REGION to the bucket's region",
 )
 
 
