@@ -1,6 +1,7 @@
 """Models in object stores: what travels, what is left on the disk, and what goes wrong."""
 
 import os
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from models_automodel import AutoModel, ModelSource, SourceFilesError
 from models_automodel.cli import main
 from models_automodel.tokenizer import load_tokenizer
 from models_core import loader, reader
+from models_core.extras import MissingExtraError
 from models_sources import object_store
 from models_sources.testing import StoreServer
 
@@ -245,3 +247,19 @@ def test_parameters_are_sharded_as_from_a_directory(store, checkpoint):
   ours, theirs = (nnx.state(model)["lm_head"]["w"].get_value() for model in (remote, local))
   assert ours.sharding == theirs.sharding
   assert ours.sharding.spec != P()
+
+
+def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
+  for module in ("models_sources.s3", "models_sources.object_store"):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+  monkeypatch.setitem(sys.modules, "obstore", None)
+  with pytest.raises(MissingExtraError, match=r'pip install "models-sources\[stores\]"'):
+    AutoModel.plan("s3://bucket/models/mine")
+
+
+def test_a_stalled_store_is_left(store, checkpoint, monkeypatch, waits):
+  monkeypatch.setenv("MODELS_SOURCES_TIMEOUT", "0.3")
+  store.fail("GET .*safetensors", stall=1.0, times=2)
+  model, _ = AutoModel.from_pretrained(ADDRESS, progress=False)
+  check(model, checkpoint)
+  assert len(waits) == 2
