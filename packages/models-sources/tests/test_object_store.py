@@ -208,11 +208,12 @@ class TestAccess:
 
 
 def test_nobody_listens(no_platform, store_waits, monkeypatch):
-  monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://user:password@127.0.0.1:9")
   with pytest.raises(
     ConnectionFailedError, match=r"Google Cloud Storage \(http://127.0.0.1:9\) .* gs://bucket/x"
-  ):
+  ) as caught:
     open_files("gs://bucket/x")
+  assert "password" not in str(caught.value)
   assert len(store_waits) == 7
 
 

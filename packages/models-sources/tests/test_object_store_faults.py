@@ -111,6 +111,21 @@ def test_a_range_that_fails_goes_on(store, files, store_waits, fault):
   assert len(store_waits) == 3
 
 
+def test_names_do_not_decide_what_an_error_means(store, store_waits):
+  name = "redirect AssumeRole etag certificate status code: 404 .safetensors"
+  store.put(f"bucket/computeMetadata/{name}", DATA)
+  files = open_files(f"{store.scheme}://bucket/computeMetadata")
+  store.fail("GET .*safetensors", times=2, reset=True)
+  assert files.read(name, 0, 1000) == DATA[:1000]
+  assert len(store_waits) == 2
+  store.put(f"bucket/computeMetadata/{name}", DATA[::-1])
+  with pytest.raises(CorruptFilesError, match="was replaced"):
+    files.read(name, 0, 1000)
+  store.remove(f"bucket/computeMetadata/{name}")
+  with pytest.raises(FilesNotFoundError, match="was removed"):
+    files.read(name, 0, 1000)
+
+
 def test_a_cut_range_goes_on_where_it_ended(store, files):
   store.fail("GET .*safetensors", cut=2 << 20)
   assert files.read("model.safetensors", 0, len(DATA)) == DATA

@@ -143,18 +143,20 @@ class _Bucket:
     return with_retries(attempt, POLICY)
 
   def _translated(self, message: str, what: str, gone: str) -> SourceError:
-    status = match[1] if (match := _STATUS.search(message)) else "none"
+    # An object may have any name: only the client's own words are looked at.
+    said = _NAMES.sub(lambda m: _NO_ACCOUNT if _METADATA.search(m[0]) else "", message)
+    status = match[1] if (match := _STATUS.search(said)) else "none"
     kind, template = next(
       (kind, template)
       for statuses, pattern, kind, template in _FAILURES
-      if (statuses is None or status in statuses) and re.search(pattern, message, re.I)
+      if (statuses is None or status in statuses) and re.search(pattern, said, re.I)
     )
     return kind(
       template.format(
         what=what,
         gone=gone,
         status=status,
-        place=f"{self.provider.name} ({self.provider.endpoint() or 'its own endpoint'})",
+        place=f"{self.provider.name} ({_public(self.provider.endpoint()) or 'its own endpoint'})",
         who="without credentials" if self.anonymous else "with these credentials",
         remedy=self.provider.remedy,
         misplaced=self.provider.misplaced,
@@ -167,6 +169,11 @@ class _NoCredentialsError(AccessError):
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
+_NAMES = re.compile(r"https?://\S+|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\"")
+# The last link of both chains of credentials is the metadata service of a virtual machine.
+_METADATA = re.compile(r"^https?://[^/]+/(computeMetadata|latest/(api/token|meta-data))\b")
+_NO_ACCOUNT = "<metadata service>"
+_REFUSED = frozenset({"400", "401", "403", "404"})
 _LATER = frozenset({"408", "425", "429", "500", "502", "503", "504"})
 _REPLACED = "{what} was replaced while it was read: load it again when it stays as it is"
 _SETTINGS = "check the endpoint and the proxy settings"
@@ -175,23 +182,17 @@ _SETTINGS = "check the endpoint and the proxy settings"
 # fits decides. The client tells no more of an answer than this: neither Retry-After nor the region of a bucket.
 _FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...] = (
   (_LATER, "", ConnectionFailedError, "{place} answers {status} about {what}: try later"),
-  # The last link of both chains of credentials is the metadata service of a virtual machine.
-  (
-    None,
-    r"/computeMetadata/|/latest/(api/token|meta-data)\b",
-    _NoCredentialsError,
-    "no credentials for {what}: {remedy}",
-  ),
-  (
-    None,
-    "token request|service account|AssumeRole",
-    AccessError,
-    "the credentials for {what} do not work: {remedy}",
-  ),
+  (None, _NO_ACCOUNT, _NoCredentialsError, "no credentials for {what}: {remedy}"),
+  (_REFUSED, "token request|AssumeRole", AccessError, "the credentials for {what} do not work: {remedy}"),
   (frozenset({"401", "403"}), "", AccessError, "{what} may not be read {who}: {remedy}"),
   (frozenset({"404"}), "", FilesNotFoundError, "{gone}"),
   (frozenset({"412", "416"}), "", CorruptFilesError, _REPLACED),
-  (None, "redirect|code: 30[0-9]", SourceError, "{place} has {what} elsewhere: {misplaced}"),
+  (
+    frozenset({"none", "301", "307", "308"}),
+    "redirect|code: 30",
+    SourceError,
+    "{place} has {what} elsewhere: {misplaced}",
+  ),
   (
     frozenset({"none"}),
     "certificate",
@@ -429,6 +430,11 @@ def _listed(bucket: _Bucket, address: Address) -> dict[str, Entry]:
       f"{address}: the store gives {unmarked[0]} no ETag, so that its versions cannot be told apart"
     )
   return {name: Entry(meta["path"], meta["size"], str(meta["e_tag"])) for name, meta in objects.items()}
+
+
+def _public(endpoint: str) -> str:
+  """An endpoint without user and password."""
+  return re.sub(r"//[^/@]*@", "//", endpoint)
 
 
 def _bare(etag: str | None) -> str:
