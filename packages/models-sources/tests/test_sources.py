@@ -17,8 +17,8 @@ from models_sources import (
 from models_sources.names import check_name, missing_files
 
 
-def test_both_sources_are_announced():
-  assert {"local", "huggingface"} <= set(source_names())
+def test_sources_are_announced():
+  assert {"local", "huggingface", "gcs", "s3"} <= set(source_names())
   assert get_source("local").__name__ == "models_sources.local"
 
 
@@ -35,12 +35,23 @@ def test_an_unknown_source_lists_the_available_ones():
       {"huggingface_hub", "jax", "numpy", "models_core"},
     ),
     ("get_source('huggingface')", {"models_sources.local", "jax", "numpy", "models_core"}),
+    ("get_source('gcs')", {"models_sources.s3", "huggingface_hub", "jax", "numpy", "models_core"}),
   ],
-  ids=["local", "huggingface"],
+  ids=["local", "huggingface", "gcs"],
 )
 def test_only_the_asked_for_source_is_imported(statement, absent):
   program = f"import sys; from models_sources import get_source; {statement}; sys.exit(bool({absent!r} & set(sys.modules)))"
   assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_missing_client_names_what_installs_it():
+  program = (
+    "import sys; sys.modules['obstore'] = None; from models_sources import get_source; get_source('s3')"
+  )
+  done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+  error = 'MissingClientError: object stores need the package obstore: pip install "models-sources[stores]"'
+  assert done.stderr.strip().splitlines()[-1] == f"models_sources.errors.{error}"
+  assert issubclass(models_sources.MissingClientError, ImportError)
 
 
 @pytest.mark.parametrize(

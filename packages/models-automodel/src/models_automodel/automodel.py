@@ -31,7 +31,7 @@ from models_automodel.families import (
 from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_core.abstract import abstract_model
-from models_core.checkpoint import Checkpoint, Files, as_files
+from models_core.checkpoint import Checkpoint, Files, RangeFiles, as_files
 from models_core.errors import ConfigError, ModelsError
 from models_core.family import Family
 from models_core.gguf import gguf_config, read_gguf
@@ -51,6 +51,7 @@ class ModelSource(enum.Enum):
   HUGGINGFACE = "huggingface"
   KAGGLE = "kaggle"
   GCS = "gcs"
+  S3 = "s3"
   INTERNAL = "internal"
   LOCAL = "local"
 
@@ -90,11 +91,12 @@ class AutoModel:
     """Loads a model.
 
     Args:
-      model_id: of the hub, or a local directory or GGUF file.
+      model_id: of the hub, a local directory or GGUF file, or an address of an object store such as "gs://bucket/dir".
       mesh: of either kind; None is one device.
-      model_source: where the checkpoint lies. A local path needs none.
+      model_source: where the checkpoint lies. A local path and an address of a store need none.
       model_path: a local directory or GGUF file, or an address of the source, to load instead.
-      model_download_path: the source's cache directory.
+      model_download_path: the source's cache directory. Without it a checkpoint in a store is read where it lies, and
+        nothing is written to the disk.
       **kwargs: as listed below, or fields of the model's configuration.
         dtype: of the parameters, such as "bfloat16"; None keeps each as it is stored.
         revision: branch, tag or commit.
@@ -105,7 +107,7 @@ class AutoModel:
         progress: show progress bars on a terminal.
 
     Returns:
-      The model and the path of its files.
+      The model and the path of its files: a directory, or the address in a store.
 
     Raises:
       CheckpointError: with all that is missing, unexpected, doubled or mis-shaped, before weights are read.
@@ -128,8 +130,9 @@ class AutoModel:
     hidden = None if progress else True  # None: bars on a terminal alone.
     with source_errors():
       with together(mesh):
-        wanted = files_of_process(plan)
-        files.fetch([name for name in files.names() if name in wanted or _is_companion(name)])
+        if not isinstance(files, RangeFiles):
+          wanted = files_of_process(plan)
+          files.fetch([name for name in files.names() if name in wanted or _is_companion(name)])
       with tqdm.tqdm(
         total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
       ) as bar:
@@ -337,7 +340,9 @@ def _open_files(
   # A string may name a source that another package announces.
   source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
-  if not os.path.exists(os.path.expanduser(place)) and "://" not in place:
+  if (named := models_sources.source_of_address(place)) is not None:
+    source = named
+  elif not os.path.exists(os.path.expanduser(place)):
     # A saver that was killed may have left a directory between two renames.
     recover(place)
   if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):

@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
   where = argparse.ArgumentParser(add_help=False)
   where.add_argument(
-    "model", help="repository id, local directory, GGUF file, or a name such as llama-3.1-8b"
+    "model",
+    help="repository id, local directory, GGUF file, gs:// or s3:// address, or a name such as llama-3.1-8b",
   )
   where.add_argument("--source", default="huggingface", help="huggingface (default), local, ...")
   where.add_argument("--revision", help="branch, tag or commit")

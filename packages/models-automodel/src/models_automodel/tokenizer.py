@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import models_sources
 from models_automodel.chat_template import render
+from models_automodel.errors import source_errors
 from models_automodel.gguf_tokenizer import read_gguf_tokenizer
 from models_core.checkpoint import Checkpoint, Files, as_files
 from models_core.errors import CheckpointError, ConfigError
@@ -109,12 +111,17 @@ def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
   """The tokenizer of a checkpoint.
 
   Args:
-    place: a directory with `tokenizer.json` or one GGUF checkpoint, a .gguf file, or a checkpoint that has been opened.
+    place: a directory with `tokenizer.json` or one GGUF checkpoint, a .gguf file, the address of either in an object
+      store, or a checkpoint that has been opened.
 
   Raises:
     CheckpointError: where there is none, or it is malformed.
     MissingExtraError: without the package tokenizers.
+    SourceFilesError: if a store does not give the files.
   """
+  if isinstance(place, str) and (source := models_sources.source_of_address(place)) is not None:
+    with source_errors():
+      return load_tokenizer(models_sources.get_source(source).open_files(place))
   if isinstance(place, Checkpoint):
     if place.dialect == "gguf":
       return _from_gguf(place)

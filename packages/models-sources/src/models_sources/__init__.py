@@ -23,6 +23,7 @@ from models_sources.errors import (
   CorruptFilesError,
   FilesNotFoundError,
   InvalidNameError,
+  MissingClientError,
   SourceError,
 )
 
@@ -34,13 +35,19 @@ __all__ = [
   "Files",
   "FilesNotFoundError",
   "InvalidNameError",
+  "MissingClientError",
+  "RangeFiles",
   "Source",
   "SourceError",
   "get_source",
   "source_names",
+  "source_of_address",
 ]
 
 GROUP = "models.sources"
+
+# Schemes of addresses, and the sources that read them.
+_SCHEMES = {"gs": "gcs", "s3": "s3"}
 
 
 class Files(Protocol):
@@ -108,6 +115,18 @@ class Source(Protocol):
     """
 
 
+class RangeFiles(Files, Protocol):
+  """Files that can also be read where they lie: then nothing is fetched that a reader reads by ranges."""
+
+  def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+    """Fills a buffer with a file's bytes from `start` on.
+
+    Raises:
+      CorruptFilesError: the file was replaced since it was opened, or ends before the buffer does.
+      ConnectionFailedError: the bytes did not come, after all retries.
+    """
+
+
 @functools.cache
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
   return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
@@ -116,6 +135,12 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def source_names() -> tuple[str, ...]:
   """Names of all installed sources, sorted. Imports none of them."""
   return tuple(sorted(_entry_points()))
+
+
+def source_of_address(identifier: str) -> str | None:
+  """The source that an address of a store names by its scheme: "gs://bucket/folder" -> "gcs". None for all else."""
+  scheme, separator, _ = identifier.partition("://")
+  return _SCHEMES.get(scheme) if separator else None
 
 
 def get_source(name: str) -> Source:

@@ -1,4 +1,4 @@
-"""A model hub on the loopback, for tests: it speaks the protocol of the Hugging Face hub, and fails when told to.
+"""A model hub and an object store on the loopback, for tests: they speak the real protocols, and fail when told to.
 
     with HubServer() as hub:
       commit = hub.add("org/name", {"config.json": b"{}", "model.safetensors": weights})
@@ -7,7 +7,13 @@
       assert [r.line for r in hub.requests] == ["GET /api/models/org/name/revision/main"]
 
 Large files are served as the hub does it: by a redirect to a storage host (another name and another port) with a
-signed address. Only the standard library is needed.
+signed address.
+
+    with StoreServer() as store:
+      store.put("bucket/folder/config.json", b"{}")
+      monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)  # or AWS_ENDPOINT_URL
+
+Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -22,14 +28,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 LARGE = (".safetensors", ".gguf", ".bin")
 SIGNATURE = "X-Signature=not-to-be-shown"
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 _BLOCK = 64 * 1024
+_DRIP = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Request:
   """A request that came.
 
   Attributes:
-    host: "hub" or "storage".
+    host: "hub" or "storage"; "store" of an object store.
     method: GET or HEAD.
     path: without the query.
     headers: with names in lower case.
@@ -78,6 +86,7 @@ class Fault:
     cut: bytes of the body after which the connection is closed.
     reset: the connection is reset where it would be closed, or before any answer without `cut`.
     stall: seconds of silence before the body.
+    drip: seconds of silence before each further KiB of the body.
     ignore_range: the whole file is sent.
     shift: bytes that the sent range is off by.
   """
@@ -90,6 +99,7 @@ class Fault:
   cut: int | None = None
   reset: bool = False
   stall: float = 0.0
+  drip: float = 0.0
   ignore_range: bool = False
   shift: int = 0
 
@@ -110,23 +120,20 @@ class _Answer:
   ranges: bool = False
 
 
-class HubServer:
-  """A hub and its storage host, on two ports of the loopback, while the context lasts.
+class _Loopback:
+  """Servers on ports of the loopback, while the context lasts.
 
   Attributes:
     requests: all that came, in order. Clear it to start anew.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, *hosts: str) -> None:
     self.requests: list[Request] = []
     self._faults: list[Fault] = []
-    self._repos: dict[str, _Repo] = {}
-    self._blobs: dict[str, bytes] = {}
-    self._moved: dict[str, str] = {}
     self._lock = threading.Lock()
-    self._servers = {host: _Server(self, host) for host in ("hub", "storage")}
+    self._servers = {host: _Server(self, host) for host in hosts}
 
-  def __enter__(self) -> HubServer:
+  def __enter__(self) -> Self:
     for server in self._servers.values():
       threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return self
@@ -135,6 +142,43 @@ class HubServer:
     for server in self._servers.values():
       server.shutdown()
       server.close()
+
+  def fail(self, where: str, **how: Any) -> Fault:
+    """Makes the next answers to requests that match go wrong, as the fields of `Fault` say."""
+    fault = Fault(where, **how)
+    with self._lock:
+      self._faults.append(fault)
+    return fault
+
+  def lines(self, host: str = "") -> list[str]:
+    """Method and path of the requests that came to a host, or to all."""
+    return [request.line for request in list(self.requests) if host in ("", request.host)]
+
+  def _take_fault(self, request: Request) -> Fault:
+    with self._lock:
+      self.requests.append(request)
+      for fault in self._faults:
+        if fault.times > 0 and re.search(fault.where, f"{request.host} {request.line}"):
+          fault.times -= 1
+          return fault
+    return Fault("", 0)
+
+  def _answer(self, request: Request, query: str) -> _Answer:
+    raise NotImplementedError
+
+
+class HubServer(_Loopback):
+  """A hub and its storage host, on two ports of the loopback, while the context lasts.
+
+  Attributes:
+    requests: all that came, in order. Clear it to start anew.
+  """
+
+  def __init__(self) -> None:
+    super().__init__("hub", "storage")
+    self._repos: dict[str, _Repo] = {}
+    self._blobs: dict[str, bytes] = {}
+    self._moved: dict[str, str] = {}
 
   @property
   def endpoint(self) -> str:
@@ -178,26 +222,6 @@ class HubServer:
     with self._lock:
       self._repos[new] = self._repos.pop(old)
       self._moved[old] = new
-
-  def fail(self, where: str, **how: Any) -> Fault:
-    """Makes the next answers to requests that match go wrong, as the fields of `Fault` say."""
-    fault = Fault(where, **how)
-    with self._lock:
-      self._faults.append(fault)
-    return fault
-
-  def lines(self, host: str = "") -> list[str]:
-    """Method and path of the requests that came to a host, or to both."""
-    return [request.line for request in list(self.requests) if host in ("", request.host)]
-
-  def _take_fault(self, request: Request) -> Fault:
-    with self._lock:
-      self.requests.append(request)
-      for fault in self._faults:
-        if fault.times > 0 and re.search(fault.where, f"{request.host} {request.line}"):
-          fault.times -= 1
-          return fault
-    return Fault("", 0)
 
   def _answer(self, request: Request, query: str) -> _Answer:
     if request.host == "storage":
@@ -274,6 +298,108 @@ class HubServer:
     return _Answer(200, {"Accept-Ranges": "bytes"}, data, ranges=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Object:
+  data: bytes
+  etag: str
+
+
+class StoreServer(_Loopback):
+  """An object store on the loopback, as Google's (its XML interface) and Amazon's are asked: list, HEAD and GET.
+
+  Ranges, `If-Match`, pages of listings, private buckets and a virtual machine's metadata service without an account
+  are there; signatures are not checked.
+
+  Attributes:
+    requests: all that came, in order. Clear it to start anew.
+    page: keys in one page of a listing.
+  """
+
+  def __init__(self, page: int = 1000) -> None:
+    super().__init__("store")
+    self.page = page
+    self._objects: dict[str, _Object] = {}
+    self._readers: dict[str, str] = {}
+
+  @property
+  def endpoint(self) -> str:
+    """Address of the store, for STORAGE_EMULATOR_HOST or AWS_ENDPOINT_URL."""
+    return self._servers["store"].address
+
+  def put(self, path: str, data: bytes) -> None:
+    """Makes or replaces an object, `bucket/key`, in one step."""
+    with self._lock:
+      self._objects[path] = _Object(data, hashlib.md5(data, usedforsecurity=False).hexdigest())
+
+  def remove(self, path: str) -> None:
+    """Removes an object."""
+    with self._lock:
+      del self._objects[path]
+
+  def lock(self, bucket: str, token: str) -> None:
+    """Keeps a bucket from all requests that do not carry this bearer token."""
+    self._readers[bucket] = token
+
+  def received(self, path: str) -> int:
+    """Bytes of an object that have been sent in all."""
+    return sum(r.sent for r in list(self.requests) if r.method == "GET" and unquote(r.path) == f"/{path}")
+
+  def _answer(self, request: Request, query: str) -> _Answer:
+    path, asked = unquote(request.path).strip("/"), parse_qs(query)
+    if path.startswith(("computeMetadata/", "latest/")):
+      return _Answer(404)
+    bucket, _, key = path.partition("/")
+    if (token := self._readers.get(bucket)) is not None:
+      sent = request.headers.get("authorization")
+      if sent != f"Bearer {token}":
+        return _xml_error(401 if sent is None else 403, "AccessDenied")
+    if not any(name.startswith(f"{bucket}/") for name in list(self._objects)):
+      return _xml_error(404, "NoSuchBucket")
+    if not key:
+      return self._listed(bucket, asked)
+    found = self._objects.get(path)
+    if found is None:
+      return _xml_error(404, "NoSuchKey")
+    condition = request.headers.get("if-match")
+    if condition is not None and condition.strip('"') != found.etag:
+      return _xml_error(412, "PreconditionFailed")
+    return _Answer(200, {"ETag": f'"{found.etag}"', "Last-Modified": _NOON}, found.data, ranges=True)
+
+  def _listed(self, bucket: str, asked: Mapping[str, list[str]]) -> _Answer:
+    prefix, delimiter = (asked.get(name, [""])[0] for name in ("prefix", "delimiter"))
+    after = asked.get("continuation-token", [""])[0]
+    entries: dict[str, str] = {}
+    for path, found in sorted(self._objects.items()):
+      home, _, key = path.partition("/")
+      if home != bucket or not key.startswith(prefix):
+        continue
+      head, cut, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
+      if cut:
+        folder = prefix + head + cut
+        entries[folder] = f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+      else:
+        entries[key] = (
+          f"<Contents><Key>{escape(key)}</Key><LastModified>2024-01-01T12:00:00.000Z</LastModified>"
+          f"<ETag>&quot;{found.etag}&quot;</ETag><Size>{len(found.data)}</Size></Contents>"
+        )
+    rest = [name for name in sorted(entries) if name > after]
+    page, more = rest[: self.page], len(rest) > self.page
+    token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
+    body = "".join(entries[name] for name in page)
+    text = (
+      f"<ListBucketResult><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix><KeyCount>{len(page)}</KeyCount>"
+      f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{body}</ListBucketResult>"
+    )
+    return _Answer(200, {"Content-Type": "application/xml"}, text.encode())
+
+
+_NOON = "Mon, 01 Jan 2024 12:00:00 GMT"
+
+
+def _xml_error(status: int, code: str) -> _Answer:
+  return _Answer(status, {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
+
+
 def _git_hash(data: bytes) -> str:
   return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -307,7 +433,7 @@ class _Server(http.server.ThreadingHTTPServer):
   daemon_threads = True
   block_on_close = False
 
-  def __init__(self, hub: HubServer, host: str):
+  def __init__(self, hub: _Loopback, host: str):
     super().__init__(("127.0.0.1", 0), _Handler)
     self.hub, self.host = hub, host
     self.connections: set[socket.socket] = set()
@@ -315,7 +441,7 @@ class _Server(http.server.ThreadingHTTPServer):
   @property
   def address(self) -> str:
     # Two names of one machine: some clients take another port for the same host.
-    name = {"hub": "127.0.0.1", "storage": "localhost"}[self.host]
+    name = "localhost" if self.host == "storage" else "127.0.0.1"
     return f"http://{name}:{self.server_address[1]}"
 
   def close(self) -> None:
@@ -330,6 +456,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
   server: _Server
 
   def setup(self) -> None:
@@ -373,9 +500,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.flush()
     time.sleep(fault.stall)
     end = len(body) if fault.cut is None else fault.cut
-    for start in range(0, end, _BLOCK):
-      block = body[start : min(start + _BLOCK, end)]
-      # Counted first: whoever has received the bytes finds them counted.
+    size = _DRIP if fault.drip else _BLOCK
+    for start in range(0, end, size):
+      block = body[start : min(start + size, end)]
+      time.sleep(fault.drip)
+      # Before the client has them: a test may ask as soon as it has.
       request._sent[0] += len(block)
       self.wfile.write(block)
     if fault.cut is not None:

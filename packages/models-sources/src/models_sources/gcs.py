@@ -1,0 +1,69 @@
+"""Google Cloud Storage: `gs://bucket/folder`, or `gs://bucket/folder/model.gguf`.
+
+Credentials are those of the platform: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the
+account of the virtual machine. STORAGE_EMULATOR_HOST names another server, which is asked without credentials.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from models_sources import object_store
+from models_sources.object_store import CachedFiles, Provider, StoreFiles
+
+# After the module that says what to install where it is missing.
+from obstore.store import GCSStore  # isort: skip
+
+
+def _endpoint() -> str:
+  host = os.environ.get("STORAGE_EMULATOR_HOST") or os.environ.get("GOOGLE_BASE_URL") or ""
+  return host.rstrip("/") if "://" in host or not host else f"http://{host.rstrip('/')}"
+
+
+def _connect(bucket: str, token: str | bool | None, client_options: Any) -> GCSStore:
+  config: dict[str, Any] = {"base_url": endpoint} if (endpoint := _endpoint()) else {}
+  if isinstance(token, str):
+    config["bearer_token"] = token
+  elif token is False or os.environ.get("STORAGE_EMULATOR_HOST"):
+    config["skip_signature"] = True
+  return GCSStore(bucket, config=config, client_options=client_options, retry_config={"max_retries": 0})  # type: ignore[arg-type]
+
+
+_PROVIDER = Provider(
+  name="Google Cloud Storage",
+  scheme="gs",
+  endpoint=_endpoint,
+  connect=_connect,
+  remedy=(
+    "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or pass an access token as "
+    "token=, of an account that may list and read the bucket"
+  ),
+  misplaced="check GOOGLE_BASE_URL, STORAGE_EMULATOR_HOST and the proxy settings",
+)
+
+
+def open_files(
+  identifier: str,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  download_path: str | None = None,
+  progress: bool = True,
+) -> StoreFiles | CachedFiles:
+  """The objects directly below an address, or the one object that it names. One request.
+
+  Args:
+    identifier: `gs://bucket/folder`.
+    revision: must be None; a folder has no versions.
+    token: an OAuth access token; None takes the platform's credentials, or none where it has none; True insists on
+      them, False sends none.
+    download_path: directory below which fetched objects are kept whole; None streams them.
+    progress: has no effect.
+
+  Raises:
+    SourceError: as `models_sources.object_store.open_files`.
+  """
+  return object_store.open_files(
+    _PROVIDER, identifier, revision=revision, token=token, download_path=download_path
+  )

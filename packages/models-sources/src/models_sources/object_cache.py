@@ -1,0 +1,138 @@
+"""Objects of stores on the disk, each version once, under a name made of all that it depends on.
+
+    <root>/gs--bucket/blobs/<hash>           an object's bytes; the hash is of endpoint, bucket, key, ETag and size
+                      snapshots/<hash>/      the objects of a folder at their versions: links to the blobs
+                      locks/<hash>           held by the process that downloads
+
+A blob is written under a temporary name, flushed to the disk and renamed: what has a blob's name is complete. Nothing
+in it ever goes stale, for another version has another name.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+
+from filelock import FileLock
+
+# Bytes of one request, and requests at a time.
+_RANGE = 8 << 20
+_REQUESTS = 16
+
+ReadInto = Callable[[str, int, memoryview], None]
+
+
+def default_root() -> str:
+  """The user's own cache: MODELS_SOURCES_CACHE, else a folder of XDG_CACHE_HOME or ~/.cache."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  return os.environ.get("MODELS_SOURCES_CACHE") or os.path.join(base, "models-sources")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectCache:
+  """The cached objects of one folder, each at one version.
+
+  Attributes:
+    folder: of the bucket.
+    blobs: the name of each object's blob.
+  """
+
+  folder: pathlib.Path
+  blobs: Mapping[str, str] = dataclasses.field(repr=False)
+
+  @classmethod
+  def of(cls, root: str, bucket: str, versions: Mapping[str, object]) -> ObjectCache:
+    """The cache below `root` of objects whose bytes are told apart by the `repr` of a version."""
+    return cls(
+      pathlib.Path(root).absolute() / bucket, {name: _hash(version) for name, version in versions.items()}
+    )
+
+  @property
+  def snapshot(self) -> pathlib.Path:
+    """The directory that holds the objects under their own names."""
+    return self.folder / "snapshots" / _hash(sorted(self.blobs.items()))
+
+  def file(self, name: str) -> pathlib.Path | None:
+    """Where an object is, None while it is not cached."""
+    path = self.snapshot / name
+    return path if path.is_file() else None
+
+  def add(self, name: str, size: int, read_into: ReadInto) -> None:
+    """Downloads an object unless it is here, with many requests at a time. Other processes wait for it.
+
+    Args:
+      name: of the object.
+      size: its bytes.
+      read_into: fills a buffer with the object's bytes from a place on.
+
+    Raises:
+      OSError: of the disk; the partial file is removed.
+    """
+    blob, link = self.folder / "blobs" / self.blobs[name], self.snapshot / name
+    for directory in (blob.parent, link.parent, self.folder / "locks"):
+      directory.mkdir(parents=True, exist_ok=True)
+    if not blob.is_file():
+      with FileLock(self.folder / "locks" / blob.name):
+        if not blob.is_file():
+          self._download(blob, name, size, read_into)
+    if not link.is_file():
+      with contextlib.suppress(FileExistsError):
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+  def _download(self, blob: pathlib.Path, name: str, size: int, read_into: ReadInto) -> None:
+    # The lock is held: these are of processes that were killed.
+    for leftover in blob.parent.glob(f"{blob.name}.*.part"):
+      leftover.unlink(missing_ok=True)
+    with _draft(blob) as descriptor:
+
+      def part(start: int) -> None:
+        buffer = memoryview(bytearray(min(_RANGE, size - start)))
+        read_into(name, start, buffer)
+        done = 0
+        while done < len(buffer):
+          done += os.pwrite(descriptor, buffer[done:], start + done)
+
+      with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
+        parts = [pool.submit(part, start) for start in range(0, size, _RANGE)]
+        try:
+          for finished in concurrent.futures.as_completed(parts):
+            finished.result()
+        except BaseException:
+          pool.shutdown(wait=False, cancel_futures=True)
+          raise
+
+
+@contextlib.contextmanager
+def _draft(path: pathlib.Path) -> Iterator[int]:
+  """A new file beside `path`, which takes its name once all is written and flushed; removed after an error."""
+  draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+  descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+  try:
+    try:
+      yield descriptor
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+    os.replace(draft, path)
+    _flush_directory(path.parent)
+  except BaseException:
+    draft.unlink(missing_ok=True)
+    raise
+
+
+def _flush_directory(directory: pathlib.Path) -> None:
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _hash(value: object) -> str:
+  return hashlib.sha256(repr(value).encode()).hexdigest()
