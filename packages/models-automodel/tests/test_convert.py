@@ -103,3 +103,5 @@ def test_verify_compares_checksums(edit_config, tmp_path, capsys):
   sums.write_text("no checksums")
   assert main(["verify", str(directory), "--checksums", str(sums)]) == 1
   assert "is no line of sha256sum" in capsys.readouterr().err
+  assert main(["verify", str(directory), "--checksums", str(tmp_path / "none")]) == 1
+  assert "cannot be read" in capsys.readouterr().err

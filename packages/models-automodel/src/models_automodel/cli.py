@@ -258,13 +258,12 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-  from models_automodel.verify import check_checksums, checksums, parse_checksums, verify
+  from models_automodel.verify import check_checksums, checksums, read_checksums, verify
 
   _make_devices(None)
   plan = verify(options.directory, values=options.values)
   if options.checksums:
-    with open(options.checksums) as file:
-      check_checksums(options.directory, parse_checksums(file.read()))
+    check_checksums(options.directory, read_checksums(options.checksums))
   if options.sha256:
     for name, digest in checksums(options.directory).items():
       print(f"{digest}  {name}")

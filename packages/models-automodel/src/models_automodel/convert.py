@@ -92,7 +92,8 @@ def convert(
   def get(name: str) -> jax.Array:
     # A tied head is compared once.
     ties = plan.ties if by_name[name] is plan.parameters[0] else ()
-    return load_arrays(dataclasses.replace(plan, parameters=(by_name[name],), ties=ties))[name]
+    with source_errors():
+      return load_arrays(dataclasses.replace(plan, parameters=(by_name[name],), ties=ties))[name]
 
   with source_errors():
     plan.checkpoint.files.fetch(plan.files)

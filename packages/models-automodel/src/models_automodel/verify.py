@@ -89,16 +89,20 @@ def check_checksums(path: str | os.PathLike, expected: Mapping[str, str]) -> Non
     raise CheckpointError(os.fspath(path), problems)
 
 
-def parse_checksums(text: str) -> dict[str, str]:
+def read_checksums(path: str | os.PathLike) -> dict[str, str]:
   """Lines as `sha256sum` writes them: digest, two spaces, name.
 
   Raises:
-    CheckpointError: for a line that is something else.
+    CheckpointError: if there is no such file, or for a line that is something else.
   """
+  try:
+    text = pathlib.Path(path).read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise CheckpointError(os.fspath(path), [f"the checksums cannot be read: {error}"]) from error
   result = {}
   for line in filter(None, text.splitlines()):
     digest, _, name = line.partition("  ")
     if len(digest) != 64 or not name:
-      raise CheckpointError("checksums", [f"{line!r} is no line of sha256sum: digest, two spaces, name"])
+      raise CheckpointError(os.fspath(path), [f"{line!r} is no line of sha256sum: digest, two spaces, name"])
     result[name] = digest.lower()
   return result
