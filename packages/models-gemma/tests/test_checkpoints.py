@@ -1,12 +1,16 @@
 """Where a checkpoint's weights may lie, and what GGUF stores otherwise."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CheckpointError
+from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.testing import to_tensors
 from models_gemma import gemma, gemma3
 from models_gemma.gemma3.model import AttentionType, Gemma3, ModelConfig
@@ -109,3 +113,56 @@ def test_attention_mask_for_trainers():
 def test_the_embedding_s_factor_is_rounded_to_its_dtype():
   # sqrt(3072) = 55.4256 is 55.5 in bfloat16.
   assert jnp.asarray(3072**0.5, jnp.bfloat16) == 55.5
+
+
+TEXT_CONFIG = {
+  "model_type": "gemma3_text",
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "num_key_value_heads": 1,
+  "head_dim": 4,
+  "vocab_size": 32,
+  "query_pre_attn_scalar": 4,
+  "sliding_window": 3,
+  "layer_types": ["sliding_attention", "full_attention"],
+  "rope_theta": 1e4,
+  "rope_local_base_freq": 1e3,
+  "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(
+  ("prefix", "others"), [("language_model.model.", VISION), ("model.language_model.", VISION_NEWER)]
+)
+def test_a_vision_tower_is_copied_through(tensors, prefix, others, head, tmp_path):
+  whole = renamed(tensors, prefix) | others
+  if head:
+    name = "language_model.lm_head.weight" if prefix.startswith("language_model.") else "lm_head.weight"
+    whole[name] = whole[f"{prefix}embed_tokens.weight"].copy()
+  base = tmp_path / "base"
+  base.mkdir()
+  vision = {"vision_config": {"hidden_size": 2}, "image_token_index": 5, "eoi_token_index": 7}
+  outer = {
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "torch_dtype": "bfloat16",
+  }
+  (base / "config.json").write_text(json.dumps(outer | vision | {"text_config": TEXT_CONFIG}))
+  model = load(base, whole)
+  options = {"family": gemma3.FAMILY, "config": CONFIG, "base": base}
+  save_model_to_safetensors(nnx.state(model), tmp_path / "out", 2000, **options)
+  found = {}
+  for file in (tmp_path / "out").glob("*.safetensors"):
+    found |= safetensors.numpy.load_file(file)
+  assert found.keys() == whole.keys()
+  for name, tensor in whole.items():
+    np.testing.assert_array_equal(found[name], tensor, name)
+  raw = json.loads((tmp_path / "out" / "config.json").read_text())
+  text = raw.pop("text_config")
+  assert raw == outer | vision | {"torch_dtype": "float32", "dtype": "float32"}
+  assert text.items() >= (TEXT_CONFIG | {"torch_dtype": "float32"}).items()
+  assert "architectures" not in text
+  assert gemma3.FAMILY.read_config(raw | {"text_config": text}) == CONFIG

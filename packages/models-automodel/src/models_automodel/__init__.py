@@ -9,7 +9,7 @@ from models_automodel.automodel import (
 )
 from models_automodel.digest import Digest, digest
 from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
-from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, ShardingError
+from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
 from models_core.plan import LoadPlan
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
   "ModelNameError",
   "ModelSource",
   "ModelsError",
+  "SaveError",
   "ShardingError",
   "SourceFilesError",
   "call_model_config",

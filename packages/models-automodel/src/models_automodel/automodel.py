@@ -7,7 +7,7 @@ import enum
 import fnmatch
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -29,13 +29,16 @@ from models_automodel.families import (
 )
 from models_automodel.overrides import override
 from models_core.abstract import abstract_model
-from models_core.checkpoint import Checkpoint, Files
-from models_core.errors import ConfigError
+from models_core.checkpoint import Checkpoint, Files, as_files
+from models_core.errors import ConfigError, ModelsError
 from models_core.family import Family
 from models_core.gguf import gguf_config, read_gguf
 from models_core.loader import load
 from models_core.plan import LoadPlan, plan_load
+from models_core.replace_directory import recover
 from models_core.safetensors_headers import parse_json, read_safetensors
+from models_core.safetensors_saver import flatten, save_parameters
+from models_core.save_plan import Shaped
 
 
 class ModelSource(enum.Enum):
@@ -58,7 +61,8 @@ class ModelModule(enum.Enum):
 
 # What belongs to a model besides its weights: whoever gets the directory finds them there.
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
-               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "LICENSE*")  # fmt: skip
+               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "preprocessor_config.json",
+               "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 
 
 def _is_companion(name: str) -> bool:
@@ -126,6 +130,49 @@ class AutoModel:
     return model, files.path
 
   @classmethod
+  def save_pretrained(
+    cls,
+    model: nnx.Module,
+    save_dir: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+  ) -> None:
+    """Writes a model as a directory that `from_pretrained` and transformers load.
+
+    `save_dir` is what it was, or holds the whole checkpoint, whatever happens meanwhile. Saving onto `base` is safe.
+    Under several processes all must call it.
+
+    Args:
+      model: of an installed family, with a `config`.
+      save_dir: may be missing or empty.
+      base: the directory of files that the model came from, such as the path that `from_pretrained` returned. What a
+        model does not know is taken from it: forms and prefixes of names, a vision tower, tokenizer files, fields of
+        config.json. Of a base without safetensors only the tokenizer's and other files. None writes the weights and
+        a config.json alone.
+      max_shard_size: bytes of tensor data in a file, as a number or like "5GB".
+      dtype: that floating-point parameters are written in, such as "bfloat16"; None keeps each as it is.
+      overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
+      progress: show a progress bar on a terminal.
+
+    Raises:
+      CheckpointError: if `base` is broken or of another architecture.
+      ConfigError: if config.json cannot state the model's configuration.
+      ModelsError: if the model belongs to no installed family.
+      SaveError: if `save_dir` exists, is being written, or the file system refuses. It is as it was.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+      raise ModelsError(f"{type(model).__name__} has no config: save_pretrained() takes models of a family")
+    arrays = flatten(nnx.state(model, nnx.Param))
+    family = family_of_config(config, type(model).__name__)
+    save(arrays, arrays.__getitem__, save_dir, family=family, config=config, base=base,
+         max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress)  # fmt: skip
+
+  @classmethod
   def plan(
     cls,
     model_id: str,
@@ -173,6 +220,39 @@ class AutoModel:
         f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect"
       )
     return plan_load(checkpoint, model, table, dtype=_dtype(dtype))
+
+
+def save(
+  parameters: Mapping[str, Shaped],
+  get: Callable[[str], Any],
+  save_dir: str | os.PathLike,
+  *,
+  family: Family,
+  config: Any,
+  base: str | os.PathLike | Files | None,
+  max_shard_size: int | str,
+  dtype: Any,
+  overwrite: bool,
+  progress: bool,
+) -> None:
+  """As `AutoModel.save_pretrained`, of parameters that are made when they are needed: `get(name)`."""
+  files = None if base is None else as_files(base)
+  companions = [] if files is None else [name for name in files.names() if _is_companion(name)]
+  hidden = None if progress else True  # None: bars on a terminal alone.
+  with tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+    save_parameters(
+      parameters,
+      get,
+      save_dir,
+      max_shard_size,
+      family=family,
+      config=config,
+      base=files,
+      companions=[name for name in companions if not name.endswith(".index.json") and name != "config.json"],
+      dtype=_dtype(dtype),
+      overwrite=overwrite,
+      on_bytes=bar.update,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +313,9 @@ def _open_files(
   # A string may name a source that another package announces.
   source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
+  if not os.path.exists(os.path.expanduser(place)) and "://" not in place:
+    # A saver that was killed may have left a directory between two renames.
+    recover(place)
   if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
     source = "local"
   module = models_sources.get_source(source)

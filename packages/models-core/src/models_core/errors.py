@@ -31,3 +31,15 @@ class ShardingError(ModelsError, ValueError):
 
 class CacheError(ModelsError, ValueError):
   """More tokens than a KV cache has room for."""
+
+
+class SaveError(ModelsError, OSError):
+  """A checkpoint that cannot be written. What was at its place before is still there.
+
+  Attributes:
+    errno: of the system's error, if there was one.
+  """
+
+  def __init__(self, message: str, number: int | None = None):
+    super().__init__(message)
+    self.errno = number

@@ -155,7 +155,7 @@ def plan_load(
   planned: list[PlannedParameter] = []
   used: set[str] = set()
   for parameter in model.parameters.values():
-    row, placeholders = _row_of(table, parameter.name)
+    row, placeholders = row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
     problems += trouble
     if found:
@@ -188,7 +188,12 @@ def plan_load(
   return LoadPlan(checkpoint, model, tuple(planned), tuple(ignored), tuple(ties))
 
 
-def _row_of(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
+def row_of(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
+  """The one row of a parameter and the placeholders that its name gives.
+
+  Raises:
+    TypeError: if the table has no row for it, or several.
+  """
   found = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
   if len(found) != 1:
     what = "no row" if not found else f"{len(found)} rows"

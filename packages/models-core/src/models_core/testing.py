@@ -33,6 +33,7 @@ from models_core.loader import load
 from models_core.plan import plan_load
 from models_core.remat import RematConfig
 from models_core.safetensors_headers import DTYPES, read_safetensors
+from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, pieces, put_back
 
@@ -204,6 +205,22 @@ class FamilyContract:
     for path, variable in ours.items():
       assert isinstance(theirs[path].get_value(), jax.Array), f"{path} is abstract"
       np.testing.assert_array_equal(variable.get_value(), theirs[path].get_value())
+    self._assert_saves_bit_by_bit(loaded, config, tmp_path)
+
+  def _assert_saves_bit_by_bit(self, loaded: nnx.Module, config: Any, base: pathlib.Path) -> None:
+    state = nnx.state(loaded, nnx.Param)
+    save_model_to_safetensors(state, base / "again", "9KB", family=self.family, config=config, base=base)
+    first, again = (LocalFiles(str(directory)) for directory in (base, base / "again"))
+    stored, saved = (read_safetensors(files).tensors for files in (first, again))
+    assert stored.keys() == saved.keys()
+    for name, info in stored.items():
+      other = saved[name]
+      assert (info.dtype, info.shape) == (other.dtype, other.shape), name
+      assert first.read(info.file, info.start, info.stop) == again.read(
+        other.file, other.start, other.stop
+      ), name
+    raw = json.loads((base / "again" / "config.json").read_text())
+    assert self.family.read_config(raw) == config
 
   # Configuration
 
