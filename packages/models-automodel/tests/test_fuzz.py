@@ -95,14 +95,14 @@ def peak():
 
 def check(action, content):
   """Runs it within the bounds. True where it succeeded."""
-  before, start, said = peak(), time.perf_counter(), None
+  before, start, said = peak(), time.process_time(), None
   try:
     action()
   except ModelsError as error:
     said = str(error)
   except Exception as error:
     raise AssertionError(f"{type(error).__name__}: {error}: {content[:2000]!r}") from error
-  assert time.perf_counter() - start < SECONDS, content[:2000]
+  assert time.process_time() - start < SECONDS, content[:2000]
   assert peak() - before < KIB, content[:2000]
   assert said is None or said.strip()
   return said is None
@@ -197,9 +197,9 @@ def test_what_is_no_number_is_refused_by_its_key(checkpoint, edit_config, key, v
 
 
 def test_an_absurd_number_of_layers_is_refused_at_once(edit_config):
-  start = time.perf_counter()
+  start = time.process_time()
   with pytest.raises(
     ModelsError, match="num_hidden_layers is 10000000000, expected a positive whole number, 1000 at most"
   ):
     find(str(edit_config(num_hidden_layers=10**10)))
-  assert time.perf_counter() - start < SECONDS
+  assert time.process_time() - start < SECONDS

@@ -133,7 +133,7 @@ def test_mutants_are_read_or_refused(save, mutants, read, fine):
   accepted = refused = 0
   before = peak()
   for contents in mutants(save, random.Random(1)):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
       checkpoint = read(Memory(contents))
     except CheckpointError as error:
@@ -142,7 +142,7 @@ def test_mutants_are_read_or_refused(save, mutants, read, fine):
     except Exception as error:
       raise AssertionError(f"{type(error).__name__}: {error}: {contents}") from error
     finally:
-      assert time.perf_counter() - start < SECONDS, contents
+      assert time.process_time() - start < SECONDS, contents
     for info in checkpoint.tensors.values():
       assert 0 <= info.start <= info.stop <= len(contents[info.file]), contents
     accepted += fine(checkpoint)
@@ -181,6 +181,6 @@ def test_many_entries_take_no_quadratic_time(tmp_path):
   entry = b'"%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}'
   text = b"{" + b",".join(entry % (i, i, i + 1) for i in range(100_000)) + b"}"
   (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(100_000))
-  start = time.perf_counter()
+  start = time.process_time()
   assert problems(tmp_path) == ()
-  assert time.perf_counter() - start < 20
+  assert time.process_time() - start < 20
