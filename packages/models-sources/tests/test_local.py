@@ -98,3 +98,9 @@ def test_an_empty_directory(tmp_path):
   files = open_files(str(tmp_path))
   assert files.names() == []
   assert files.fetch([]) == os.fspath(tmp_path)
+
+
+def test_a_loop_of_links_is_no_file(tmp_path):
+  (tmp_path / "a").write_text("x")
+  (tmp_path / "loop").symlink_to("loop")
+  assert open_files(str(tmp_path)).names() == ["a"]

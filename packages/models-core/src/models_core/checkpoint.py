@@ -53,7 +53,8 @@ class LocalFiles:
       return [os.path.basename(self.path)]
     if not os.path.isdir(self.path):
       raise CheckpointError(self.path, ["there is no such file or directory"])
-    return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
+    # Of a loop of links, the entry itself would raise.
+    return sorted(entry.name for entry in os.scandir(self.path) if os.path.isfile(entry.path))
 
   def locate(self, name: str) -> str:
     """The path of a file by its name."""

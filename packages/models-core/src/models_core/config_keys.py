@@ -90,6 +90,9 @@ HARMLESS = frozenset(
   ]
 )
 
+# Numbers of parts that are made or listed one by one: beyond these a file is damaged, and reading it would take hours.
+MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
+
 _MISSING = object()
 
 
@@ -137,10 +140,11 @@ class ConfigKeys:
     if (
       isinstance(value, bool)
       or not isinstance(value, (int, float))
-      or not minimum <= value < 2**63
+      or not minimum <= value <= MOST.get(key, 2**63 - 1)
       or value % 1
     ):
       kind = "a positive whole number" if minimum == 1 else f"a whole number from {minimum} on"
+      kind += f", {MOST[key]} at most" if key in MOST else ""
       raise ConfigError(f"{self._where}: {key} is {value!r}, expected {kind}")
     return int(value)
 

@@ -29,6 +29,10 @@ class ShardingError(ModelsError, ValueError):
   """A sharding that a mesh cannot hold."""
 
 
+class AdapterError(ModelsError, ValueError):
+  """A LoRA adapter that does not fit a model, or is of a kind that is not implemented."""
+
+
 class CacheError(ModelsError, ValueError):
   """More tokens than a KV cache has room for."""
 

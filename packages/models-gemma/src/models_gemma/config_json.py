@@ -60,7 +60,7 @@ def read_types(keys: ConfigKeys, num_layers: int, pattern: int, *spellings: str)
   stated = {key: every(keys.integer(key), num_layers) for key in spellings if keys.get(key) is not None}
   if (names := keys.get("layer_types", list)) is not None:
     known = {kind.value: kind for kind in AttentionType}
-    if len(names) != num_layers or any(name not in known for name in names):
+    if len(names) != num_layers or any(name not in list(known) for name in names):
       raise ConfigError(f"layer_types is {names}, expected {num_layers} of {' and '.join(known)}")
     stated["layer_types"] = tuple(known[name] for name in names)
   if len(set(stated.values())) > 1:

@@ -27,7 +27,8 @@ class LocalFiles:
     if os.path.isfile(self.path):
       return [os.path.basename(self.path)]
     with os.scandir(self.path) as entries:
-      return sorted(entry.name for entry in entries if entry.is_file())
+      # Of a loop of links, the entry itself would raise.
+      return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
   def _locate(self, name: str) -> str:
     check_name(name)

@@ -12,6 +12,7 @@ from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.lora import lora_saver
 from models_core.weights import Tied, WeightTable
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
@@ -161,3 +162,5 @@ FAMILY = Family(
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
+
+save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

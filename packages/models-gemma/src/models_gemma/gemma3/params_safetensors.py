@@ -12,6 +12,7 @@ from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.lora import lora_saver
 from models_core.rope import RopeScaling
 from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_gemma.attention_types import AttentionType, every
@@ -204,3 +205,5 @@ FAMILY = Family(
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
+
+save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.family import Family
+from models_core.lora import lora_saver
 from models_core.weights import Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen2.model import ModelConfig, Qwen2
@@ -143,3 +144,5 @@ FAMILY = Family(
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
+
+save_lora_merged_model_as_safetensors = lora_saver(FAMILY)
