@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from models_core.checkpoint import Files, LocalFiles, TensorInfo
+from models_core.checkpoint import Checkpoint, Files, LocalFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.safetensors_headers import read_header
 
@@ -36,6 +36,22 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def open_reader(checkpoint: Checkpoint, names: Sequence[str], on_bytes: OnBytes) -> TensorReader:
+  """A reader of some of a checkpoint's files: the dialect's own where it has one.
+
+  Args:
+    checkpoint: whose headers were read.
+    names: of the files that will be read.
+    on_bytes: called with the number of bytes that were read, from several threads.
+
+  Raises:
+    CheckpointError: if a file is not what its header described.
+  """
+  if checkpoint.open_reader is not None:
+    return checkpoint.open_reader(checkpoint, names, on_bytes)
+  return TensorReader(checkpoint.files, checkpoint.tensors, names, on_bytes)
 
 
 class TensorReader:
@@ -79,6 +95,11 @@ class TensorReader:
     except BaseException:
       self.close()
       raise
+
+  @property
+  def chunk(self) -> int:
+    """Bytes of a read that passes through scratch memory."""
+    return CHUNK
 
   def close(self) -> None:
     """Closes the files. Mapped memory lives as long as an array refers to it."""
