@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import models_naming
 import models_sources
 from models_core.errors import ModelsError
+from models_core.extras import MissingExtraError
 
 
 class ModelNameError(ModelsError, ValueError):
@@ -31,8 +32,10 @@ def name_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def source_errors() -> Iterator[None]:
-  """Turns a source's error into a SourceFilesError."""
+  """Turns a source's error into a SourceFilesError, and a missing client of it into a MissingExtraError."""
   try:
     yield
+  except models_sources.MissingClientError as error:
+    raise MissingExtraError(str(error), name=error.name) from error
   except models_sources.SourceError as error:
     raise SourceFilesError(str(error)) from error

@@ -31,8 +31,8 @@ class Family:
       harmless, and where two spellings differ.
     write_config: configuration -> config.json, in the spellings of old and new transformers.
     weights: a weight table for each dialect: "huggingface" always; "gguf", "orbax" where they exist.
-    fit_config: `(configuration, tensors by name) -> configuration`: what a checkpoint without config.json decides about
-      a preset, such as its rows of the embedding; None where nothing.
+    fit_config: `(preset, tensors by name) -> configuration` of a checkpoint without config.json, which may decide some
+      of it, such as the rows of the embedding; None where the two are plainly of different sizes.
     api_version: the contract that it was written against.
   """
 

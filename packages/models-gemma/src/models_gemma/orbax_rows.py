@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,9 @@ IGNORED = (
 )
 
 
+_LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")
+
+
 def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
   """Rows of a weight table: tensors as Google's trees name them, and as its library saves a fine-tuned model."""
   return [
@@ -68,3 +72,12 @@ def fit_rows(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
     if form.name in tensors:
       return dataclasses.replace(config, num_embed=tensors[form.name].shape[0])
   return config
+
+
+def fit_config(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
+  """As `fit_rows`; None for a tree of another width or number of layers, which is seen at a glance."""
+  layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
+  widths = {tensors[form.name].shape[1:] for form in rows(COMMON)[0][1] if form.name in tensors}
+  if len(layers) != config.num_layers or widths != {(config.embed_dim,)}:
+    return None
+  return fit_rows(config, tensors)

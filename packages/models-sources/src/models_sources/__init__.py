@@ -23,6 +23,7 @@ from models_sources.errors import (
   CorruptFilesError,
   FilesNotFoundError,
   InvalidNameError,
+  MissingClientError,
   SourceError,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
   "Files",
   "FilesNotFoundError",
   "InvalidNameError",
+  "MissingClientError",
   "Source",
   "SourceError",
   "get_source",

@@ -31,3 +31,7 @@ class ConnectionFailedError(SourceError, ConnectionError):
 
 class CorruptFilesError(SourceError):
   """A file has other bytes than its source promises."""
+
+
+class MissingClientError(ImportError):
+  """The client library of a source is not installed; the message says how to install it. No `SourceError`."""

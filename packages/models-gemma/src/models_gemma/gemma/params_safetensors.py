@@ -18,7 +18,7 @@ from models_gemma.config_json import GELU_TANH, read_common, read_types, write_c
 from models_gemma.gemma.model import Gemma, ModelConfig
 from models_gemma.gemma.params import ORBAX
 from models_gemma.gguf_values import FACTOR
-from models_gemma.orbax_rows import fit_rows
+from models_gemma.orbax_rows import fit_config
 
 L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
 
@@ -162,5 +162,5 @@ FAMILY = Family(
   read_config=read_config,
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX},
-  fit_config=fit_rows,
+  fit_config=fit_config,
 )

@@ -19,7 +19,7 @@ from models_gemma.config_json import read_common, read_types, write_common
 from models_gemma.gemma3.model import Gemma3, ModelConfig
 from models_gemma.gemma3.params import ORBAX
 from models_gemma.gguf_values import FACTOR
-from models_gemma.orbax_rows import fit_rows
+from models_gemma.orbax_rows import fit_config
 
 L, M, B = "layers.{i}", "layers.{i}", "blk.{i}"
 
@@ -205,5 +205,5 @@ FAMILY = Family(
   read_config=read_config,
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX},
-  fit_config=fit_rows,
+  fit_config=fit_config,
 )
