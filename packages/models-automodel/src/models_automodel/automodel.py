@@ -26,16 +26,18 @@ from models_automodel.families import (
   family_module,
   family_of_config,
   family_of_model_type,
+  installed,
   load_family,
 )
 from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_core.abstract import abstract_model
 from models_core.checkpoint import Checkpoint, Files, RangeFiles, as_files
-from models_core.errors import ConfigError, ModelsError
+from models_core.errors import CheckpointError, ConfigError, ModelsError
 from models_core.family import Family
 from models_core.gguf import gguf_config, read_gguf
 from models_core.loader import load
+from models_core.orbax_checkpoint import find_orbax, read_orbax
 from models_core.plan import LoadPlan, plan_load
 from models_core.processes import together
 from models_core.reading import files_of_process
@@ -91,7 +93,8 @@ class AutoModel:
     """Loads a model.
 
     Args:
-      model_id: of the hub, a local directory or GGUF file, or an address of an object store such as "gs://bucket/dir".
+      model_id: of the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address of an object store such
+        as "gs://bucket/dir", or a local directory or GGUF file.
       mesh: of either kind; None is one device.
       model_source: where the checkpoint lies. A local path and an address of a store need none.
       model_path: a local directory or GGUF file, or an address of the source, to load instead.
@@ -284,7 +287,7 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint that was identified, of which at most the configuration and GGUF headers were read."""
+  """A checkpoint that was identified, of which at most the configuration and a GGUF's or Orbax tree's headers were read."""
 
   files: Files
   family: Family
@@ -316,8 +319,12 @@ def find(
       raw = gguf_config(checkpoint)
     else:
       raw = None
+    if checkpoint is None and not any(name.endswith(".safetensors") for name in names) and has_orbax(files):
+      checkpoint = read_orbax(files)
   if config is not None:
     return Found(files, family_of_config(config, model_id), config, checkpoint)
+  if raw is None and checkpoint is not None:
+    return Found(files, *preset_of(model_id, checkpoint), checkpoint)
   if raw is None:
     category, config = _by_name(model_id, files.path)
     return Found(files, load_family(category, model_id), config, None)
@@ -340,6 +347,9 @@ def _open_files(
   # A string may name a source that another package announces.
   source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
+  if source == "kaggle" and model_path is None:
+    with name_errors():
+      place = models_naming.kaggle_handle(model_id)
   if (named := models_sources.source_of_address(place)) is not None:
     source = named
   elif not os.path.exists(os.path.expanduser(place)):
@@ -351,6 +361,60 @@ def _open_files(
   return module.open_files(
     place, revision=revision, token=token, download_path=download_path, progress=progress
   )
+
+
+def has_orbax(files: Files) -> bool:
+  """Whether an Orbax tree lies among the files."""
+  return find_orbax(files) is not None
+
+
+def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
+  """Family and configuration of a checkpoint that has none: its name's preset, else the one that its shapes fit.
+
+  Raises:
+    ConfigError: if the name is unknown and no preset, or more than one, fits.
+    MissingFamilyError: if the architecture's package is not installed.
+  """
+  try:
+    category, config = _by_name(model_id, checkpoint.files.path)
+    family = load_family(category, model_id)
+    # Where the sizes differ, the plan says how.
+    return family, _fit(family, config, checkpoint) or config
+  except ModelNameError:
+    pass
+  # A model of one's own: its name says nothing, but all published sizes have shapes of their own.
+  fitting: list[tuple[Family, str, Any]] = []
+  tried: list[str] = []
+  for category in installed():
+    family = load_family(category, model_id)
+    for name in presets(family.config_class) if checkpoint.dialect in family.weights else ():
+      config = _fit(family, getattr(family.config_class, name)(), checkpoint)
+      tried.append(name)
+      if config is None or any(config == known for _, _, known in fitting):
+        continue
+      if _fits(family, config, checkpoint):
+        fitting.append((family, name, config))
+  if len(fitting) == 1:
+    ((family, _, config),) = fitting
+    return family, config
+  found = (
+    f"{', '.join(name for _, name, _ in fitting)} all have" if fitting else f"none of {', '.join(tried)} has"
+  )
+  raise ConfigError(
+    f"{checkpoint.files.path} has no config.json, {model_id!r} names no known model, and {found} its shapes: pass config="
+  )
+
+
+def _fit(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
+  return family.fit_config(config, checkpoint.tensors) if family.fit_config else config
+
+
+def _fits(family: Family, config: Any, checkpoint: Checkpoint) -> bool:
+  try:
+    plan_load(checkpoint, abstract_model(family.model_class, config), family.weights[checkpoint.dialect])
+  except CheckpointError:
+    return False
+  return True
 
 
 def _read_config_json(files: Files) -> Mapping[str, Any]:

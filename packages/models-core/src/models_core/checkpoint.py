@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -104,6 +104,7 @@ class TensorInfo:
     start: first byte of its data within the file.
     stop: one past the last byte.
     codec: set where the bytes are not the elements themselves.
+    cell: shape of the parts that are stored as one each; None where the elements are a run of bytes.
   """
 
   name: str
@@ -113,6 +114,7 @@ class TensorInfo:
   start: int
   stop: int
   codec: Codec | None = None
+  cell: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +123,12 @@ class Checkpoint:
 
   Attributes:
     files: where the bytes come from.
-    dialect: which of a family's weight tables its names follow ("huggingface", "gguf").
+    dialect: which of a family's weight tables its names follow ("huggingface", "gguf", "orbax").
     tensors: by name.
     metadata: what the headers hold besides tensors.
     problems: what is wrong with the headers themselves; reported together with what doesn't fit a model.
+    shared_files: names of files that are needed whichever tensors are read.
+    open_reader: `(checkpoint, names of files, on_bytes) -> reader`, where tensors are no runs of bytes.
   """
 
   files: Files
@@ -132,6 +136,8 @@ class Checkpoint:
   tensors: Mapping[str, TensorInfo]
   metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
   problems: tuple[str, ...] = ()
+  shared_files: tuple[str, ...] = ()
+  open_reader: Callable[..., Any] | None = None
 
 
 def as_files(place: str | os.PathLike | Files) -> Files:

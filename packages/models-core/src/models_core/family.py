@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import nnx
 
+from models_core.checkpoint import TensorInfo
 from models_core.weights import WeightTable
 
 # The major contract. AutoModel refuses a family of another one.
@@ -30,6 +31,8 @@ class Family:
       harmless, and where two spellings differ.
     write_config: configuration -> config.json, in the spellings of old and new transformers.
     weights: a weight table for each dialect: "huggingface" always; "gguf", "orbax" where they exist.
+    fit_config: `(preset, tensors by name) -> configuration` of a checkpoint without config.json, which may decide some
+      of it, such as the rows of the embedding; None where the two are plainly of different sizes.
     api_version: the contract that it was written against.
   """
 
@@ -40,4 +43,5 @@ class Family:
   read_config: Callable[[Mapping[str, Any]], Any]
   write_config: Callable[[Any], dict[str, Any]]
   weights: Mapping[str, WeightTable]
+  fit_config: Callable[[Any, Mapping[str, TensorInfo]], Any] | None = None
   api_version: int = FAMILY_API_VERSION

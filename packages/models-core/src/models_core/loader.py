@@ -19,16 +19,18 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from models_core import boxes
 from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.processes import check_same, processes_of, together
-from models_core.reader import OnBytes, TensorReader, aligned_empty, open_reader
+from models_core.reader import BoxReader, OnBytes, RunReader, TensorReader, aligned_empty, open_reader
 from models_core.reading import files_of_process, reading, redistribute
 from models_core.weights import Piece, arrange, part_shape
 
@@ -199,9 +201,9 @@ def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np
   piece, shape = planned.pieces[0], planned.parameter.shape
   info = reader.tensors[piece.tensor]
   rows = index[0] if index else slice(0, 1)
-  if (
-    len(planned.pieces) > 1 or piece.run is None or info.dtype != planned.dtype or not _is_whole(index, shape)
-  ):
+  if isinstance(reader, BoxReader) or len(planned.pieces) > 1 or piece.run is None:
+    return None
+  if info.dtype != planned.dtype or not _is_whole(index, shape):
     return None
   row = math.prod(shape[1:])
   return reader.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
@@ -231,8 +233,8 @@ def _tasks(
     targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
     if not targets:
       continue
-    if (run := piece.run) is None:
-      yield functools.partial(_fill_reordered, piece, info, shape, targets, reader)
+    if (run := piece.run) is None or isinstance(reader, BoxReader):
+      yield from _box_tasks(piece, info, shape, targets, reader)
       continue
     if not shape:  # A scalar is one row of one element.
       shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
@@ -265,7 +267,7 @@ def _fill_rows(
   targets: list[_Target],
   start: int,
   stop: int,
-  reader: TensorReader,
+  reader: RunReader,
 ) -> None:
   """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
   row = math.prod(shape[1:])
@@ -294,12 +296,42 @@ def _fill_rows(
       cast_into(part, data[first - low : last - low][(slice(None), *index[1:])])
 
 
-def _fill_reordered(
+def _box_tasks(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> Iterator[Callable[[], None]]:
+  """The work of filling shards whose axes lie in another order than the tensor's, or that is stored in cells."""
+  if 0 in shape:
+    return
+  grid = boxes.grid(piece, shape) if piece.values is None else None
+  faces = [boxes.face(grid, index, target) for index, target in targets] if grid else []
+  seen = [face for face in faces if face is not None]
+  if grid is None or len(seen) < len(targets):
+    yield functools.partial(_fill_whole, piece, info, shape, targets, reader)
+    return
+  for box, copies in boxes.cut(grid, info, seen, reader.chunk):
+    yield functools.partial(_fill_box, grid, info, box, copies, reader)
+
+
+def _fill_box(
+  grid: boxes.Grid,
+  info: TensorInfo,
+  box: Index,
+  copies: list[tuple[np.ndarray, Index]],
+  reader: TensorReader,
+) -> None:
+  """One box of a tensor, read once, for all shards that want some of it."""
+  data = boxes.shares(grid, box, boxes.read_box(reader, info, box))
+  for target, index in copies:
+    within: tuple[Any, ...] = index
+    cast_into(target, data[(*within, ...)])
+
+
+def _fill_whole(
   piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
 ) -> None:
-  """A piece whose axes lie in another order than the parameter's, or whose numbers differ."""
-  data = reader.read_elements(info, 0, math.prod(info.shape))
-  part = arrange(data, piece, shape)
+  """A tensor whose numbers differ from the parameter's, or whose axes cannot be told apart in it."""
+  everything = tuple(slice(0, size) for size in info.shape)
+  part = arrange(boxes.read_box(reader, info, everything), piece, shape)
   for index, target in targets:
     cast_into(target, part[index])
 

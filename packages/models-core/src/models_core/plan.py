@@ -72,7 +72,9 @@ class LoadPlan:
     """Files that hold a tensor of the plan."""
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
-    return tuple(sorted({self.checkpoint.tensors[name].file for name in names}))
+    return tuple(
+      sorted({self.checkpoint.tensors[name].file for name in names}.union(self.checkpoint.shared_files))
+    )
 
   @property
   def mesh(self) -> Mesh | None:
@@ -225,9 +227,20 @@ def _choose(
   """The one complete form of a parameter, or what is wrong with it."""
   forms = [pieces(row, form, placeholders, parameter.shape) for form in row.forms]
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
-  if len(complete) > 1:
-    names = " and ".join(form[0].tensor for form in complete)
+  names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
+  if len({form[0].tensor for form in complete}) > 1:
     return [], [f"{parameter.name} is doubled: the checkpoint holds it as {names}; remove one"]
+  if len(complete) > 1:
+    # One name, several layouts: the shape decides.
+    fitting = [form for form in complete if all(tensors[p.tensor].shape == p.shape for p in form)]
+    if len(fitting) > 1:
+      name = fitting[0][0].tensor
+      layouts = " and ".join(row.forms[forms.index(form)].layout for form in fitting)
+      return [], [
+        f"{name} {tensors[name].shape} is ambiguous: its shape fits the layouts {layouts}; save it in a format that "
+        "has one, such as safetensors"
+      ]
+    complete = fitting or complete[:1]
   if not complete:
     nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
     missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]

@@ -9,7 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-class TensorReader(Protocol):
+class _Tensors(Protocol):
   """The tensors of a checkpoint, for many threads at once.
 
   Attributes:
@@ -56,17 +56,8 @@ class TensorReader(Protocol):
   chunk: int
   threads: int
 
-  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
-    """Elements from `element` on, into contiguous memory of the same dtype."""
-
-  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
-    """Elements, decoded; valid until this thread's next call."""
-
-  def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
-
   def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Compares two tensors' bytes, or one of some parts of them.
+    """Compares two tensors' numbers, or one of some parts of them.
 
     Raises:
       CheckpointError: if they differ.
@@ -76,8 +67,32 @@ class TensorReader(Protocol):
     """Lets go of files and threads. No read may be under way."""
 
 
+class RunReader(_Tensors, Protocol):
+  """Tensors whose elements are a run of bytes each."""
+
+  def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
+    """Elements from `element` on, into contiguous memory of the same dtype."""
+
+  def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
+    """Elements, decoded; valid until this thread's next call."""
+
+  def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
+    """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
+
+
+@runtime_checkable
+class BoxReader(_Tensors, Protocol):
+  """Tensors that are stored as grids of cells."""
+
+  def read_box(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
+    """The elements of a tensor within an index of one slice an axis."""
+
+
+TensorReader = RunReader | BoxReader
+
+
 def open_reader(checkpoint: Checkpoint, names: Sequence[str], on_bytes: OnBytes) -> TensorReader:
-  """A reader of some of a checkpoint's files: by ranges where the files offer them, else of fetched files.
+  """A reader of some of a checkpoint's files: the dialect's own, by ranges, or of fetched files.
 
   Args:
     checkpoint: whose headers were read.
@@ -87,6 +102,8 @@ def open_reader(checkpoint: Checkpoint, names: Sequence[str], on_bytes: OnBytes)
   Raises:
     CheckpointError: if a file is not what its header described.
   """
+  if checkpoint.open_reader is not None:
+    return checkpoint.open_reader(checkpoint, names, on_bytes)
   if isinstance(checkpoint.files, RangeFiles):
     return RangeReader(checkpoint.files, checkpoint.tensors, on_bytes)
   return LocalReader(checkpoint.files, checkpoint.tensors, names, on_bytes)

@@ -41,6 +41,7 @@ def reading(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> Pla
   piece, size = planned.pieces[0], math.prod(shape)
   codec = tensors[piece.tensor].codec
   is_run = len(planned.pieces) == 1 and piece.run is not None and bool(shape)
+  is_run = is_run and tensors[piece.tensor].cell is None
   if is_run and size % (mesh.size * (codec.block_size if codec else 1)) == 0:
     ways.append(_as(planned, (size,), split, (piece.in_one_row(),)))
   return min(ways, key=lambda way: _elements_read(way.parameter.shape, way.parameter.sharding))
@@ -57,7 +58,7 @@ def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
     names |= {
       piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
     }
-  return tuple(sorted({tensors[name].file for name in names}))
+  return tuple(sorted({tensors[name].file for name in names}.union(plan.checkpoint.shared_files)))
 
 
 def _touches(piece: Piece, index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:

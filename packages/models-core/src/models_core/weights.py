@@ -69,7 +69,7 @@ class Ignored:
   """Tensors that a model does not need.
 
   Attributes:
-    pattern: a name with placeholders; matches as a whole. A last part `**` stands for any rest.
+    pattern: a name with placeholders; matches as a whole. A last part `**`, behind a `.` or `/`, stands for any rest.
     reason: why they can be left out.
   """
 
@@ -135,7 +135,7 @@ def _name_pattern(name: str) -> re.Pattern[str]:
 
 def matches(pattern: str, name: str) -> bool:
   """Whether a name with placeholders stands for this name, as a whole; with a last part `**`, for all below it."""
-  if pattern.endswith(".**"):
+  if pattern.endswith((".**", "/**")):
     found = _name_pattern(pattern.removesuffix("**")).match(name)
     return found is not None and found.end() < len(name)
   return _name_pattern(pattern).fullmatch(name) is not None

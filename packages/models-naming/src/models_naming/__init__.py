@@ -3,6 +3,7 @@
 from models_naming.categories import Distribution, category_of_model_type, distribution_of
 from models_naming.errors import NamingConflictError, NamingError, UnknownModelError, UnsupportedModelError
 from models_naming.families import FAMILIES, FamilyInfo
+from models_naming.kaggle import kaggle_handle
 from models_naming.known import known_model_ids, nearest_model_ids
 from models_naming.model_naming import ModelNaming
 from models_naming.names import (
@@ -28,6 +29,7 @@ __all__ = [
   "get_model_config_id",
   "get_model_family_and_version",
   "get_model_name_from_model_id",
+  "kaggle_handle",
   "known_model_ids",
   "nearest_model_ids",
   "split",

@@ -18,7 +18,9 @@ from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
 from models_gemma.gemma3.model import Gemma3, ModelConfig
+from models_gemma.gemma3.params import ORBAX
 from models_gemma.gguf_values import FACTOR
+from models_gemma.orbax_rows import fit_config
 
 L, M, B = "layers.{i}", "layers.{i}", "blk.{i}"
 
@@ -203,7 +205,8 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX},
+  fit_config=fit_config,
 )
 
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

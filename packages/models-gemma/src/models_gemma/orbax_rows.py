@@ -1,0 +1,83 @@
+"""What all of Google's Orbax trees of Gemma have in common: names, fused tensors, and what is beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from models_core.checkpoint import TensorInfo
+from models_core.weights import Form, Ignored
+
+# A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one.
+Forms = tuple[str, Sequence[tuple[str, str]]]
+
+L, T = "layers.{i}", "layer_{i}"
+ATTN, GATING = f"{T}/attn", f"{T}/mlp/gating_einsum.w"
+
+COMMON: tuple[Forms, ...] = (
+  # ours                          checkpoint, layout: checkpoint -> ours
+  ("embedder.input_embedding",    [("embedder.input_embedding", "v d")]),
+  (f"{L}.input_layernorm.w",      [(f"{T}/pre_attention_norm.scale", "d")]),
+  (f"{L}.attn.q_proj.w",          [(f"{ATTN}/q_einsum.w", "n d h -> n h d"), (f"{ATTN}/qkv_einsum.w", "0/3 n d h -> n h d")]),
+  (f"{L}.attn.k_proj.w",          [(f"{ATTN}/kv_einsum.w", "0/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "1/3 k d h -> k h d")]),
+  (f"{L}.attn.v_proj.w",          [(f"{ATTN}/kv_einsum.w", "1/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "2/3 k d h -> k h d")]),
+  (f"{L}.attn.o_proj.w",          [(f"{ATTN}/attn_vec_einsum.w", "n h d -> d n h")]),
+  # Gemma 1 and Gemma 2 2B have D before F.
+  (f"{L}.mlp.gate_proj.w",        [(GATING, "0/2 f d -> f d"), (GATING, "0/2 d f -> f d")]),
+  (f"{L}.mlp.up_proj.w",          [(GATING, "1/2 f d -> f d"), (GATING, "1/2 d f -> f d")]),
+  (f"{L}.mlp.down_proj.w",        [(f"{T}/mlp/linear.w", "f d -> d f")]),
+  ("final_norm.w",                [("final_norm.scale", "d")]),
+)  # fmt: skip
+
+VISION = "the vision tower; the language model is loaded alone"
+TRAINING = "the state of a training run"
+
+IGNORED = (
+  Ignored("SigLiPFromPatches_0/**", VISION),
+  Ignored("transformer/embedder/mm_input_projection.**", VISION),
+  Ignored("transformer/embedder/mm_soft_embedding_norm.**", VISION),
+  Ignored("vision_encoder.**", VISION),
+  Ignored("embedder.mm_input_projection.**", VISION),
+  Ignored("embedder.mm_soft_embedding_norm.**", VISION),
+  Ignored("step", TRAINING),
+  Ignored("opt_state.**", TRAINING),
+)
+
+
+_LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")
+
+
+def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
+  """Rows of a weight table: tensors as Google's trees name them, and as its library saves a fine-tuned model."""
+  return [
+    (
+      ours,
+      [Form(spelled, layout) for name, layout in own for spelled in (f"transformer/{name}", _nested(name))],
+    )
+    for ours, own in forms
+  ]
+
+
+def _nested(name: str) -> str:
+  """`layer_0/mlp/linear.w` -> `layer_0.mlp.linear`, a key for each level."""
+  dotted = name.replace("/", ".")
+  return dotted.removesuffix(".w") if "/mlp/" in name else dotted
+
+
+def fit_rows(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
+  """The configuration with as many rows of the embedding as a tree has, which differ from Hugging Face's."""
+  for form in rows(COMMON)[0][1]:
+    if form.name in tensors:
+      return dataclasses.replace(config, num_embed=tensors[form.name].shape[0])
+  return config
+
+
+def fit_config(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
+  """As `fit_rows`; None for a tree of another width or number of layers, which is seen at a glance."""
+  layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
+  widths = {tensors[form.name].shape[1:] for form in rows(COMMON)[0][1] if form.name in tensors}
+  if len(layers) != config.num_layers or widths != {(config.embed_dim,)}:
+    return None
+  return fit_rows(config, tensors)
