@@ -1,15 +1,19 @@
 """SmolLM2-135M-Instruct, a published model of Llama's architecture, through all packages on eight devices."""
 
 import importlib.metadata
+import os
+import pathlib
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
 from models_automodel import AutoModel
 from models_automodel.generate import generate
 from models_automodel.tokenizer import load_tokenizer
+from models_sources.testing import StoreServer
 
 MESHES = {
   "explicit": lambda: jax.make_mesh((2, 4), ("fsdp", "tp")),
@@ -59,3 +63,19 @@ def test_the_mesh_decides_nothing_about_what_is_said(path, tokenizer, single):
   model, _ = AutoModel.from_pretrained(path, MESHES["explicit"](), dtype="float32")
   ids = tokenizer.encode("Once upon a time")
   assert list(generate(model, ids, max_new_tokens=8)) == list(generate(single, ids, max_new_tokens=8))
+
+
+def test_from_a_store_it_is_the_same_and_every_byte_travels_once(path, single, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with StoreServer() as store:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)
+    store.put("bucket/smollm2/model.gguf", pathlib.Path(path).read_bytes())
+    model, address = AutoModel.from_pretrained(
+      "gs://bucket/smollm2", MESHES["explicit"](), dtype="float32", progress=False
+    )
+    assert address == "gs://bucket/smollm2"
+    assert store.received("bucket/smollm2/model.gguf") <= 1.05 * os.path.getsize(path)
+  assert os.listdir(tmp_path) == []
+  pairs = zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(single)), strict=True)
+  for ours, theirs in pairs:
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

@@ -45,7 +45,7 @@ def store(monkeypatch, tmp_path, checkpoint):
 def small_ranges(monkeypatch):
   """As many requests as a large model takes."""
   monkeypatch.setattr(reader, "RANGE", 512)
-  monkeypatch.setattr(reader.RangeReader, "chunk", 1024)
+  monkeypatch.setattr(reader.RangeReader, "chunk", 512)
   monkeypatch.setattr(loader, "_TASK", 2048)
 
 

@@ -155,6 +155,13 @@ def test_a_stalled_connection_is_left(store, monkeypatch, store_waits):
     files.read("model.safetensors", 0, 1000)
 
 
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_a_limit_that_is_no_number_of_seconds(store, monkeypatch, text):
+  monkeypatch.setenv("MODELS_SOURCES_TIMEOUT", text)
+  with pytest.raises(SourceError, match=f"MODELS_SOURCES_TIMEOUT is '{text}': set it to a number of seconds"):
+    open_files(f"{store.scheme}://bucket/m")
+
+
 @slow
 def test_a_slow_answer_comes(store, monkeypatch, store_waits):
   monkeypatch.setenv("MODELS_SOURCES_TIMEOUT", "0.3")

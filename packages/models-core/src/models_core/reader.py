@@ -256,8 +256,8 @@ class RangeReader(_ByteReader):
     on_bytes: called with the number of bytes that were read.
   """
 
-  chunk = 2 * RANGE
-  threads = _REQUESTS // 2
+  chunk = RANGE
+  threads = _REQUESTS
 
   def __init__(self, files: RangeFiles, tensors: Mapping[str, TensorInfo], on_bytes: OnBytes):
     super().__init__(files.path, tensors, on_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 import posixpath
@@ -21,6 +22,8 @@ SINGLE = "model.safetensors"
 # The format's own limit.
 _MAX_HEADER = 100_000_000
 _FIRST_READ = 256 * 1024
+# Files whose headers are read at a time: elsewhere each takes a request.
+_AT_ONCE = 16
 
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
@@ -70,12 +73,17 @@ def read_safetensors(files: Files) -> Checkpoint:
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
   read: set[str] = set()
-  for name in wanted:
-    if name not in names:
-      problems.append(f"{name} is missing, but {INDEX} names it: the download or copy is incomplete")
-      continue
+  problems += [
+    f"{name} is missing, but {INDEX} names it: the download or copy is incomplete"
+    for name in wanted
+    if name not in names
+  ]
+  present = [name for name in wanted if name in names]
+  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+    headers = [pool.submit(read_header, files, name) for name in present]
+  for name, header in zip(present, headers, strict=True):
     try:
-      found, extra = read_header(files, name)
+      found, extra = header.result()
     except CheckpointError as error:
       problems += [f"{name}: {problem}" for problem in error.problems]
       continue

@@ -394,7 +394,7 @@ def open_files(
 
 
 def _connected(provider: Provider, address: Address, token: str | bool | None) -> _Bucket:
-  stall = float(os.environ.get("MODELS_SOURCES_TIMEOUT") or STALL)
+  stall = _stall()
   options = {
     "allow_http": provider.endpoint().startswith("http://"),
     "connect_timeout": datetime.timedelta(seconds=min(_CONNECT, stall)),
@@ -409,6 +409,13 @@ def _connected(provider: Provider, address: Address, token: str | bool | None) -
       f"the credentials or the endpoint for {address} cannot be used: {provider.remedy}"
     ) from None
   return _Bucket(provider, address.bucket, client, token is False)
+
+
+def _stall() -> float:
+  text = os.environ.get("MODELS_SOURCES_TIMEOUT") or str(STALL)
+  if re.fullmatch(r"\d+(\.\d+)?", text) is None or not float(text):
+    raise SourceError(f"MODELS_SOURCES_TIMEOUT is {text!r}: set it to a number of seconds")
+  return float(text)
 
 
 def _listed(bucket: _Bucket, address: Address) -> dict[str, Entry]:
