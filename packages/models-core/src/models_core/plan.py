@@ -157,7 +157,7 @@ def plan_load(
   planned: list[PlannedParameter] = []
   used: set[str] = set()
   for parameter in model.parameters.values():
-    row, placeholders = _row_of(table, parameter.name)
+    row, placeholders = row_of(table, parameter.name)
     found, trouble = _choose(row, placeholders, parameter, tensors)
     problems += trouble
     if found:
@@ -190,7 +190,12 @@ def plan_load(
   return LoadPlan(checkpoint, model, tuple(planned), tuple(ignored), tuple(ties))
 
 
-def _row_of(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
+def row_of(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
+  """The row of a parameter and its placeholders' values.
+
+  Raises:
+    TypeError: if the table has none, or several: a fault of the table.
+  """
   found = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
   if len(found) != 1:
     what = "no row" if not found else f"{len(found)} rows"
