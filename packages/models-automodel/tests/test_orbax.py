@@ -3,10 +3,12 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from flax import nnx
 
 from models_automodel import AutoModel, CheckpointError, ConfigError, ModelSource, SourceFilesError
 from models_core.abstract import abstract_model
@@ -151,3 +153,47 @@ def test_a_tree_without_data_says_so(tmp_path):
   (tmp_path / "_METADATA").write_text("[]")
   with pytest.raises(CheckpointError, match="no list of a tree's arrays"):
     read_orbax(LocalFiles(str(tmp_path)))
+
+
+class TestIntermediate:
+  def load(self, tree, directory, **options):
+    return AutoModel.from_pretrained(
+      "google/gemma-2b",
+      model_source="local",
+      model_path=tree,
+      intermediate_ckpt_dir=directory,
+      rng_seed=42,
+      config=CONFIG,
+      **options,
+    )
+
+  def test_the_second_call_reads_what_the_first_one_kept(self, tree, model, tmp_path):
+    first, path = self.load(tree, tmp_path / "kept")
+    again, kept = self.load(tree, tmp_path / "kept")
+    assert (path, kept) == (str(tree), str(tmp_path / "kept"))
+    for found in (first, again):
+      for ours, theirs in zip(
+        jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(model)), strict=True
+      ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept"]
+    plain, _ = AutoModel.from_pretrained(kept)
+    assert plain.config == CONFIG
+
+  def test_another_call_is_refused(self, tree, tmp_path):
+    self.load(tree, tmp_path / "kept")
+    with pytest.raises(ConfigError, match=r"kept is of another call, with dtype=None instead of 'bfloat16'"):
+      self.load(tree, tmp_path / "kept", dtype="bfloat16")
+
+  def test_a_foreign_directory_is_refused_and_not_touched(self, tree, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r"no readable origin\.json; nothing in it is touched"):
+      self.load(tree, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+  def test_a_broken_one_is_named(self, tree, tmp_path):
+    _, _ = self.load(tree, tmp_path / "kept")
+    weights = tmp_path / "kept/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"kept.*\n.*truncated"):
+      self.load(tree, tmp_path / "kept")

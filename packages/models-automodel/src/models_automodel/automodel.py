@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 import models_naming
 import models_sources
+from models_automodel import intermediate
 from models_automodel.errors import ModelNameError, name_errors, source_errors
 from models_automodel.families import (
   check_installed,
@@ -88,6 +89,8 @@ class AutoModel:
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
     model_path: str | os.PathLike | None = None,
     model_download_path: str | None = None,
+    intermediate_ckpt_dir: str | os.PathLike | None = None,
+    rng_seed: int | None = None,
     **kwargs: Any,
   ) -> tuple[nnx.Module, str]:
     """Loads a model.
@@ -100,6 +103,9 @@ class AutoModel:
       model_path: a local directory or GGUF file, or an address of the source, to load instead.
       model_download_path: the source's cache directory. Without it a checkpoint in a store is read where it lies, and
         nothing is written to the disk.
+      intermediate_ckpt_dir: directory that keeps the loaded model as safetensors: made by the first call, loaded by
+        later ones instead of the source. Never overwritten.
+      rng_seed: has no effect: nothing of a pretrained model is random.
       **kwargs: as listed below, or fields of the model's configuration.
         dtype: of the parameters, such as "bfloat16"; None keeps each as it is stored.
         revision: branch, tag or commit.
@@ -121,6 +127,11 @@ class AutoModel:
       TypeError: for a keyword argument that is none of these.
     """
     progress = kwargs.get("progress", True)
+    if intermediate_ckpt_dir is not None:
+      kept, origin = os.fspath(intermediate_ckpt_dir), _origin(model_id, model_source, model_path, kwargs)
+      if intermediate.is_kept(kept, origin):
+        local = {key: value for key, value in kwargs.items() if key not in ("revision", "token")}
+        return cls.from_pretrained(kept, mesh, model_source=ModelSource.LOCAL, **local)
     plan = cls.plan(
       model_id,
       mesh,
@@ -139,7 +150,9 @@ class AutoModel:
       with tqdm.tqdm(
         total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
       ) as bar:
-        model = load(plan, on_bytes=bar.update)
+        model: Any = load(plan, on_bytes=bar.update)
+    if intermediate_ckpt_dir is not None:
+      intermediate.keep(kept, model, family_of_config(model.config, model_id), model.config, origin)
     return model, files.path
 
   @classmethod
@@ -283,6 +296,25 @@ def save(
       overwrite=overwrite,
       on_bytes=bar.update,
     )
+
+
+# What of a call does not change the numbers of its model.
+_NO_MATTER = ("progress", "token", "strict_sharding")
+
+
+def _origin(
+  model_id: str, source: ModelSource | str, path: str | os.PathLike | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What a call asks for, in words that can be compared."""
+  place = {
+    "model_id": model_id,
+    "model_source": source.value if isinstance(source, ModelSource) else source,
+    "model_path": None if path is None else os.fspath(path),
+  }
+  asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
+  if "dtype" in asked:
+    asked["dtype"] = str(_dtype(arguments["dtype"]))
+  return place | dict(sorted(asked.items()))
 
 
 @dataclasses.dataclass(frozen=True)
