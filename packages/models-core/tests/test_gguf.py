@@ -555,6 +555,26 @@ def test_frequency_factors(tmp_path):
   assert config["rope_scaling"] == {"rope_type": "frequency_factors", "factors": factors.tolist()}
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_frequency_factors_of_published_models_are_named(tmp_path, factor):
+  # As llama.cpp computes them, from wavelengths.
+  wavelengths = 2 * np.pi * 500000.0 ** (np.arange(0, 64, 2) / 64)
+  smooth = np.clip((8192 / wavelengths - 1) / 3, 0, 1)
+  factors = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+  keys = LLAMA | {"attention.key_length": 64, "attention.value_length": 64, "rope.dimension_count": 64}
+  keys["rope.freq_base"] = 500000.0
+  config = config_of(tmp_path, "llama", keys, extra_tensors={"rope_freqs.weight": factors})
+  assert config["rope_scaling"] == {
+    "rope_type": "llama3",
+    "factor": factor,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+  }
+  config = config_of(tmp_path, "llama", keys, extra_tensors={"rope_freqs.weight": factors * 1.01})
+  assert config["rope_scaling"]["rope_type"] == "frequency_factors"
+
+
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 1e-12, 0.1])
 def test_numbers_are_the_shortest_decimals(tmp_path, value):
   keys = LLAMA | {"attention.layer_norm_rms_epsilon": value}

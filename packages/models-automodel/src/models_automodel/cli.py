@@ -100,6 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
   )
 
+  one = commands.add_parser(
+    "convert", parents=[where], help="write a checkpoint anew: of GGUF, of another dtype, of other shards"
+  )
+  one.set_defaults(run=_convert)
+  one.add_argument("target", help="directory, missing or empty")
+  one.add_argument("--to", default="huggingface", help="the dialect that is written (default: huggingface)")
+  one.add_argument("--max-shard-size", default="5GB", type=_size, help="of a file (default: 5GB)")
+  one.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+  one = commands.add_parser("verify", help="structure, shapes and bytes of a checkpoint on this machine")
+  one.set_defaults(run=_verify)
+  one.add_argument("directory")
+  one.add_argument("--values", action="store_true", help="read all numbers, and refuse NaN and infinity")
+  one.add_argument("--sha256", action="store_true", help="print the files' checksums as sha256sum does")
+  one.add_argument("--checksums", metavar="FILE", help="compare the files with what --sha256 printed")
+
   one = commands.add_parser("quickstart", help="an answer from the small model that this workspace installs")
   one.set_defaults(run=_quickstart)
   one.add_argument("question", nargs="?", default=QUESTION)
@@ -242,6 +258,43 @@ def _generate(options: argparse.Namespace) -> None:
       seed=options.seed,
     )
   )
+
+
+def _size(text: str) -> int:
+  from models_core.save_plan import parse_size
+
+  return parse_size(text)
+
+
+def _convert(options: argparse.Namespace) -> None:
+  from models_automodel.convert import convert
+
+  _make_devices(None)
+  convert(
+    options.model,
+    options.target,
+    dialect=options.to,
+    dtype=options.dtype,
+    max_shard_size=options.max_shard_size,
+    overwrite=options.overwrite,
+    model_source=options.source,
+    model_download_path=options.download_path,
+    revision=options.revision,
+  )
+
+
+def _verify(options: argparse.Namespace) -> None:
+  from models_automodel.verify import check_checksums, checksums, read_checksums, verify
+
+  _make_devices(None)
+  plan = verify(options.directory, values=options.values)
+  if options.checksums:
+    check_checksums(options.directory, read_checksums(options.checksums))
+  if options.sha256:
+    for name, digest in checksums(options.directory).items():
+      print(f"{digest}  {name}")
+  else:
+    print(plan)
 
 
 def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any) -> Iterator[str]:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from models_core.checkpoint import Checkpoint, TensorInfo
+from models_core.config_keys import write_scaling
 from models_core.errors import CheckpointError
+from models_core.rope import Llama3Scaling
 
 _REQUIRED = object()
 
@@ -159,7 +161,8 @@ _SCALING_TYPE, _SCALING_FACTOR = "rope.scaling.type", "rope.scaling.factor"
 def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
   """The configuration of a GGUF checkpoint, as a config.json would state it.
 
-  The scaling of frequencies that a tensor `rope_freqs.weight` [head_dim / 2] holds becomes
+  The scaling of frequencies that a tensor `rope_freqs.weight` [head_dim / 2] holds becomes that of Llama 3.1 or 3.2
+  if it is theirs, which transformers knows, else
   `rope_scaling: {"rope_type": "frequency_factors", "factors": [...]}`; its few bytes are read here. YaRN's
   `attention_factor` is the whole factor, as config.json means it; the file's is multiplied by 0.1 ln(factor) + 1.
 
@@ -188,9 +191,10 @@ def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
   if not keys.problems and factors is not None:
     if scaling is not None:
       keys.problems.append("rope_freqs.weight and rope.scaling are both there: two scalings")
-    scaling = {
+    divisors = _factors(checkpoint, factors, config["head_dim"], keys)
+    scaling = _published(divisors, config["rope_theta"]) or {
       "rope_type": "frequency_factors",
-      "factors": _factors(checkpoint, factors, config["head_dim"], keys),
+      "factors": divisors,
     }
   if scaling is not None:
     config["rope_scaling"] = scaling
@@ -292,6 +296,16 @@ def _scaling(keys: _Keys) -> dict[str, Any] | None:
   if "attention_factor" in found and "factor" in found:
     found["attention_factor"] *= 0.1 * math.log(found["factor"]) + 1
   return {"rope_type": kind, **found} if kind != "none" else None
+
+
+def _published(divisors: list[float], theta: float) -> dict[str, Any] | None:
+  """The scaling of Llama 3.1 (8) or 3.2 (32), if these are its divisors to the precision of the file."""
+  frequencies = theta ** -(np.arange(len(divisors)) / max(1, len(divisors)))
+  for factor in (8.0, 32.0):
+    scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
+    if divisors and np.allclose(frequencies / scaling.scale(frequencies), divisors, rtol=1e-5, atol=0):
+      return write_scaling(scaling)
+  return None
 
 
 def _factors(checkpoint: Checkpoint, info: TensorInfo, head_dim: int, keys: _Keys) -> list[float]:

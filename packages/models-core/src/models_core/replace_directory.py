@@ -20,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
 
-from models_core.errors import SaveError
+from models_core.errors import ModelsError, SaveError
 
 try:
   import fcntl
@@ -86,7 +86,7 @@ def save_errors(target: str) -> Iterator[None]:
   """Turns what a file system refuses into a SaveError."""
   try:
     yield
-  except SaveError:
+  except ModelsError:
     raise
   except OSError as error:
     raise SaveError(

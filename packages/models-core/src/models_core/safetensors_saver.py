@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -229,7 +230,7 @@ def _main_dtype(parameters: Mapping[str, Shaped], written: Mapping[str, np.dtype
   """The dtype of most elements."""
   sizes: dict[np.dtype, int] = {}
   for name, dtype in written.items():
-    sizes[dtype] = sizes.get(dtype, 0) + int(np.prod(parameters[name].shape))
+    sizes[dtype] = sizes.get(dtype, 0) + math.prod(parameters[name].shape)
   return max(sizes, key=lambda dtype: sizes[dtype])
 
 

@@ -54,18 +54,26 @@ def write_files(
       several processes it is raised when all parameters were gathered, so that no process waits for another.
   """
   failure: OSError | None = None
+  syncing: list[concurrent.futures.Future] = []
   with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
     for number, file in enumerate(files):
       tensors = _with_arrays(file, get)
       if number % jax.process_count() == jax.process_index() and failure is None:
         try:
-          _write_file(os.path.join(directory, file.name), file, tensors, pool, base, on_bytes)
+          # The disk takes a file while the next one is being written.
+          descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, base, on_bytes)
+          syncing.append(pool.submit(_sync, descriptor))
         except OSError as error:
           if jax.process_count() == 1:
             raise
           failure = error
       for _ in tensors:
         pass  # Gathering takes all processes.
+    for task in syncing:
+      try:
+        task.result()
+      except OSError as error:
+        failure = failure or error
   if failure is not None:
     raise failure
 
@@ -92,7 +100,8 @@ def _write_file(
   pool: concurrent.futures.Executor,
   base: Files | None,
   on_bytes: OnBytes | None,
-) -> None:
+) -> int:
+  """Writes a file. Returns its descriptor, which is still open."""
   beginning, starts = file.layout
   descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
   pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
@@ -116,12 +125,20 @@ def _write_file(
         waiting += nbytes
     for _, task in pending:
       task.result()
-    os.fsync(descriptor)
-  finally:
+  except BaseException:
     # No thread may write once the descriptor is another file's.
     for _, task in pending:
       task.cancel()
     concurrent.futures.wait([task for _, task in pending])
+    os.close(descriptor)
+    raise
+  return descriptor
+
+
+def _sync(descriptor: int) -> None:
+  try:
+    os.fsync(descriptor)
+  finally:
     os.close(descriptor)
 
 
@@ -279,8 +296,12 @@ def _gathered(array: Any) -> Any:
     return array
   if not isinstance(array.sharding, NamedSharding):
     return multihost_utils.process_allgather(array, tiled=True)
-  replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
-  return jax.jit(lambda x: x, out_shardings=replicated)(array)
+  return _gather(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+
+
+@functools.cache
+def _gather(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=replicated)
 
 
 def _is_everywhere(array: jax.Array) -> bool:
