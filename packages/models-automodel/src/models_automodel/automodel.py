@@ -128,6 +128,7 @@ class AutoModel:
     """
     progress = kwargs.get("progress", True)
     if intermediate_ckpt_dir is not None:
+      intermediate.check_alone()
       kept, origin = os.fspath(intermediate_ckpt_dir), _origin(model_id, model_source, model_path, kwargs)
       if intermediate.is_kept(kept, origin):
         local = {key: value for key, value in kwargs.items() if key not in ("revision", "token")}

@@ -1,0 +1,206 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models_core.abstract import dotted
+from models_core.dummy_model_creator import create_dummy_model
+from models_core.errors import AdapterError, CheckpointError
+from models_core.lora import Adapter, Factors, adapter_of, merge_lora, set_adapter
+from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
+from models_core.testing import write_checkpoint
+from models_qwen.qwen3.model import ModelConfig
+from models_qwen.qwen3.params import (
+  FAMILY,
+  create_model_from_safe_tensors,
+  save_lora_merged_model_as_safetensors,
+)
+
+RANK, ALPHA = 2, 3.0
+# One layer of experts, one without.
+CONFIG = ModelConfig(
+  num_layers=2,
+  vocab_size=67,
+  embed_dim=48,
+  hidden_dim=60,
+  num_heads=6,
+  head_dim=10,
+  num_kv_heads=3,
+  rope_theta=700.0,
+  norm_eps=1e-3,
+  num_experts=6,
+  num_experts_per_tok=2,
+  moe_hidden_dim=20,
+  norm_topk_prob=False,
+  decoder_sparse_step=1,
+  mlp_only_layers=(1,),
+)
+
+# Of the tiny model: einsum of the change, and the letters of both factors.
+EQUATIONS = {
+  "q_proj.w": ("dr", "rnh", "nhd"),
+  "o_proj.w": ("nhr", "rd", "dnh"),
+  "k_proj.w": ("dr", "rkh", "khd"),
+  "up_proj.w": ("dr", "rf", "fd"),
+  "experts.gate_proj": ("edr", "erf", "efd"),
+  "experts.down_proj": ("efr", "erd", "edf"),
+}
+
+
+def parameters(model):
+  return {
+    dotted(path): v
+    for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    if not isinstance(v, nnx.LoRAParam)
+  }
+
+
+def module_of(model, name):
+  for part in name.split(".")[:-1]:
+    model = model[int(part)] if part.isdigit() else getattr(model, part)
+  return model
+
+
+def changed(names):
+  return {name: e for name in names for end, e in EQUATIONS.items() if name.endswith(end)}
+
+
+def adapted(dtype="float32", shared=False, factor_dtype=None):
+  """A model with factors beside its projections and its experts."""
+  model = create_dummy_model(FAMILY.model_class, CONFIG, dtype=dtype, scale=0.3)
+  rng = np.random.default_rng(0)
+  for name, (a, b, w) in changed(parameters(model)).items():
+    sizes = dict(zip(w, parameters(model)[name].get_value().shape, strict=True)) | {"r": RANK}
+    for side, axes in (("_lora_a", a), ("_lora_b", b.replace("e", "") if shared else b)):
+      value = rng.normal(size=[sizes[axis] for axis in axes]) * 0.3
+      setattr(
+        module_of(model, name),
+        name.split(".")[-1] + side,
+        nnx.LoRAParam(jnp.asarray(value, factor_dtype or dtype)),
+      )
+  return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own b", "one b for all experts"])
+def test_the_sum_is_float32_and_rounded_once(dtype, shared):
+  model = adapted(dtype, shared)
+  merged, before = parameters(merge_lora(model, FAMILY, alpha=ALPHA)), parameters(model)
+  names = changed(before)
+  assert len(names) == 3 * 2 + 1 + 2
+  for name, variable in before.items():
+    old, new = (np.asarray(v.get_value()) for v in (variable, merged[name]))
+    assert new.dtype == jnp.dtype(dtype)
+    if name not in names:
+      np.testing.assert_array_equal(new, old)
+      continue
+    a, b, w = names[name]
+    module, leaf = module_of(model, name), name.split(".")[-1]
+    a_value, b_value = (
+      np.asarray(getattr(module, leaf + side)[...], np.float64) for side in ("_lora_a", "_lora_b")
+    )
+    equation = f"{a},{b.replace('e', '') if shared else b}->{w}"
+    exact = np.asarray(old, np.float64) + ALPHA / RANK * np.einsum(equation, a_value, b_value)
+    assert np.abs(exact - np.asarray(old, np.float64)).max() > 0.05
+    if dtype == "float32":
+      np.testing.assert_allclose(new, exact, rtol=1e-5, atol=1e-6)
+    else:
+      # Of a sum that lies between two bfloat16 numbers the nearer is taken; float32's error may decide a tie.
+      assert np.mean(new == exact.astype(np.float32).astype(jnp.bfloat16)) > 0.999
+
+
+def test_a_checkpoint_in_bfloat16_takes_float32_factors(tmp_path):
+  model = adapted("bfloat16", factor_dtype="float32")
+  write_checkpoint(
+    tmp_path, FAMILY, CONFIG, create_dummy_model(FAMILY.model_class, CONFIG, dtype="bfloat16", scale=0.3)
+  )
+  save_lora_merged_model_as_safetensors(tmp_path, tmp_path / "out", model, RANK, ALPHA)
+  again = parameters(create_model_from_safe_tensors(tmp_path / "out", CONFIG))
+  for name, variable in parameters(merge_lora(model, FAMILY, alpha=ALPHA)).items():
+    np.testing.assert_array_equal(again[name].get_value(), variable.get_value())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_survives_peft_s_files_bit_by_bit(tmp_path, dtype):
+  model = adapted(dtype)
+  adapter = adapter_of(model, alpha=ALPHA, rank=RANK)
+  save_peft_adapter(adapter, tmp_path / "adapter", FAMILY, CONFIG, base_model="Qwen/Qwen3-30B-A3B")
+  again = load_peft_adapter(tmp_path / "adapter", FAMILY, CONFIG)
+  assert (again.rank, again.alpha) == (RANK, ALPHA)
+  assert again.factors.keys() == adapter.factors.keys()
+  for name, factors in adapter.factors.items():
+    np.testing.assert_array_equal(again.factors[name].a, factors.a)
+    np.testing.assert_array_equal(again.factors[name].b, factors.b)
+  other = adapted(dtype)
+  for _, variable in nnx.to_flat_state(nnx.state(other, nnx.LoRAParam)):
+    variable.set_value(variable[...] * 0)
+  set_adapter(other, again)
+  for ours, theirs in zip(
+    *(jax.tree.leaves(nnx.state(m, nnx.LoRAParam)) for m in (model, other)), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_config_names_modules_in_full_where_not_all_of_a_name_are_adapted(tmp_path):
+  adapter = adapter_of(adapted(), alpha=ALPHA)
+  for folder, names in (
+    ("all", [n for n in adapter.factors if "attn" in n]),
+    ("one", ["layers.1.attn.q_proj.w"]),
+  ):
+    part = Adapter({name: adapter.factors[name] for name in names}, ALPHA, RANK)
+    save_peft_adapter(part, tmp_path / folder, FAMILY, CONFIG)
+  read = lambda folder: json.loads((tmp_path / folder / "adapter_config.json").read_text())["target_modules"]
+  assert read("all") == ["k_proj", "o_proj", "q_proj"]
+  assert read("one") == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_what_does_not_fit_is_named():
+  model = adapted()
+  with pytest.raises(AdapterError, match="rank=7 is given"):
+    adapter_of(model, alpha=1.0, rank=7)
+  with pytest.raises(AdapterError, match="no LoRAParam"):
+    adapter_of(create_dummy_model(FAMILY.model_class, CONFIG), alpha=1.0)
+  q_proj = model.layers[0].attn.q_proj
+  q_proj.w_lora_b = nnx.LoRAParam(jnp.zeros((RANK, 1, 1)))
+  with pytest.raises(AdapterError, match=r"layers.0.attn.q_proj.w_lora_b has shape \(2, 1, 1\)"):
+    merge_lora(model, FAMILY, alpha=1.0)
+  del q_proj.w_lora_b
+  with pytest.raises(AdapterError, match=r"layers.0.attn.q_proj.w_lora_b is missing"):
+    merge_lora(model, FAMILY, alpha=1.0)
+  norm = Adapter({"final_norm.w": Factors(jnp.zeros((1, 2)), jnp.zeros((2, 1)))}, 1.0, 2)
+  with pytest.raises(AdapterError, match=r"final_norm.w is no matrix"):
+    save_peft_adapter(norm, "nowhere", FAMILY, CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("use_dora", True, "use_dora=True: not implemented"),
+    ("bias", "all", "bias='all': not implemented"),
+    ("rank_pattern", {"q_proj": 4}, "rank_pattern"),
+    ("r", 5, "has shape"),
+    ("r", "2", "r is '2'"),
+    ("lora_alpha", None, "lora_alpha is None"),
+  ],
+)
+def test_adapters_of_other_kinds_are_refused(tmp_path, key, value, message):
+  save_peft_adapter(adapter_of(adapted(), alpha=ALPHA), tmp_path / "a", FAMILY, CONFIG)
+  file = tmp_path / "a" / "adapter_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+  with pytest.raises(AdapterError, match=message):
+    load_peft_adapter(tmp_path / "a", FAMILY, CONFIG)
+
+
+def test_rank_stabilised_lora_is_lora_with_a_larger_alpha(tmp_path):
+  save_peft_adapter(adapter_of(adapted(), alpha=ALPHA), tmp_path / "a", FAMILY, CONFIG)
+  file = tmp_path / "a" / "adapter_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+  assert load_peft_adapter(tmp_path / "a", FAMILY, CONFIG).alpha == ALPHA * RANK**0.5
+
+
+def test_a_directory_that_is_no_adapter_says_so(tmp_path):
+  with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing"):
+    load_peft_adapter(tmp_path, FAMILY, CONFIG)

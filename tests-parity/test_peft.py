@@ -1,0 +1,110 @@
+"""LoRA adapters, in both directions: what peft wrote gives peft's logits here, and what is written here gives ours there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from models_automodel import AutoModel
+from models_automodel.families import family_of_config
+from models_core.abstract import abstract_model, dotted
+from models_core.lora import Adapter, Factors, merge_adapter
+from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
+from models_core.testing import assert_close
+
+# peft uses older names of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+SIZES = {
+  "vocab_size": 101,
+  "hidden_size": 48,
+  "intermediate_size": 88,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 6,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "bos_token_id": None,
+  "eos_token_id": None,
+  "pad_token_id": None,
+}
+CONFIGS = {
+  "llama": lambda: transformers.LlamaConfig(**SIZES),
+  "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+  "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+  "gemma2": lambda: transformers.Gemma2Config(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
+  "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
+}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = np.random.default_rng(0).integers(0, 101, (2, 12), np.int32)
+POSITIONS = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12)).copy()
+
+
+@pytest.fixture(params=CONFIGS)
+def base(request, tmp_path):
+  """Directory of a random model that transformers wrote."""
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param](), dtype=torch.float32)
+  model.save_pretrained(tmp_path / "base")
+  return tmp_path / "base"
+
+
+def torch_model(base):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    base, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+
+
+def torch_logits(model):
+  with torch.no_grad():
+    return model(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def ours(base):
+  """A model, its family, and its arrays by name."""
+  model, _ = AutoModel.from_pretrained(str(base))
+  arrays = {dotted(path): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+  return model, family_of_config(model.config, "model"), arrays
+
+
+def merged_logits(model, family, arrays, adapter):
+  merged = merge_adapter(arrays, adapter, family.weights["huggingface"])
+  filled = abstract_model(family.model_class, model.config).fill(merged)
+  return jax.jit(lambda m: m(TOKENS, POSITIONS)[0])(filled)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_peft_gives_its_logits(base, tmp_path, rslora):
+  config = peft.LoraConfig(
+    r=3, lora_alpha=5, target_modules=PROJECTIONS, init_lora_weights=False, use_rslora=rslora
+  )
+  theirs = peft.get_peft_model(torch_model(base), config).eval()
+  theirs.save_pretrained(tmp_path / "adapter")
+  model, family, arrays = ours(base)
+  adapter = load_peft_adapter(tmp_path / "adapter", family, model.config)
+  assert len(adapter.factors) == len(PROJECTIONS) * 2
+  expected = torch_logits(theirs)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
+  assert_close(merged_logits(model, family, arrays, adapter), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all layers", "one layer"])
+def test_an_adapter_of_ours_loads_in_peft(base, tmp_path, whole):
+  model, family, arrays = ours(base)
+  rng, factors = np.random.default_rng(1), {}
+  for layer in range(2 if whole else 1):
+    for name, a_axes in (("attn.q_proj", (2,)), ("attn.o_proj", (1, 2)), ("mlp.down_proj", (1,))):
+      name = f"layers.{layer}.{name}.w"
+      shape = arrays[name].shape
+      a = rng.normal(size=[*(shape[i] for i in a_axes), 3])
+      b = rng.normal(size=[3, *(size for i, size in enumerate(shape) if i not in a_axes)])
+      factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
+  adapter = Adapter(factors, alpha=5.0, rank=3)
+  save_peft_adapter(adapter, tmp_path / "adapter", family, model.config, base_model=str(base))
+  theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").eval()
+  expected = merged_logits(model, family, arrays, adapter)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
+  assert_close(torch_logits(theirs), expected)
