@@ -124,6 +124,14 @@ def test_a_store_has_no_revisions(folder):
     open_files(folder, revision="main")
 
 
+def test_the_revision_of_opened_files_gives_the_same_or_an_error(store, folder, files, tmp_path):
+  assert open_files(folder, revision=files.revision).listing == files.listing
+  assert open_files(folder, revision=files.revision, download_path=str(tmp_path)).revision == files.revision
+  store.put("bucket/models/mine/config.json", b"[1]")
+  with pytest.raises(CorruptFilesError, match=f"{folder} changed while it was opened"):
+    open_files(folder, revision=files.revision)
+
+
 def test_what_is_missing_is_said_at_once(store, folder, files, store_waits):
   for address in (f"{store.scheme}://nobucket/x", f"{store.scheme}://bucket/models/min"):
     with pytest.raises(FilesNotFoundError, match=f"there is nothing at {address}: check the spelling"):

@@ -55,7 +55,7 @@ def open_files(
 
   Args:
     identifier: `gs://bucket/folder`.
-    revision: must be None; a folder has no versions.
+    revision: None, or that of files that were opened before: the folder must still hold the same.
     token: an OAuth access token; None takes the platform's credentials, or none where it has none; True insists on
       them, False sends none.
     download_path: directory below which fetched objects are kept whole; None streams them.

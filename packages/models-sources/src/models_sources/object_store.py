@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -235,6 +236,12 @@ class StoreFiles:
     """The address in the store."""
     return str(self.address)
 
+  @property
+  def revision(self) -> str:
+    """A hash over the versions of all objects: as `open_files`' argument, these very files or an error."""
+    versions = sorted((name, entry.size, entry.etag) for name, entry in self.listing.items())
+    return hashlib.sha256(repr(versions).encode()).hexdigest()
+
   def names(self) -> Sequence[str]:
     """Names of the objects, sorted."""
     return sorted(self.listing)
@@ -313,6 +320,11 @@ class CachedFiles:
     """The directory that `fetch` puts the objects in."""
     return str(self.cache.snapshot)
 
+  @property
+  def revision(self) -> str:
+    """As the store's."""
+    return self.store.revision
+
   def names(self) -> Sequence[str]:
     """Names of the objects, sorted."""
     return self.store.names()
@@ -368,18 +380,19 @@ def open_files(
   Args:
     provider: of the store.
     identifier: the address.
-    revision: must be None.
+    revision: None, or the `revision` of files that were opened before: the folder must still hold the same.
     token: as the provider understands it; False signs nothing.
     download_path: directory below which fetched objects are kept whole; None streams them.
 
   Raises:
-    InvalidNameError: the identifier is no address, or a revision is given.
+    InvalidNameError: the identifier is no address, or the revision is none of a folder.
+    CorruptFilesError: the folder has changed since it had that revision.
     FilesNotFoundError: there is nothing at the address.
     AccessError: it may not be read.
     ConnectionFailedError: the store did not answer, after all retries.
   """
   address = parse_address(identifier, provider.scheme)
-  if revision is not None:
+  if revision is not None and re.fullmatch("[0-9a-f]{64}", revision) is None:
     raise InvalidNameError(f"{address} has no revision {revision!r}: a folder of a store is as it is")
   try:
     bucket = _connected(provider, address, token)
@@ -390,6 +403,8 @@ def open_files(
     bucket = _connected(provider, address, False)
     listing = _listed(bucket, address)
   files = StoreFiles(bucket, address, listing)
+  if revision not in (None, files.revision):
+    raise CorruptFilesError(f"{address} changed while it was opened: load it again when it stays as it is")
   return files if download_path is None else cached(files, os.path.expanduser(download_path))
 
 
