@@ -380,11 +380,11 @@ def _open_files(
   # A string may name a source that another package announces.
   source = model_source.value if isinstance(model_source, ModelSource) else model_source
   place = os.fspath(model_path) if model_path is not None else model_id
-  if source == "kaggle" and model_path is None:
-    with name_errors():
-      place = models_naming.kaggle_handle(model_id)
   if (named := models_sources.source_of_address(place)) is not None:
     source = named
+  elif source == "kaggle" and model_path is None:
+    with name_errors():
+      place = models_naming.kaggle_handle(model_id)
   elif not os.path.exists(os.path.expanduser(place)):
     # A saver that was killed may have left a directory between two renames.
     recover(place)
