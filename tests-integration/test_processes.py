@@ -1,6 +1,8 @@
 """Loading by several processes under `jax.distributed`, each with some of the mesh's devices."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from models_llama.llama3.model import Llama3, ModelConfig
 from models_qwen import qwen3
 from models_qwen.qwen3.model import ModelConfig as Qwen3Config
 from models_qwen.qwen3.model import Qwen3
-from models_sources.testing import HubServer
+from models_sources.testing import HubServer, StoreServer
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 CONFIG = ModelConfig(
@@ -41,7 +43,7 @@ def checkpoint(tmp_path_factory):
   return directory
 
 
-def run(paths, mesh, names, *, devices=1, auto=False):
+def run(paths, mesh, names, *, devices=1, auto=False, verify=True):
   """Starts a process for each path. Returns their reports."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -50,7 +52,7 @@ def run(paths, mesh, names, *, devices=1, auto=False):
   for process, path in enumerate(paths):
     task = {
       "port": port, "process": process, "processes": len(paths), "devices": devices,
-      "mesh": [mesh, names], "auto": auto, "path": str(path),
+      "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify,
     }  # fmt: skip
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -147,3 +149,24 @@ def test_one_process_asks_what_a_branch_is_and_each_file_is_downloaded_once(
     size = (checkpoint / "model.safetensors").stat().st_size
     whole = [r for r in hub.requests if r.host == "storage" and r.sent >= size]
     assert len(whole) == 1
+
+
+def test_from_a_store_each_process_gets_the_bytes_of_its_own_part(tmp_path, monkeypatch):
+  config = dataclasses.replace(CONFIG, vocab_size=8192, embed_dim=512, hidden_dim=2048)
+  write_checkpoint(tmp_path, FAMILY, config, create_dummy_model(Llama3, config, dtype=jnp.bfloat16))
+  for name in list(os.environ):
+    if name.startswith(("GOOGLE_", "STORAGE_EMULATOR_HOST")):
+      monkeypatch.delenv(name)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  with StoreServer() as store:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)
+    # A bucket for each process, so that the server can tell them apart.
+    for process in range(4):
+      for name in ("config.json", "model.safetensors"):
+        store.put(f"bucket-{process}/model/{name}", (tmp_path / name).read_bytes())
+    reports = run([f"gs://bucket-{process}/model" for process in range(4)], (4,), ("fsdp",), verify=False)
+    got = [store.received(f"bucket-{process}/model/model.safetensors") for process in range(4)]
+  shares = [report["held"] for report in reports]
+  headers = 256 * 1024
+  assert all(n <= 1.05 * share + headers for n, share in zip(got, shares, strict=True)), (got, shares)
+  assert max(shares) <= 1.01 * reports[0]["stored"] / 4
