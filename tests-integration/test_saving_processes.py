@@ -36,7 +36,7 @@ def write(path, *args):
   written.append(os.path.basename(path))
   if mode == "fails" and number == 1:
     raise OSError(28, "No space left on device")
-  original(path, *args)
+  return original(path, *args)
 safetensors_writer._write_file = write
 try:
   save_model_to_safetensors(state, target, 800, overwrite=mode == "overwrite")
@@ -74,7 +74,7 @@ def run(target, mode):
   finally:
     for process in processes:
       process.kill()
-      process.wait()
+      process.communicate()
   return results
 
 
