@@ -35,8 +35,8 @@ DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
 # Bytes of a read: much more than a request costs, and little enough for a core's cache.
 _CHUNK = 4 << 20
-# Cells that several reads share wait here for the next one, in bytes; more where a cell is larger.
-_CACHE = 64 << 20
+# Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
+_CACHE = 16 << 20
 
 # What describes an array, and TensorStore's driver for it.
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -322,8 +322,11 @@ def _open_reader(
   places: Mapping[str, _Place],
   drivers: Mapping[str, str],
 ) -> OrbaxReader:
-  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in checkpoint.tensors.values()]
-  arrays = store.open(drivers, max(_CACHE, *cells))
+  infos = checkpoint.tensors.values()
+  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
+  # A cell of a fused array holds parts of several parameters, which are read one after the other.
+  fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
+  arrays = store.open(drivers, _CACHE + max(cells, default=0) + max(fused, default=0))
   return OrbaxReader(checkpoint.tensors, store, places, arrays, on_bytes)
 
 
