@@ -123,3 +123,31 @@ def test_an_alone_and_a_stacked_layer(save):
   assert {n: int(x[0]) for n, x in found.items()} == {f"transformer/layer_{i}/mlp.w": i % 2 for i in range(4)}
   both = read(save(stacked | {"transformer/layer_3/mlp": {"w": np.zeros(3, np.float32)}}, "both"))
   assert both.problems[0].startswith("transformer/layer_3/mlp.w is doubled")
+
+
+class Addressed:
+  """Files that stay where they are, behind an address."""
+
+  def __init__(self, directory):
+    self.local = directory
+    self.path = f"file://{directory}"
+
+  def names(self):
+    return sorted(p.relative_to(self.local).as_posix() for p in self.local.rglob("*") if p.is_file())
+
+  def size(self, name):
+    return (self.local / name).stat().st_size
+
+  def read(self, name, start, stop):
+    return (self.local / name).read_bytes()[start:stop]
+
+  def fetch(self, names):
+    raise AssertionError(f"{names} are fetched")
+
+
+@pytest.mark.parametrize("database", [True, False])
+def test_an_address_is_read_where_it_lies(save, tmp_path, database):
+  save(TREE, use_ocdbt=database)
+  checkpoint = read_orbax(Addressed(tmp_path))
+  np.testing.assert_array_equal(values(checkpoint)[f"{KEY}.w"], TREE[KEY]["w"])
+  assert checkpoint.shared_files == ()

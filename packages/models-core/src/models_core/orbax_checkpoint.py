@@ -99,7 +99,8 @@ def read_orbax(files: Files) -> Checkpoint:
   if folder is None:
     raise CheckpointError(files.path, [f"no Orbax checkpoint: neither {DATABASE} nor {METADATA} is here"])
   own = tuple(name for name in files.names() if name.startswith(folder))
-  root = files.path if "://" in files.path else files.fetch(own)
+  stays = "://" in files.path
+  root = files.path if stays else files.fetch(own)
   where = f"{root.rstrip('/')}/{folder}".rstrip("/")
   if ".orbax-checkpoint-tmp" in where:
     raise CheckpointError(where, ["its save was never finished: use another checkpoint"])
@@ -125,7 +126,9 @@ def read_orbax(files: Files) -> Checkpoint:
     )  # fmt: skip
     places[name] = place
   opener = functools.partial(_open_reader, store=store, places=places, drivers=drivers)
-  return Checkpoint(files, "orbax", tensors, problems=tuple(problems), shared_files=own, open_reader=opener)
+  return Checkpoint(
+    files, "orbax", tensors, problems=tuple(problems), shared_files=() if stays else own, open_reader=opener
+  )
 
 
 def _has(files: Files, name: str) -> bool:
