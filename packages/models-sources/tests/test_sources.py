@@ -23,7 +23,7 @@ def test_sources_are_announced():
 
 
 def test_an_unknown_source_lists_the_available_ones():
-  with pytest.raises(InvalidNameError, match=r"no source 'hugingface'.*available are .*huggingface, local"):
+  with pytest.raises(InvalidNameError, match=r"no source 'hugingface'.*available are .*huggingface, .*local"):
     get_source("hugingface")
 
 

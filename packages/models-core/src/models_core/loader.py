@@ -337,6 +337,7 @@ def _fill_whole(
 
 
 _BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_INTEGERS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64)}
 
 
 def cast_into(target: np.ndarray, source: np.ndarray) -> None:
@@ -346,5 +347,8 @@ def cast_into(target: np.ndarray, source: np.ndarray) -> None:
     bits = target.view(np.uint32)
     np.copyto(bits, source.view(np.uint16))
     np.left_shift(bits, np.uint32(16), out=bits)
+  elif source.dtype == target.dtype and (plain := _INTEGERS.get(target.dtype.itemsize)) is not None:
+    # numpy copies types that are not its own, such as bfloat16, element by element through a function.
+    np.copyto(target.view(plain), source.view(plain))
   else:
     np.copyto(target, source, casting="unsafe")

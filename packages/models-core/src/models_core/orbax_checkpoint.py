@@ -35,8 +35,8 @@ DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
 # Bytes of a read: much more than a request costs, and little enough for a core's cache.
 _CHUNK = 4 << 20
-# Cells that several reads share wait here for the next one, in bytes; more where a cell is larger.
-_CACHE = 64 << 20
+# Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
+_CACHE = 16 << 20
 
 # What describes an array, and TensorStore's driver for it.
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -99,7 +99,8 @@ def read_orbax(files: Files) -> Checkpoint:
   if folder is None:
     raise CheckpointError(files.path, [f"no Orbax checkpoint: neither {DATABASE} nor {METADATA} is here"])
   own = tuple(name for name in files.names() if name.startswith(folder))
-  root = files.path if "://" in files.path else files.fetch(own)
+  stays = "://" in files.path
+  root = files.path if stays else files.fetch(own)
   where = f"{root.rstrip('/')}/{folder}".rstrip("/")
   if ".orbax-checkpoint-tmp" in where:
     raise CheckpointError(where, ["its save was never finished: use another checkpoint"])
@@ -125,7 +126,9 @@ def read_orbax(files: Files) -> Checkpoint:
     )  # fmt: skip
     places[name] = place
   opener = functools.partial(_open_reader, store=store, places=places, drivers=drivers)
-  return Checkpoint(files, "orbax", tensors, problems=tuple(problems), shared_files=own, open_reader=opener)
+  return Checkpoint(
+    files, "orbax", tensors, problems=tuple(problems), shared_files=() if stays else own, open_reader=opener
+  )
 
 
 def _has(files: Files, name: str) -> bool:
@@ -322,8 +325,11 @@ def _open_reader(
   places: Mapping[str, _Place],
   drivers: Mapping[str, str],
 ) -> OrbaxReader:
-  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in checkpoint.tensors.values()]
-  arrays = store.open(drivers, max(_CACHE, *cells))
+  infos = checkpoint.tensors.values()
+  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
+  # A cell of a fused array holds parts of several parameters, which are read one after the other.
+  fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
+  arrays = store.open(drivers, _CACHE + max(cells, default=0) + max(fused, default=0))
   return OrbaxReader(checkpoint.tensors, store, places, arrays, on_bytes)
 
 
