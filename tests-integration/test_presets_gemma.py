@@ -6,8 +6,8 @@ import pytest
 
 import models_naming
 from models_automodel import call_model_config
-from models_automodel.automodel import presets
 from models_automodel.families import load_family
+from models_automodel.presets import presets
 from models_core.abstract import abstract_model
 
 # preset: layers, width, feed-forward width, heads, KV heads, head width, vocabulary, query scalar, window, parameters.

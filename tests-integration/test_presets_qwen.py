@@ -5,7 +5,7 @@ import math
 import pytest
 
 import models_naming
-from models_automodel.automodel import call_model_config
+from models_automodel.presets import call_model_config
 from models_core.abstract import abstract_model
 from models_core.rope import YarnScaling
 from models_qwen.qwen2.model import ModelConfig as Qwen2Config

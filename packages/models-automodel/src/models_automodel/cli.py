@@ -146,8 +146,9 @@ def _list(options: argparse.Namespace) -> None:
 def _found(options: argparse.Namespace) -> tuple[Any, Any]:
   """Family and configuration; of a bare name without asking anybody."""
   import models_naming
-  from models_automodel.automodel import call_model_config, find
   from models_automodel.families import load_family
+  from models_automodel.finding import find
+  from models_automodel.presets import call_model_config
 
   if "/" in options.model or os.path.exists(os.path.expanduser(options.model)):
     found = find(

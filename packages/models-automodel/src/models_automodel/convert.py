@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 
-from models_automodel.automodel import AutoModel, find, save
+from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
+from models_automodel.finding import find
+from models_automodel.saving import save
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.loader import load_arrays

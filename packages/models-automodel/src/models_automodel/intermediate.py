@@ -16,12 +16,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from models_automodel.overrides import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.safetensors_headers import parse_json
 from models_core.safetensors_saver import save_model_to_safetensors
 
 ORIGIN = "origin.json"
+# What of a call does not change the numbers of its model.
+_NO_MATTER = ("progress", "token", "strict_sharding")
 
 
 def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
@@ -49,6 +52,21 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
     ]
     raise ConfigError(f"{directory} is of another call, with {', '.join(differing) or 'more'}; {remedy}")
   return True
+
+
+def origin_of(
+  model_id: str, source: str, path: str | os.PathLike | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What a call asks for, in words that can be compared."""
+  place = {
+    "model_id": model_id,
+    "model_source": source,
+    "model_path": None if path is None else os.fspath(path),
+  }
+  asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
+  if "dtype" in asked:
+    asked["dtype"] = str(as_dtype(arguments["dtype"]))
+  return place | dict(sorted(asked.items()))
 
 
 def check_alone() -> None:

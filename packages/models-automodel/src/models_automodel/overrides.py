@@ -1,4 +1,4 @@
-"""Fields of a configuration as keyword arguments."""
+"""What keyword arguments of `from_pretrained` say."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import difflib
 import enum
 from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 
 def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()) -> Any:
@@ -56,3 +59,17 @@ def _value(old: Any, new: Any) -> Any:
     except KeyError:
       raise TypeError(f"{new!r} is none of {', '.join(member.name for member in kind)}") from None
   return new
+
+
+def as_dtype(dtype: Any) -> np.dtype | None:
+  """What `dtype=` says.
+
+  Raises:
+    TypeError: if it is no data type.
+  """
+  if dtype is None:
+    return None
+  try:
+    return jnp.dtype(dtype)
+  except TypeError:
+    raise TypeError(f"dtype={dtype!r} is no data type; use jnp.bfloat16, 'float32', ...") from None

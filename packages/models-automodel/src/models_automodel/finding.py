@@ -1,0 +1,147 @@
+"""From a model id, a path or an address to files, a family and a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import fnmatch
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import models_naming
+import models_sources
+from models_automodel.errors import name_errors, source_errors
+from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
+from models_automodel.presets import by_name, preset_of
+from models_core.checkpoint import Checkpoint, Files
+from models_core.errors import ConfigError
+from models_core.family import Family
+from models_core.gguf import gguf_config, read_gguf
+from models_core.orbax_checkpoint import find_orbax, read_orbax
+from models_core.replace_directory import recover
+from models_core.safetensors_headers import parse_json
+
+
+class ModelSource(enum.Enum):
+  """Where a checkpoint lies."""
+
+  HUGGINGFACE = "huggingface"
+  KAGGLE = "kaggle"
+  GCS = "gcs"
+  S3 = "s3"
+  INTERNAL = "internal"
+  LOCAL = "local"
+
+
+def source_name(source: ModelSource | str) -> str:
+  """The name of a source; a string may name one that another package announces."""
+  return source.value if isinstance(source, ModelSource) else source
+
+
+# What belongs to a model besides its weights: whoever gets the directory finds them there.
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
+               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "preprocessor_config.json",
+               "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
+
+
+def is_companion(name: str) -> bool:
+  """Whether a file belongs to a model besides its weights."""
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A checkpoint that was identified, of which at most the configuration and a GGUF's or Orbax tree's headers were read."""
+
+  files: Files
+  family: Family
+  config: Any
+  checkpoint: Checkpoint | None
+
+
+def find(
+  model_id: str,
+  *,
+  model_source: ModelSource | str = ModelSource.HUGGINGFACE,
+  model_path: str | os.PathLike | None = None,
+  model_download_path: str | None = None,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  config: Any = None,
+  progress: bool = True,
+) -> Found:
+  """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
+  check_installed(model_id)
+  with source_errors():
+    files = _open_files(model_id, model_source, model_path, model_download_path, revision, token, progress)
+    names = set(files.names())
+    checkpoint = None
+    if "config.json" in names:
+      raw = read_config_json(files)
+    elif any(name.endswith(".gguf") for name in names):
+      checkpoint = read_gguf(files)
+      raw = gguf_config(checkpoint)
+    else:
+      raw = None
+    if (
+      checkpoint is None
+      and not any(name.endswith(".safetensors") for name in names)
+      and find_orbax(files) is not None
+    ):
+      checkpoint = read_orbax(files)
+  if config is not None:
+    return Found(files, family_of_config(config, model_id), config, checkpoint)
+  if raw is None and checkpoint is not None:
+    return Found(files, *preset_of(model_id, checkpoint), checkpoint)
+  if raw is None:
+    category, config = by_name(model_id, files.path)
+    return Found(files, load_family(category, model_id), config, None)
+  model_type = raw.get("model_type")
+  if not isinstance(model_type, str):
+    raise ConfigError(f"{files.path}/config.json has no model_type: add it, or pass config=")
+  family = family_of_model_type(model_type, model_id)
+  return Found(files, family, family.read_config(raw), checkpoint)
+
+
+def _open_files(
+  model_id: str,
+  model_source: ModelSource | str,
+  model_path: str | os.PathLike | None,
+  download_path: str | None,
+  revision: str | None,
+  token: str | bool | None,
+  progress: bool,
+) -> Files:
+  source = source_name(model_source)
+  place = os.fspath(model_path) if model_path is not None else model_id
+  if (named := models_sources.source_of_address(place)) is not None:
+    source = named
+  elif source == "kaggle" and model_path is None:
+    with name_errors():
+      place = models_naming.kaggle_handle(model_id)
+  elif not os.path.exists(os.path.expanduser(place)):
+    # A saver that was killed may have left a directory between two renames.
+    recover(place)
+  if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
+    source = "local"
+  module = models_sources.get_source(source)
+  return module.open_files(
+    place, revision=revision, token=token, download_path=download_path, progress=progress
+  )
+
+
+def read_config_json(files: Files) -> Mapping[str, Any]:
+  """The configuration that lies beside a checkpoint.
+
+  Raises:
+    ConfigError: if it is no JSON object.
+  """
+  where = f"{files.path}/config.json"
+  try:
+    raw = parse_json(files.read("config.json", 0, files.size("config.json")))
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{where} is not valid JSON: {error}") from None
+  if not isinstance(raw, dict):
+    raise ConfigError(f"{where} is {type(raw).__name__}, expected an object")
+  return raw

@@ -1,0 +1,130 @@
+"""Configurations of published models, by name or by the shapes of a checkpoint."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from types import ModuleType
+from typing import Any
+
+import models_naming
+from models_automodel.errors import ModelNameError, name_errors
+from models_automodel.families import family_module, installed, load_family
+from models_core.abstract import abstract_model
+from models_core.checkpoint import Checkpoint
+from models_core.errors import CheckpointError, ConfigError
+from models_core.family import Family
+from models_core.plan import plan_load
+
+
+class ModelModule(enum.Enum):
+  """A module of an architecture's package."""
+
+  MODEL = "model"
+  PARAMS = "params"
+  PARAMS_SAFETENSORS = "params_safetensors"
+
+
+def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
+  """A module of the package that holds a model's architecture, such as `models_llama.llama3.model`.
+
+  Raises:
+    MissingFamilyError: an ImportError with the command that installs it.
+    ModelNameError: if the name is unknown.
+  """
+  with name_errors():
+    category = models_naming.get_model_config_category(model_name)
+  package = family_module(category, model_name)
+  return importlib.import_module(f"{package.__name__}.{module_type.value}")
+
+
+# Variants of a size whose numbers are the size's own unless they have a preset.
+_QAT = ("_it_qat_q4_0_unquantized", "_it_qat_int4_unquantized")
+_VARIANTS = ("_instruct", "_it", "_base", "_pt", "_jpn_it", *_QAT)
+
+
+def call_model_config(model_name: str) -> Any:
+  """The preset of a model's name: "llama-3.1-8b" -> `ModelConfig.llama3p1_8b()`.
+
+  Raises:
+    ModelNameError: for a size that has no preset, with those that have one.
+  """
+  with name_errors():
+    config_id = models_naming.get_model_config_id(model_name)
+  config_class = get_model_module(model_name, ModelModule.MODEL).ModelConfig
+  candidates = [config_id, *(config_id.removesuffix(v) for v in _VARIANTS if config_id.endswith(v))]
+  for candidate in candidates:
+    if preset := getattr(config_class, candidate, None):
+      return preset()
+  raise ModelNameError(
+    f"{model_name}: {config_class.__module__}.ModelConfig has no preset {config_id}; it has "
+    f"{', '.join(presets(config_class))}. A checkpoint with a config.json loads whatever its name"
+  )
+
+
+def presets(config_class: type) -> list[str]:
+  """Names of a configuration's presets."""
+  return [name for name, member in vars(config_class).items() if isinstance(member, classmethod)]
+
+
+def by_name(model_id: str, where: str) -> tuple[str, Any]:
+  """Category and preset of a checkpoint that has no configuration.
+
+  Raises:
+    ModelNameError: if the name is unknown or has no preset.
+  """
+  try:
+    with name_errors():
+      naming = models_naming.ModelNaming(model_id=model_id)
+    return naming.model_config_category, call_model_config(naming.model_name)
+  except ModelNameError as error:
+    raise ModelNameError(f"{where} has no config.json, so the name must do, but {error}") from error
+
+
+def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
+  """Family and configuration of a checkpoint that has none: its name's preset, else the one that its shapes fit.
+
+  Raises:
+    ConfigError: if the name is unknown and no preset, or more than one, fits.
+    MissingFamilyError: if the architecture's package is not installed.
+  """
+  try:
+    category, config = by_name(model_id, checkpoint.files.path)
+    family = load_family(category, model_id)
+    # Where the sizes differ, the plan says how.
+    return family, _fit(family, config, checkpoint) or config
+  except ModelNameError:
+    pass
+  # A model of one's own: its name says nothing, but all published sizes have shapes of their own.
+  fitting: list[tuple[Family, str, Any]] = []
+  tried: list[str] = []
+  for category in installed():
+    family = load_family(category, model_id)
+    for name in presets(family.config_class) if checkpoint.dialect in family.weights else ():
+      config = _fit(family, getattr(family.config_class, name)(), checkpoint)
+      tried.append(name)
+      if config is None or any(config == known for _, _, known in fitting):
+        continue
+      if _fits(family, config, checkpoint):
+        fitting.append((family, name, config))
+  if len(fitting) == 1:
+    ((family, _, config),) = fitting
+    return family, config
+  found = (
+    f"{', '.join(name for _, name, _ in fitting)} all have" if fitting else f"none of {', '.join(tried)} has"
+  )
+  raise ConfigError(
+    f"{checkpoint.files.path} has no config.json, {model_id!r} names no known model, and {found} its shapes: pass config="
+  )
+
+
+def _fit(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
+  return family.fit_config(config, checkpoint.tensors) if family.fit_config else config
+
+
+def _fits(family: Family, config: Any, checkpoint: Checkpoint) -> bool:
+  try:
+    plan_load(checkpoint, abstract_model(family.model_class, config), family.weights[checkpoint.dialect])
+  except CheckpointError:
+    return False
+  return True

@@ -1,0 +1,49 @@
+"""Writing models as directories that `from_pretrained` and transformers load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tqdm
+
+from models_automodel.finding import is_companion
+from models_automodel.overrides import as_dtype
+from models_core.checkpoint import Files, as_files
+from models_core.family import Family
+from models_core.safetensors_saver import save_parameters
+from models_core.save_plan import Shaped
+
+
+def save(
+  parameters: Mapping[str, Shaped],
+  get: Callable[[str], Any],
+  save_dir: str | os.PathLike,
+  *,
+  family: Family,
+  config: Any,
+  base: str | os.PathLike | Files | None,
+  max_shard_size: int | str,
+  dtype: Any,
+  overwrite: bool,
+  progress: bool,
+) -> None:
+  """As `AutoModel.save_pretrained`, of parameters that are made when they are needed: `get(name)`."""
+  files = None if base is None else as_files(base)
+  companions = [] if files is None else [name for name in files.names() if is_companion(name)]
+  hidden = None if progress else True  # None: bars on a terminal alone.
+  with tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+    save_parameters(
+      parameters,
+      get,
+      save_dir,
+      max_shard_size,
+      family=family,
+      config=config,
+      base=files,
+      companions=[name for name in companions if not name.endswith(".index.json") and name != "config.json"],
+      dtype=as_dtype(dtype),
+      overwrite=overwrite,
+      on_bytes=bar.update,
+    )
