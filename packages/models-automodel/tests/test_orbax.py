@@ -23,6 +23,7 @@ from models_gemma.gemma3.model import Gemma3
 from models_gemma.gemma3.model import ModelConfig as Gemma3Config
 from models_sources import kaggle
 from models_sources.retry import Policy
+from models_sources.testing import StoreServer
 from models_sources.testing_kaggle import KaggleServer
 
 HANDLE = "google/gemma-2/flax/gemma2-2b-it"
@@ -140,6 +141,28 @@ def test_kaggle(server, model, tmp_path, model_id):
   assert (pathlib.Path(path) / "gemma2-2b-it/_METADATA").exists()
   np.testing.assert_array_equal(
     loaded.layers[1].attn.k_proj.w.get_value(), model.layers[1].attn.k_proj.w.get_value()
+  )
+
+
+def test_a_tree_in_a_store_is_read_where_it_lies(tree, model, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+  with StoreServer() as store:
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      monkeypatch.setenv(name, store.endpoint)
+    monkeypatch.setenv("GCE_METADATA_ROOT", store.endpoint.removeprefix("http://"))
+    root = tree / "gemma2-2b-it"
+    for file in root.rglob("*"):
+      if file.is_file():
+        store.put(f"data/checkpoints/gemma2-2b-it/{file.relative_to(root)}", file.read_bytes())
+    address = "gs://data/checkpoints/gemma2-2b-it"
+    loaded, path = AutoModel.from_pretrained(
+      "google/gemma-2-2b-it", model_source=ModelSource.GCS, model_path=address, config=CONFIG
+    )
+  assert path == address
+  assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+  np.testing.assert_array_equal(
+    loaded.embedder.input_embedding.get_value(), model.embedder.input_embedding.get_value()
   )
 
 

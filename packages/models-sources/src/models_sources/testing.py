@@ -348,6 +348,8 @@ class StoreServer(_Loopback):
     path, asked = unquote(request.path).strip("/"), parse_qs(query)
     if path.startswith(("computeMetadata/", "latest/")):
       return _Answer(404)
+    if found := _JSON_INTERFACE.fullmatch(path):
+      return self._as_json(found["bucket"], found["key"], asked)
     bucket, _, key = path.partition("/")
     if (token := self._readers.get(bucket)) is not None:
       sent = request.headers.get("authorization")
@@ -392,7 +394,21 @@ class StoreServer(_Loopback):
     )
     return _Answer(200, {"Content-Type": "application/xml"}, text.encode())
 
+  def _as_json(self, bucket: str, key: str | None, asked: Mapping[str, list[str]]) -> _Answer:
+    if key is None:
+      prefix = f"{bucket}/{asked.get('prefix', [''])[0]}"
+      names = sorted(name for name in self._objects if name.startswith(prefix))
+      items = [{"name": n.partition("/")[2], "size": str(len(self._objects[n].data))} for n in names]
+      return _json({"items": items})
+    found = self._objects.get(f"{bucket}/{key}")
+    if found is None:
+      return _Answer(404)
+    generation = str(int(found.etag[:12], 16))
+    return _Answer(200, {"x-goog-generation": generation}, found.data, ranges=True)
 
+
+# Google's JSON interface, which TensorStore speaks.
+_JSON_INTERFACE = re.compile(r"storage/v1/b/(?P<bucket>[^/]+)/o(?:/(?P<key>.+))?")
 _NOON = "Mon, 01 Jan 2024 12:00:00 GMT"
 
 
