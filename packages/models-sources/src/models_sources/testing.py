@@ -348,8 +348,8 @@ class StoreServer(_Loopback):
     path, asked = unquote(request.path).strip("/"), parse_qs(query)
     if path.startswith(("computeMetadata/", "latest/")):
       return _Answer(404)
-    if found := _JSON_INTERFACE.fullmatch(path):
-      return self._as_json(found["bucket"], found["key"], asked)
+    if as_json := _JSON_INTERFACE.fullmatch(path):
+      return self._as_json(as_json["bucket"], as_json["key"], asked)
     bucket, _, key = path.partition("/")
     if (token := self._readers.get(bucket)) is not None:
       sent = request.headers.get("authorization")
