@@ -177,6 +177,7 @@ def test_all_broken_shards_are_named_at_once(save_sharded):
     ('{"weight_map": {"a": ""}}', "leaves the directory"),
     ('{"weight_map": {"a": "m", "a": "n"}}', "'a' is doubled"),
     ("[" * 100_000, "cannot be read"),
+    ("{}" + " " * (16 << 20), "more than the 16777216"),
   ],
 )
 def test_an_index_that_cannot_be_trusted_is_one_problem(tmp_path, content, message):
@@ -243,6 +244,7 @@ def test_an_adapter_is_refused_as_one(tmp_path):
     (raw({}, length=2**63), "truncated"),
     (raw({}, length=2**64 - 1), "truncated"),
     (raw({}, length=100_000_001), "truncated"),
+    (raw(b" " * ((16 << 20) + 1)), "header of 16777217 bytes is longer than the 16777216"),
     (raw({}, length=3), "truncated"),
     (raw(b"{"), "not valid"),
     (raw(b""), "not valid"),
