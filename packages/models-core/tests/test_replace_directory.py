@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -242,7 +243,15 @@ def test_a_place_where_nothing_can_be_made(tmp_path):
     tmp_path.chmod(0o700)
 
 
-def test_an_interrupt_leaves_everything_as_it_was(tmp_path):
+@pytest.fixture
+def interruptible():
+  """A shell starts jobs in the background with interrupts ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_everything_as_it_was(tmp_path, interruptible):
   save_model_to_safetensors({"a": np.zeros(3)}, tmp_path / "target")
   before = texts_of_bytes(tmp_path / "target")
   done = threading.Event()

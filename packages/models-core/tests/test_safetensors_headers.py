@@ -285,7 +285,7 @@ def test_an_adapter_is_refused_as_one(tmp_path):
     (raw({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "b: its data overlaps"),
     (raw({"a": entry(), "b": entry()}, bytes(8)), "b: its data overlaps"),
   ],
-  ids=range(44),
+  ids=range(45),
 )
 def test_a_broken_file_is_one_problem_that_names_it(broken, content, message):
   problem = broken(content)
