@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory):
   return directory
 
 
-def run(paths, mesh, names, *, devices=1, auto=False, verify=True):
+def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False):
   """Starts a process for each path. Returns their reports."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -52,7 +52,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True):
   for process, path in enumerate(paths):
     task = {
       "port": port, "process": process, "processes": len(paths), "devices": devices,
-      "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify,
+      "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify, "call": call,
     }  # fmt: skip
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -79,7 +79,10 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True):
   ],
 )
 def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, names, auto):
-  reports = run([checkpoint] * processes, mesh, names, devices=devices, auto=auto)
+  # Of each kind of mesh one model is called, too.
+  reports = run(
+    [checkpoint] * processes, mesh, names, devices=devices, auto=auto, call=len(mesh) == 2 and mesh[1] > 1
+  )
   assert [r.get("wrong") for r in reports] == [[]] * processes, reports
   assert len({r["logits"] for r in reports}) == 1
   stored = reports[0]["stored"]
