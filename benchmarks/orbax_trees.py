@@ -1,6 +1,6 @@
 """Loading an Orbax tree beside its safetensors twin: time, and host memory over the model's own bytes.
 
-    uv run python benchmarks/orbax.py [--directory DIR] [--rounds 3]
+    uv run python benchmarks/orbax_trees.py [--directory DIR] [--rounds 3]
 
 Writes a Gemma 2 model of about 1 GB with random bf16 weights three times: as safetensors, as a tree whose arrays are
 one cell each, and as one whose cells are a sixteenth, as eight or more devices write them. Each load is a process of its
