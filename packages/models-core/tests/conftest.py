@@ -15,7 +15,6 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Programs run once here: compiling them is what takes time.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # The format's names of element types, written down again as a check on the package's own table.
 KINDS = {

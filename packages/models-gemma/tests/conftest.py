@@ -5,4 +5,3 @@ jax.config.update("jax_platforms", "cpu")
 # A silent promotion to float32 is a defect.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Programs run once here: compiling them is what takes time.
-jax.config.update("jax_disable_most_optimizations", True)

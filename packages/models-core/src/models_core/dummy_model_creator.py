@@ -11,9 +11,10 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from models_core.abstract import AbstractParameter, abstract_model
+from models_core.mesh import explicit_axes
 from models_core.parameter import INITIALIZERS, SCALE
 
 M = TypeVar("M", bound=nnx.Module)
@@ -65,4 +66,7 @@ def _maker(
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:
     return INITIALIZERS[init](jax.random.fold_in(seed, name), shape, dtype, scale)
 
+  if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
+    # With such a mesh in context every device would make the whole, and keep its shard.
+    make = jax.sharding.auto_axes(make, axes=axes, out_sharding=sharding)
   return jax.jit(make, out_shardings=sharding)

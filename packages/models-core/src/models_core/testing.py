@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,12 @@ class FamilyContract:
 
   @pytest.fixture(scope="class")
   @classmethod
+  def sharded(cls, mesh):
+    """The same model on a mesh."""
+    return cls.make(cls.config, mesh)
+
+  @pytest.fixture(scope="class")
+  @classmethod
   def expected(cls, model):
     """Logits [B, T, V] of the plain sequence, on one device."""
     return np.asarray(_call(model, TOKENS, POSITIONS)[0])
@@ -181,9 +188,9 @@ class FamilyContract:
 
   def test_every_parameter_has_one_row_in_every_dialect(self):
     for config in self._all_configs():
-      for table in self.family.weights.values():
-        for name in self.shapes(config):
-          assert len([row for row in table.rows if row.match(name) is not None]) == 1, name
+      names = self.shapes(config)
+      for table, name in itertools.product(self.family.weights.values(), names):
+        assert len([row for row in table.rows if row.match(name) is not None]) == 1, name
 
   def test_no_row_is_dead(self):
     names = {name for config in self._all_configs() for name in self.shapes(config)}
@@ -291,14 +298,15 @@ class FamilyContract:
     np.testing.assert_array_equal(cache["layer_0"]["end_index"], [T] * B)
 
   def test_left_padding_and_chunked_prefill_change_nothing(self, model, expected):
-    pad = 3
+    pad, chunk = 5, 4  # The first chunk is nothing but padding; all are of one size, and so of one program.
     tokens = np.pad(TOKENS, ((0, 0), (pad, 0)))
     positions = np.pad(POSITIONS, ((0, 0), (pad, 0)), constant_values=-1)
     total = T + pad
     causal = np.tril(np.ones((total, total), bool)) & (np.arange(total) >= pad)
     for mask in (None, np.broadcast_to(causal, (B, total, total))):
       cache, parts = model.init_cache(B, total + 2), []
-      for start, stop in [(0, 2), (2, 6), (6, total)]:
+      for start in range(0, total, chunk):
+        stop = start + chunk
         part = None if mask is None else mask[:, start:stop]
         logits, cache = _call(model, tokens[:, start:stop], positions[:, start:stop], cache, part)
         parts.append(logits)
@@ -308,7 +316,7 @@ class FamilyContract:
     tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
     assert_close(_call(model, tokens, positions)[0][:, :T], expected)
 
-  def test_rings_change_nothing(self, model, mesh, expected):
+  def test_rings_change_nothing(self, model, sharded, expected):
     """Chunks longer and shorter than a window, padding left, right and between, single tokens; causal or masked."""
     if not any(model.windows()):
       assert model.init_cache(B, T, ring=True).keys() == model.init_cache(B, T).keys()
@@ -318,7 +326,7 @@ class FamilyContract:
     tokens = np.where(real, np.take_along_axis(TOKENS, np.maximum(layout, 0), axis=1), 0)
     total = layout.shape[1]
     causal = np.tril(np.ones((total, total), bool)) & real[:, None, :]
-    for tested, mask in ((model, None), (model, causal), (self.make(self.config, mesh), None)):
+    for tested, mask in ((model, None), (model, causal), (sharded, None)):
       cache, parts = tested.init_cache(B, total + 20, ring=True), []
       for start, stop in [(0, 6), (6, 7), (7, 9), (9, 10)]:
         part = None if mask is None else mask[:, start:stop]
@@ -329,10 +337,10 @@ class FamilyContract:
       for row in range(B):
         assert_close(np.concatenate(parts, axis=1)[row, real[row]], expected[row])
 
-  def test_segments_equal_separate_sequences(self, model, mesh, expected):
+  def test_segments_equal_separate_sequences(self, model, sharded, expected):
     tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
     segment_ids = np.repeat(np.arange(1, B + 1, dtype=np.int32), T)[None]
-    for packed in (model, self.make(self.config, mesh)):
+    for packed in (model, sharded):
       logits, _ = _call(packed, tokens, positions, None, None, segment_ids)
       assert_close(np.asarray(logits).reshape(expected.shape), expected)
 
@@ -345,8 +353,8 @@ class FamilyContract:
     assert np.isfinite(logits[:, 0]).all()
     assert np.isnan(logits[:, 1]).all()
 
-  def test_the_head_can_be_left_out_and_computed_apart(self, model, mesh, expected):
-    for tested in (model, self.make(self.config, mesh)):
+  def test_the_head_can_be_left_out_and_computed_apart(self, model, sharded, expected):
+    for tested in (model, sharded):
       hidden, kept, logits = _call_in_parts(tested, TOKENS, POSITIONS)
       np.testing.assert_array_equal(kept, hidden)
       assert_close(logits, expected[:, -1:])
@@ -354,24 +362,21 @@ class FamilyContract:
   # Meshes
 
   @pytest.mark.parametrize("inside", [False, True], ids=["outside set_mesh", "inside set_mesh"])
-  def test_sharded_equals_unsharded(self, mesh, expected, inside):
-    model = self.make(self.config, mesh)
-    call = functools.partial(_call, model, TOKENS, POSITIONS)
+  def test_sharded_equals_unsharded(self, sharded, mesh, expected, inside):
+    call = functools.partial(_call, sharded, TOKENS, POSITIONS)
     if inside:
       with jax.set_mesh(mesh):
-        logits, cache = call(model.init_cache(B, T))
+        logits, cache = call(sharded.init_cache(B, T))
     else:
-      logits, cache = call(model.init_cache(B, T))
+      logits, cache = call(sharded.init_cache(B, T))
     assert_close(logits, expected)
     assert cache["layer_0"]["k"].sharding.device_set == set(mesh.devices.flat)
 
-  def test_eager_equals_jitted(self, mesh, expected):
-    assert_close(self.make(self.config, mesh)(TOKENS, POSITIONS)[0], expected)
+  def test_eager_equals_jitted(self, sharded, expected):
+    assert_close(sharded(TOKENS, POSITIONS)[0], expected)
 
-  def test_dummy_values_are_the_same_on_every_mesh(self, model, mesh):
-    for ours, theirs in zip(
-      jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(self.make(self.config, mesh))), strict=True
-    ):
+  def test_dummy_values_are_the_same_on_every_mesh(self, model, sharded):
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, sharded)), strict=True):
       np.testing.assert_array_equal(ours, theirs)
 
   @pytest.fixture(scope="class")
