@@ -222,9 +222,10 @@ def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTen
   known = [form.name for row in table.rows for form in row.forms]
   problems, dropped = list(base.problems), []
   for info in left:
-    if any(matches(row.pattern, info.name) for row in table.ignored):
+    ignored = next((row for row in table.ignored if matches(row.pattern, info.name)), None)
+    if ignored is not None and ignored.repeated:
       yield info
-    elif any(matches(name, info.name) for name in known):
+    elif ignored is not None or any(matches(name, info.name) for name in known):
       dropped.append(info.name)
     else:
       problems.append(f"{info.name} {info.shape} is unexpected: it belongs to another architecture")

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from models_core.checkpoint import Files
 from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
+from models_core.orbax_checkpoint import tree_entries
 from models_core.replace_directory import replace_directory, save_errors
 from models_core.safetensors_headers import INDEX, SINGLE, is_inside, parse_json
 from models_core.save_plan import SavedTensor, Shaped
@@ -37,7 +38,7 @@ def weight_files(directory: str) -> Collection[str]:
     with open(os.path.join(directory, INDEX), "rb") as file:
       weight_map = parse_json(file.read()).get("weight_map", {})
     found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
-  return found
+  return found | tree_entries(directory)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -71,10 +72,12 @@ class Ignored:
   Attributes:
     pattern: a name with placeholders; matches as a whole. A last part `**`, behind a `.` or `/`, stands for any rest.
     reason: why they can be left out.
+    repeated: whether a checkpoint that is saved anew holds them, too.
   """
 
   pattern: str
   reason: str
+  repeated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,22 @@ def _row(row: tuple) -> Row:
     case (str(ours), [*forms]):
       return Row(ours, tuple(forms))
   raise TypeError(f"a row is (ours, checkpoint, layout) or (ours, (Form, ...)), not {row!r}")
+
+
+def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
+  """The table of a checkpoint that holds parameters as the model does: by their names, in their shapes.
+
+  Args:
+    shapes: of the model's parameters, by name.
+  """
+  axes = {_numbers_open(name): len(shape) for name, shape in shapes.items()}
+  return WeightTable(*((name, name, " ".join(string.ascii_letters[:count])) for name, count in axes.items()))
+
+
+def _numbers_open(name: str) -> str:
+  """`layers.3.mlp.up_proj.w` -> `layers.{i}.mlp.up_proj.w`, `{j}` for a second number and so on."""
+  letters = iter(string.ascii_lowercase[string.ascii_lowercase.index("i") :])
+  return ".".join(f"{{{next(letters)}}}" if part.isdigit() else part for part in name.split("."))
 
 
 @functools.cache

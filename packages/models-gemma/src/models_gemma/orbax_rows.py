@@ -41,8 +41,8 @@ IGNORED = (
   Ignored("vision_encoder.**", VISION),
   Ignored("embedder.mm_input_projection.**", VISION),
   Ignored("embedder.mm_soft_embedding_norm.**", VISION),
-  Ignored("step", TRAINING),
-  Ignored("opt_state.**", TRAINING),
+  Ignored("step", TRAINING, repeated=False),
+  Ignored("opt_state.**", TRAINING, repeated=False),
 )
 
 
