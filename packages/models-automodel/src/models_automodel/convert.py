@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,13 +128,11 @@ def convert(
     options["max_shard_size"] = max_shard_size
   found = find(source, progress=progress, **where)
   plan = AutoModel.plan(source, dtype=dtype, progress=progress, **where)
-  by_name = {planned.parameter.name: planned for planned in plan.parameters}
+  parts = {part.parameters[0].parameter.name: part for part in _parts(plan)}
 
   def get(name: str) -> jax.Array:
-    # A tied head is compared once.
-    ties = plan.ties if by_name[name] is plan.parameters[0] else ()
     with source_errors():
-      return load_arrays(dataclasses.replace(plan, parameters=(by_name[name],), ties=ties))[name]
+      return load_arrays(parts[name])[name]
 
   files = plan.checkpoint.files
   if dialect != plan.checkpoint.dialect and (notes := plan.notes()):
@@ -144,3 +142,14 @@ def convert(
       files.fetch(plan.files)
     conversion = Conversion(plan, get, found.family, found.config)
     WRITERS[dialect](conversion, os.fspath(target), overwrite=overwrite, progress=progress, **options)
+
+
+def _parts(plan: LoadPlan) -> Iterator[LoadPlan]:
+  """A plan for each parameter, of the tensors that it takes alone."""
+  tensors = plan.checkpoint.tensors
+  for planned in plan.parameters:
+    # A tied head is compared once.
+    ties = plan.ties if planned is plan.parameters[0] else ()
+    names = [piece.tensor for piece in planned.pieces] + [n for tie in ties for n in (tie.tensor, tie.twin)]
+    checkpoint = dataclasses.replace(plan.checkpoint, tensors={name: tensors[name] for name in names})
+    yield dataclasses.replace(plan, checkpoint=checkpoint, parameters=(planned,), ties=ties)

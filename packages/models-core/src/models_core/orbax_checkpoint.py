@@ -347,7 +347,10 @@ def _open_reader(
   cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
   # A cell of a fused array holds parts of several parameters, which are read one after the other.
   fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
-  arrays = store.open(drivers, _CACHE + max(cells, default=0) + max(fused, default=0))
+  wanted = {places[info.name].array for info in infos}
+  arrays = store.open(
+    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(cells, default=0) + max(fused, default=0)
+  )
   return OrbaxReader(checkpoint.tensors, store, places, arrays, on_bytes)
 
 

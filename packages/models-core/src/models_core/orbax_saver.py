@@ -60,7 +60,9 @@ def save_parameters_to_orbax(
     raise SaveError(f"{os.fspath(save_dir)}: one process writes an Orbax tree, not {jax.process_count()}")
   table = table_of(family, "orbax", {name: shaped.shape for name, shaped in parameters.items()})
   tree = base if base is not None and base.dialect == "orbax" else None
-  tensors = plan_save(parameters, table, base=tree, dtype=None if dtype is None else np.dtype(dtype))
+  tensors = plan_save(
+    parameters, table, config=config, base=tree, dtype=None if dtype is None else np.dtype(dtype)
+  )
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with shared_directory(os.fspath(save_dir), overwrite) as directory:

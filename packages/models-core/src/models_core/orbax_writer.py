@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -170,11 +169,7 @@ def _cells(
   """A tensor's cells, each with what makes its elements."""
   make = _maker(tensor, held, reader)
   cell = cell_shape(tensor.shape, tensor.dtype.itemsize)
-  steps = [range(0, size, step) for size, step in zip(tensor.shape, cell, strict=True)]
-  for corner in itertools.product(*steps):
-    box = tuple(
-      slice(low, min(low + step, size)) for low, step, size in zip(corner, cell, tensor.shape, strict=True)
-    )
+  for box in boxes.cells(tensor.shape, cell):
     yield box, functools.partial(make, box)
 
 

@@ -111,7 +111,9 @@ def save_parameters(
   if family is None:
     tensors = plan_state(parameters, dtype=dtype)
   else:
-    tensors = plan_save(parameters, family.weights["huggingface"], base=checkpoint, dtype=dtype)
+    tensors = plan_save(
+      parameters, family.weights["huggingface"], config=config, base=checkpoint, dtype=dtype
+    )
   shards = split_files(tensors, limit)
   texts = index_json(shards)
   if family is not None:

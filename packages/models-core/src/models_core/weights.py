@@ -17,6 +17,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +40,17 @@ class Values:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """One way in which a checkpoint may hold a parameter: the name of its tensors and their layout."""
+  """One way in which a checkpoint may hold a parameter.
+
+  Attributes:
+    name: of its tensors.
+    layout: of each.
+    when: whether a configuration's published checkpoint has this form, where it is not the row's first.
+  """
 
   name: str
   layout: str
+  when: Callable[[Any], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
