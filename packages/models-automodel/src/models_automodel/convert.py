@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -128,18 +129,23 @@ def convert(
     options["max_shard_size"] = max_shard_size
   found = find(source, progress=progress, **where)
   plan = AutoModel.plan(source, dtype=dtype, progress=progress, **where)
-  parts = {part.parameters[0].parameter.name: part for part in _parts(plan)}
-
-  def get(name: str) -> jax.Array:
-    with source_errors():
-      return load_arrays(parts[name])[name]
-
   files = plan.checkpoint.files
   if dialect != plan.checkpoint.dialect and (notes := plan.notes()):
     _log.warning("\n".join([f"{files.path}:", *notes]))
-  with source_errors():
+  parts = {part.parameters[0].parameter.name: part for part in _parts(plan)}
+
+  @functools.cache
+  def fetch() -> None:
     if not isinstance(files, RangeFiles):
       files.fetch(plan.files)
+
+  def get(name: str) -> jax.Array:
+    with source_errors():
+      # Not before the writer is ready: what it refuses costs no download.
+      fetch()
+      return load_arrays(parts[name])[name]
+
+  with source_errors():
     conversion = Conversion(plan, get, found.family, found.config)
     WRITERS[dialect](conversion, os.fspath(target), overwrite=overwrite, progress=progress, **options)
 
