@@ -74,6 +74,13 @@ def cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
   return written
 
 
+def whole(array: Any) -> np.ndarray:
+  """All elements of an array in host memory. All processes that hold a part of it must call it."""
+  host = HostArray(_gathered(array))
+  host.fetch()
+  return host.region(tuple(slice(0, size) for size in host.shape))
+
+
 class HostArray:
   """The parts of an array that this process's devices hold."""
 
