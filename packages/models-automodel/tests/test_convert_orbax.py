@@ -80,6 +80,27 @@ def test_another_dtype(checkpoint, tmp_path):
   assert norm.tobytes() == checkpoint[1]["model.norm.weight"].astype(ml_dtypes.bfloat16).tobytes()
 
 
+@pytest.mark.parametrize(
+  "wrap",
+  [
+    nnx.to_pure_dict,
+    lambda state: state,
+    lambda state: {"params": state, "step": np.int32(7), "opt_state": {"mu": np.zeros(3, np.float32)}},
+  ],
+  ids=["arrays", "variables", "a training run"],
+)
+def test_what_orbax_saved_of_a_model_of_ours(checkpoint, wrap, tmp_path):
+  model, _ = AutoModel.from_pretrained(str(checkpoint[0]), progress=False)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    checkpointer.save(tmp_path / "tree", wrap(nnx.state(model, nnx.Param)))
+  (tmp_path / "tree" / "config.json").write_bytes((checkpoint[0] / "config.json").read_bytes())
+  again, _ = AutoModel.from_pretrained(str(tmp_path / "tree"), progress=False)
+  assert bits(again) == bits(model)
+  convert(str(tmp_path / "tree"), tmp_path / "out", dialect="orbax", progress=False)
+  assert digest(str(tmp_path / "out"), progress=False) == digest(model)
+  assert not {"step", "opt_state", "params"} & ocp.StandardCheckpointer().restore(tmp_path / "out").keys()
+
+
 def test_a_cut_of_layers(tree):
   plan = AutoModel.plan(str(tree), layers=range(1), progress=False)
   assert {name.split(".")[1] for name in plan.model.parameters if name.startswith("layers.")} == {"0"}

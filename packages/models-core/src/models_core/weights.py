@@ -133,14 +133,22 @@ def _row(row: tuple) -> Row:
   raise TypeError(f"a row is (ours, checkpoint, layout) or (ours, (Form, ...)), not {row!r}")
 
 
+# What a training run saves beside a model.
+TRAINING = tuple(
+  Ignored(pattern, "the state of a training run", repeated=False) for pattern in ("step", "opt_state.**")
+)
+
+
 def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
   """The table of a checkpoint that holds parameters as the model does: by their names, in their shapes.
 
   Args:
     shapes: of the model's parameters, by name.
   """
-  axes = {_numbers_open(name): len(shape) for name, shape in shapes.items()}
-  return WeightTable(*((name, name, " ".join(string.ascii_letters[:count])) for name, count in axes.items()))
+  layouts = {_numbers_open(name): " ".join(string.ascii_letters[: len(s)]) for name, s in shapes.items()}
+  # Flax adds a key where a state is saved with its variables.
+  rows = [(name, [Form(name, layout), Form(f"{name}.value", layout)]) for name, layout in layouts.items()]
+  return WeightTable(*rows, ignored=TRAINING)
 
 
 def _numbers_open(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from models_core.checkpoint import TensorInfo
-from models_core.weights import Form, Ignored
+from models_core.weights import TRAINING, Form, Ignored
 
 # A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one; all but the first with
 # the configurations whose checkpoint Google writes so.
@@ -44,7 +44,6 @@ COMMON: tuple[Forms, ...] = (
 )  # fmt: skip
 
 VISION = "the vision tower; the language model is loaded alone"
-TRAINING = "the state of a training run"
 
 IGNORED = (
   Ignored("SigLiPFromPatches_0/**", VISION),
@@ -53,8 +52,7 @@ IGNORED = (
   Ignored("vision_encoder.**", VISION),
   Ignored("embedder.mm_input_projection.**", VISION),
   Ignored("embedder.mm_soft_embedding_norm.**", VISION),
-  Ignored("step", TRAINING, repeated=False),
-  Ignored("opt_state.**", TRAINING, repeated=False),
+  *TRAINING,
 )
 
 
