@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import math
 import os
@@ -72,8 +71,9 @@ def write_tree(
   under_way: collections.deque[tuple[Any, int]] = collections.deque()
 
   def finish_first() -> None:
-    commit, nbytes = under_way.popleft()
+    commit, nbytes = under_way[0]
     commit.result()
+    under_way.popleft()
     if on_bytes is not None:
       on_bytes(nbytes)
 
@@ -108,8 +108,7 @@ def _commits(
   arrays = _create(ts, directory, tensors)
   batch, nbytes = ts.Transaction(), 0
   for tensor, held in with_arrays(tensors, get):
-    for box, make in _cells(tensor, held, reader):
-      data = make()
+    for box, data in _cells(tensor, held, reader):
       array = arrays[tensor.name].with_transaction(batch)
       array[box].write(data, can_reference_source_data_indefinitely=True).result()
       nbytes += data.nbytes
@@ -165,12 +164,12 @@ def cell_shape(shape: Sequence[int], itemsize: int) -> list[int]:
 
 def _cells(
   tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
-) -> Iterator[tuple[Bounds, Callable[[], np.ndarray]]]:
-  """A tensor's cells, each with what makes its elements."""
+) -> Iterator[tuple[Bounds, np.ndarray]]:
+  """A tensor's cells, each with its elements."""
   make = _maker(tensor, held, reader)
   cell = cell_shape(tensor.shape, tensor.dtype.itemsize)
   for box in boxes.cells(tensor.shape, cell):
-    yield box, functools.partial(make, box)
+    yield box, make(box)
 
 
 def _maker(
