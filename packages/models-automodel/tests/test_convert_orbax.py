@@ -143,6 +143,16 @@ def test_refusals(checkpoint, tree, tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
+def test_what_has_no_place_in_the_tree_is_said(edit_config, checkpoint, tmp_path, caplog):
+  directory = edit_config()
+  more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+  safetensors.numpy.save_file(checkpoint[1] | more, directory / "model.safetensors")
+  convert(str(directory), tmp_path / "same", progress=False)
+  assert not caplog.messages
+  convert(str(directory), tmp_path / "out", dialect="orbax", progress=False)
+  assert "left out: 1 tensor: the frequencies follow from the configuration" in caplog.text
+
+
 def test_in_the_place_of_its_source(checkpoint, tmp_path):
   shutil.copytree(checkpoint[0], tmp_path / "model")
   before = digest(str(checkpoint[0]), progress=False)
