@@ -17,6 +17,7 @@ from models_automodel.digest import digest
 from models_automodel.verify import verify
 from models_core import loader
 from models_core.testing import MESHES
+from models_sources.testing import HubServer, StoreServer
 
 
 def bits(model):
@@ -99,6 +100,37 @@ def test_what_orbax_saved_of_a_model_of_ours(checkpoint, wrap, tmp_path):
   convert(str(tmp_path / "tree"), tmp_path / "out", dialect="orbax", progress=False)
   assert digest(str(tmp_path / "out"), progress=False) == digest(model)
   assert not {"step", "opt_state", "params"} & ocp.StandardCheckpointer().restore(tmp_path / "out").keys()
+
+
+def test_from_the_hub(checkpoint, tree, monkeypatch, tmp_path):
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+  files = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+  with HubServer() as hub:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.add("some/tree", files)
+    model, _ = AutoModel.from_pretrained("some/tree", progress=False)
+    convert("some/tree", tmp_path / "out", progress=False)
+  assert digest(model) == digest(str(checkpoint[0]), progress=False)
+  assert digest(str(tmp_path / "out"), progress=False) == digest(model)
+
+
+def test_from_a_store(checkpoint, tree, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+  with StoreServer() as store:
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      monkeypatch.setenv(name, store.endpoint)
+    monkeypatch.setenv("GCE_METADATA_ROOT", store.endpoint.removeprefix("http://"))
+    for path in tree.rglob("*"):
+      if path.is_file():
+        store.put(f"bucket/tree/{path.relative_to(tree).as_posix()}", path.read_bytes())
+    for dialect in ("huggingface", "orbax"):
+      convert("gs://bucket/tree", tmp_path / dialect, dialect=dialect, progress=False)
+  for dialect in ("huggingface", "orbax"):
+    found = digest(str(tmp_path / dialect), progress=False)
+    assert found == digest(str(checkpoint[0]), progress=False)
+    assert (tmp_path / dialect / "tokenizer.json").read_text() == "{}"
+  assert not (tmp_path / "home").exists()
 
 
 def test_a_cut_of_layers(tree):
