@@ -259,12 +259,11 @@ def test_trees_and_safetensors_take_each_other_s_place(tmp_path):
 def test_directories_of_arrays_are_replaced(tmp_path):
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
     checkpointer.save(tmp_path / "target", {"old": {"w": random(3)}})
+  # Neither is a part of that tree.
   (tmp_path / "target" / "own").mkdir()
-  save({"a": random(3)}, tmp_path / "target", overwrite=True)
-  assert_same(read(tmp_path / "target"), {"a": random(3)})
-  names = set(os.listdir(tmp_path / "target"))
-  assert "old.w" not in names
-  assert "own" in names
+  (tmp_path / "target" / "checkpoint").write_text('model_checkpoint_path: "mine"')
+  save_model_to_safetensors({"a": random(3)}, tmp_path / "target", overwrite=True)
+  assert sorted(os.listdir(tmp_path / "target")) == ["checkpoint", "model.safetensors", "own"]
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):

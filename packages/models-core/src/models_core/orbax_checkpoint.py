@@ -39,9 +39,9 @@ _CHUNK = 4 << 20
 # Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
 _CACHE = 16 << 20
 
-# What lies in a tree's directory besides the arrays of one that is no database.
-_ENTRIES = (DATABASE, METADATA, AGGREGATE, "d", "ocdbt.process_*", "_sharding", "_CHECKPOINT_METADATA",
-            "array_metadatas", "commit_success.txt")  # fmt: skip
+# What Orbax writes beside the arrays, and what makes up a database.
+_ACCOUNTS = ("_sharding", "_CHECKPOINT_METADATA", "array_metadatas", "commit_success.txt")
+_DATABASE_PARTS = ("d", "ocdbt.process_*")
 
 # What describes an array, and TensorStore's driver for it.
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -94,14 +94,14 @@ def _is_map(files: Files, name: str) -> bool:
 def tree_entries(directory: str) -> set[str]:
   """Names of the files and folders of a directory that belong to a tree that lies in it; none where there is no tree."""
   names = set(os.listdir(directory))
-  if not names & {DATABASE, METADATA} and not (
-    AGGREGATE in names and _is_map(LocalFiles(directory), AGGREGATE)
-  ):
-    return set()
-  arrays = {
-    name for name in names for mark in _DRIVERS if os.path.isfile(os.path.join(directory, name, mark))
-  }
-  return arrays | {name for name in names if any(fnmatch.fnmatchcase(name, own) for own in _ENTRIES)}
+  own = names & {DATABASE, METADATA}
+  if AGGREGATE in names and _is_map(LocalFiles(directory), AGGREGATE):
+    own.add(AGGREGATE)
+  if own:
+    patterns = _ACCOUNTS + (_DATABASE_PARTS if DATABASE in own else ())
+    own |= {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    own |= {name for name in names if any(os.path.isfile(os.path.join(directory, name, m)) for m in _DRIVERS)}
+  return own
 
 
 def read_orbax(files: Files) -> Checkpoint:
