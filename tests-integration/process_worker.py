@@ -15,6 +15,7 @@ def main(task: dict) -> dict:
   )
   from models_automodel import AutoModel
   from models_core.checkpoint import RangeFiles
+  from models_core.digest import digest
   from models_core.loader import load
   from models_core.reading import files_of_process
 
@@ -48,6 +49,8 @@ def main(task: dict) -> dict:
     "wrong": wrong,
     "files": files_of_process(plan),
     "logits": _call(model, mesh) if task["call"] else None,
+    "digest": str(digest(model)) if task["call"] else None,
+    "merged": str(_merge(model, task)) if task["merge"] else None,
   }
 
 
@@ -57,6 +60,36 @@ def _call(model, mesh):
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   logits = jax.jit(lambda m: m(tokens, positions)[0], out_shardings=everywhere)(model)
   return float(np.abs(np.asarray(logits.addressable_data(0))).sum())
+
+
+def _merge(model, task):
+  """Writes the model with an adapter merged into it. Returns the digest of the same in memory."""
+  from models_core.digest import digest
+  from models_core.lora import merge_lora
+  from models_llama.llama3 import FAMILY
+  from models_llama.llama3.params import save_lora_merged_model_as_safetensors
+
+  add_factors(model)
+  save_lora_merged_model_as_safetensors(task["path"], task["merge"], model, 2, 3.0)
+  return digest(merge_lora(model, FAMILY, alpha=3.0))
+
+
+def add_factors(model):
+  """LoRA factors of the query heads, split as those are."""
+  from flax import nnx
+
+  rng = np.random.default_rng(0)
+  for layer in model.layers:
+    q = layer.attn.q_proj
+    sharding = q.w.get_value().sharding
+    n, h, d = q.w.get_value().shape
+    for name, shape, axes in (("a", (d, 2), (2,)), ("b", (2, n, h), (None, 0))):
+      values = rng.normal(size=shape).astype(np.float32)
+      if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = [None if axis is None else (*sharding.spec, None, None, None)[axis] for axis in axes]
+        place = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+        values = jax.make_array_from_callback(shape, place, values.__getitem__)
+      setattr(q, f"w_lora_{name}", nnx.LoRAParam(jax.numpy.asarray(values)))
 
 
 def _from_files(plan, planned):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import save_file
 
+from models_automodel import AutoModel
+from models_automodel.digest import digest
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.testing import to_tensors, write_checkpoint
 from models_llama.llama3 import FAMILY
 from models_llama.llama3.model import Llama3, ModelConfig
+from models_llama.llama3.params import save_lora_merged_model_as_safetensors
 from models_qwen import qwen3
 from models_qwen.qwen3.model import ModelConfig as Qwen3Config
 from models_qwen.qwen3.model import Qwen3
@@ -43,7 +47,7 @@ def checkpoint(tmp_path_factory):
   return directory
 
 
-def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False):
+def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, merge=None):
   """Starts a process for each path. Returns their reports."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -53,6 +57,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False):
     task = {
       "port": port, "process": process, "processes": len(paths), "devices": devices,
       "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify, "call": call,
+      "merge": merge and str(merge),
     }  # fmt: skip
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -78,16 +83,32 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False):
     (2, 2, (4, 1), ("other", "tp"), False),
   ],
 )
-def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, names, auto):
-  # Of each kind of mesh one model is called, too.
+def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, names, auto, tmp_path):
+  # Of each kind of mesh one model is called, too; of one, an adapter is merged.
+  call, merged = len(mesh) == 2 and mesh[1] > 1, tmp_path / "merged"
   reports = run(
-    [checkpoint] * processes, mesh, names, devices=devices, auto=auto, call=len(mesh) == 2 and mesh[1] > 1
+    [checkpoint] * processes,
+    mesh,
+    names,
+    devices=devices,
+    auto=auto,
+    call=call,
+    merge=merged if call and not auto else None,
   )
   assert [r.get("wrong") for r in reports] == [[]] * processes, reports
   assert len({r["logits"] for r in reports}) == 1
   stored = reports[0]["stored"]
   assert sum(r["read"] for r in reports) == stored
   assert max(r["read"] for r in reports) <= 1.05 * stored / processes
+  if call:
+    assert {r["digest"] for r in reports} == {str(digest(checkpoint, progress=False))}
+  if call and not auto:
+    assert {r["merged"] for r in reports} == {str(digest(merged, progress=False))}
+    model, _ = AutoModel.from_pretrained(str(checkpoint), progress=False)
+    runpy.run_path(str(WORKER))["add_factors"](model)
+    save_lora_merged_model_as_safetensors(checkpoint, tmp_path / "alone", model, 2, 3.0)
+    for file in ("model.safetensors", "config.json"):
+      assert (merged / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
 def test_a_process_needs_the_files_of_its_own_experts_alone(tmp_path):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from models_automodel import AutoModel, ModelSource, SourceFilesError
 from models_automodel.cli import main
+from models_automodel.convert import convert
 from models_automodel.tokenizer import load_tokenizer
 from models_core import loader, reader
 from models_core.extras import MissingExtraError
@@ -117,6 +118,14 @@ def test_a_plan_takes_headers_and_config_alone(store, checkpoint):
   plan = AutoModel.plan(ADDRESS, jax.make_mesh((2, 2), ("fsdp", "tp")))
   assert plan.num_parameters == sum(tensor.size for tensor in checkpoint[1].values())
   assert len(store.requests) == 3  # the list, the configuration, one header
+
+
+@pytest.mark.parametrize("dialect", ["huggingface", "orbax"])
+def test_a_conversion_streams(store, checkpoint, dialect, tmp_path):
+  convert(ADDRESS, tmp_path / "out", dialect=dialect, progress=False)
+  model, _ = AutoModel.from_pretrained(str(tmp_path / "out"), progress=False)
+  check(model, checkpoint)
+  assert not (tmp_path / "user-cache").exists()
 
 
 def test_with_a_download_path_files_are_kept(store, checkpoint, tmp_path):

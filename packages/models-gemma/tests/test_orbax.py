@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from models_core.abstract import abstract_model
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CheckpointError
+from models_core.orbax_saver import save_parameters_to_orbax
+from models_core.safetensors_saver import flatten
+from models_core.save_plan import plan_save
 from models_core.testing import MESHES, POSITIONS, TOKENS
 from models_core.weights import pieces, put_back
 from models_gemma import gemma, gemma3
@@ -194,6 +199,16 @@ def test_bfloat16_is_kept_and_cast(tensors, tmp_path):
   )
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_tree_is_the_model(name, models, tmp_path):
+  family, params, _, config, _ = MODELS[name]
+  parameters = flatten(nnx.state(models[name], nnx.Param))
+  save_parameters_to_orbax(
+    parameters, parameters.__getitem__, tmp_path / "tree", family=family.FAMILY, config=config
+  )
+  assert_same(params.create_model_from_checkpoint(tmp_path / "tree", config), models[name])
+
+
 def test_rows_of_the_embedding_are_the_tree_s(tensors, tmp_path):
   padded = tensors("gemma 2")
   table = padded["transformer/embedder.input_embedding"]
@@ -203,6 +218,42 @@ def test_rows_of_the_embedding_are_the_tree_s(tensors, tmp_path):
   )
   loaded = gemma_params.create_model_from_checkpoint(tmp_path, GEMMA_2)
   assert loaded.num_embed == GEMMA_2.num_embed + 5
+
+
+# As Google's library builds the models of these sizes: query heads, and F or D first in the feed-forward weights.
+PUBLISHED = {
+  "gemma_2b": ({"q_einsum": (8, 2048, 256), "kv_einsum": (2, 1, 2048, 256)}, (2, 2048, 16384)),
+  "gemma_7b": ({"qkv_einsum": (3, 16, 3072, 256)}, (2, 3072, 24576)),
+  "gemma2_2b": ({"q_einsum": (8, 2304, 256), "kv_einsum": (2, 4, 2304, 256)}, (2, 2304, 9216)),
+  "gemma2_9b": ({"q_einsum": (16, 3584, 256), "kv_einsum": (2, 8, 3584, 256)}, (2, 14336, 3584)),
+  "gemma2_27b": ({"q_einsum": (32, 4608, 128), "kv_einsum": (2, 16, 4608, 128)}, (2, 36864, 4608)),
+  "gemma3_270m": ({"q_einsum": (4, 640, 256), "kv_einsum": (2, 1, 640, 256)}, (2, 2048, 640)),
+  "gemma3_1b": ({"q_einsum": (4, 1152, 256), "kv_einsum": (2, 1, 1152, 256)}, (2, 6912, 1152)),
+  "gemma3_27b": ({"q_einsum": (32, 5376, 128), "kv_einsum": (2, 16, 5376, 128)}, (2, 21504, 5376)),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_are_saved_as_google_s(size):
+  family = gemma3.FAMILY if size.startswith("gemma3") else gemma.FAMILY
+  config = getattr(family.config_class, size)()
+  shapes = {
+    name: jax.ShapeDtypeStruct(parameter.shape, ml_dtypes.bfloat16)
+    for name, parameter in abstract_model(family.model_class, config).parameters.items()
+  }
+  tensors = {
+    tensor.name: tensor.shape for tensor in plan_save(shapes, family.weights["orbax"], config=config)
+  }
+  heads, gating = PUBLISHED[size]
+  last = f"transformer/layer_{config.num_layers - 1}"
+  found = {
+    kind: tensors[f"{last}/attn/{kind}.w"]
+    for kind in ("q_einsum", "kv_einsum", "qkv_einsum")
+    if f"{last}/attn/{kind}.w" in tensors
+  }
+  assert found == heads
+  assert tensors[f"{last}/mlp/gating_einsum.w"] == gating
+  assert tensors["transformer/embedder.input_embedding"] == (config.num_embed, config.embed_dim)
 
 
 def test_square_feed_forward_weights_are_ambiguous(tmp_path):

@@ -19,7 +19,8 @@ from models_automodel.revision import agree_on_revision
 from models_automodel.saving import save
 from models_core.abstract import abstract_model
 from models_core.checkpoint import RangeFiles
-from models_core.errors import ConfigError, ModelsError
+from models_core.errors import ModelsError
+from models_core.family import table_of
 from models_core.loader import load
 from models_core.plan import LoadPlan, plan_load
 from models_core.processes import together
@@ -210,11 +211,8 @@ class AutoModel:
     model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
       checkpoint = found.checkpoint or read_safetensors(found.files)
-    table = found.family.weights.get(checkpoint.dialect)
-    if table is None:
-      raise ConfigError(
-        f"{found.files.path}: the family {found.family.name} does not read the {checkpoint.dialect} dialect"
-      )
+    shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
+    table = table_of(found.family, checkpoint.dialect, shapes)
     return plan_load(
       checkpoint, model, table, dtype=as_dtype(dtype), layers=None if layers is None else len(layers)
     )

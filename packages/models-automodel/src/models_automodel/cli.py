@@ -102,12 +102,16 @@ def _parser() -> argparse.ArgumentParser:
   )
 
   one = commands.add_parser(
-    "convert", parents=[where], help="write a checkpoint anew: of GGUF, of another dtype, of other shards"
+    "convert",
+    parents=[where],
+    help="write a checkpoint anew: of GGUF, as an Orbax tree, of another dtype, of other shards",
   )
   one.set_defaults(run=_convert)
   one.add_argument("target", help="directory, missing or empty")
-  one.add_argument("--to", default="huggingface", help="the dialect that is written (default: huggingface)")
-  one.add_argument("--max-shard-size", default="5GB", type=_size, help="of a file (default: 5GB)")
+  one.add_argument(
+    "--to", default="huggingface", help="huggingface (default) or orbax, a tree that Orbax restores"
+  )
+  one.add_argument("--max-shard-size", type=_size, help="of a safetensors file (default: 5GB)")
   one.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
 
   one = commands.add_parser("verify", help="structure, shapes and bytes of a checkpoint on this machine")

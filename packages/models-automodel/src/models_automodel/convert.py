@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +14,15 @@ import jax
 from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
 from models_automodel.finding import find
-from models_automodel.saving import save
+from models_automodel.saving import companions_of, save, weights_bar
+from models_core.checkpoint import RangeFiles
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.loader import load_arrays
+from models_core.orbax_saver import save_parameters_to_orbax
 from models_core.plan import LoadPlan
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +41,53 @@ class Conversion:
   family: Family
   config: Any
 
+  @property
+  def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes by name."""
+    return {
+      planned.parameter.name: jax.ShapeDtypeStruct(planned.parameter.shape, planned.dtype)
+      for planned in self.plan.parameters
+    }
 
-def _to_huggingface(conversion: Conversion, target: str, **options: Any) -> None:
-  parameters = {
-    planned.parameter.name: jax.ShapeDtypeStruct(planned.parameter.shape, planned.dtype)
-    for planned in conversion.plan.parameters
-  }
-  # What the model has no place for comes along from a checkpoint on this machine.
-  base = conversion.plan.checkpoint.files
+
+def _to_huggingface(
+  conversion: Conversion, target: str, *, overwrite: bool, progress: bool, max_shard_size: int | str = "5GB"
+) -> None:
   save(
-    parameters,
+    conversion.parameters,
     conversion.get,
     target,
     family=conversion.family,
     config=conversion.config,
-    base=base,
-    **options,
+    # What the model has no place for comes along.
+    base=conversion.plan.checkpoint.files,
+    max_shard_size=max_shard_size,
+    dtype=None,
+    overwrite=overwrite,
+    progress=progress,
   )
 
 
+def _to_orbax(conversion: Conversion, target: str, *, overwrite: bool, progress: bool) -> None:
+  checkpoint = conversion.plan.checkpoint
+  with weights_bar(progress) as bar:
+    save_parameters_to_orbax(
+      conversion.parameters,
+      conversion.get,
+      target,
+      family=conversion.family,
+      config=conversion.config,
+      base=checkpoint,
+      companions=companions_of(checkpoint.files),
+      overwrite=overwrite,
+      on_bytes=bar.update,
+    )
+
+
 # Dialect -> what writes it.
-WRITERS: Mapping[str, Callable[..., None]] = {"huggingface": _to_huggingface}
+WRITERS: Mapping[str, Callable[..., None]] = {"huggingface": _to_huggingface, "orbax": _to_orbax}
+# Dialects whose files have a size that one can choose.
+_SHARDED = frozenset({"huggingface"})
 
 
 def convert(
@@ -64,46 +96,66 @@ def convert(
   *,
   dialect: str = "huggingface",
   dtype: Any = None,
-  max_shard_size: int | str = "5GB",
+  max_shard_size: int | str | None = None,
   overwrite: bool = False,
   progress: bool = True,
   **where: Any,
 ) -> None:
-  """Writes a checkpoint anew: of GGUF, of another dtype, of other shards.
+  """Writes a checkpoint anew: of GGUF, of an Orbax tree or as one, of another dtype, of other shards.
 
   Args:
     source: as `from_pretrained` takes it.
     target: a directory, missing or empty.
-    dialect: to be written, a key of WRITERS.
+    dialect: to be written, a key of WRITERS: "huggingface", safetensors files as transformers has them; "orbax", a
+      tree that Orbax restores, of Gemma with Google's names.
     dtype: of floating-point parameters; None keeps each as it is stored.
-    max_shard_size: bytes of tensor data in a file.
+    max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". An Orbax tree has no such limit.
     overwrite: whether `target` may hold something.
     progress: show progress bars on a terminal.
     **where: arguments of `from_pretrained` that say where the source is, such as `revision`.
 
   Raises:
-    ConfigError: if nothing writes the dialect.
+    ConfigError: if nothing writes the dialect, or it has no shards.
     ModelsError: as `from_pretrained` and `save_pretrained` do.
   """
   if dialect not in WRITERS:
     raise ConfigError(f"nothing writes the dialect {dialect!r}; known are {', '.join(WRITERS)}")
+  options: dict[str, Any] = {}
+  if max_shard_size is not None:
+    if dialect not in _SHARDED:
+      raise ConfigError(
+        f"max_shard_size is {max_shard_size!r}, but {dialect} has no such files: leave it out"
+      )
+    options["max_shard_size"] = max_shard_size
   found = find(source, progress=progress, **where)
   plan = AutoModel.plan(source, dtype=dtype, progress=progress, **where)
-  by_name = {planned.parameter.name: planned for planned in plan.parameters}
+  files = plan.checkpoint.files
+  if dialect != plan.checkpoint.dialect and (notes := plan.notes()):
+    _log.warning("\n".join([f"{files.path}:", *notes]))
+  parts = {part.parameters[0].parameter.name: part for part in _parts(plan)}
+
+  @functools.cache
+  def fetch() -> None:
+    if not isinstance(files, RangeFiles):
+      files.fetch(plan.files)
 
   def get(name: str) -> jax.Array:
-    # A tied head is compared once.
-    ties = plan.ties if by_name[name] is plan.parameters[0] else ()
     with source_errors():
-      return load_arrays(dataclasses.replace(plan, parameters=(by_name[name],), ties=ties))[name]
+      # Not before the writer is ready: what it refuses costs no download.
+      fetch()
+      return load_arrays(parts[name])[name]
 
   with source_errors():
-    plan.checkpoint.files.fetch(plan.files)
-    WRITERS[dialect](
-      Conversion(plan, get, found.family, found.config),
-      os.fspath(target),
-      max_shard_size=max_shard_size,
-      dtype=None,
-      overwrite=overwrite,
-      progress=progress,
-    )
+    conversion = Conversion(plan, get, found.family, found.config)
+    WRITERS[dialect](conversion, os.fspath(target), overwrite=overwrite, progress=progress, **options)
+
+
+def _parts(plan: LoadPlan) -> Iterator[LoadPlan]:
+  """A plan for each parameter, of the tensors that it takes alone."""
+  tensors = plan.checkpoint.tensors
+  for planned in plan.parameters:
+    # A tied head is compared once.
+    ties = plan.ties if planned is plan.parameters[0] else ()
+    names = [piece.tensor for piece in planned.pieces] + [n for tie in ties for n in (tie.tensor, tie.twin)]
+    checkpoint = dataclasses.replace(plan.checkpoint, tensors={name: tensors[name] for name in names})
+    yield dataclasses.replace(plan, checkpoint=checkpoint, parameters=(planned,), ties=ties)

@@ -31,9 +31,7 @@ def save(
 ) -> None:
   """As `AutoModel.save_pretrained`, of parameters that are made when they are needed: `get(name)`."""
   files = None if base is None else as_files(base)
-  companions = [] if files is None else [name for name in files.names() if is_companion(name)]
-  hidden = None if progress else True  # None: bars on a terminal alone.
-  with tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden) as bar:
+  with weights_bar(progress) as bar:
     save_parameters(
       parameters,
       get,
@@ -42,8 +40,20 @@ def save(
       family=family,
       config=config,
       base=files,
-      companions=[name for name in companions if not name.endswith(".index.json") and name != "config.json"],
+      companions=companions_of(files),
       dtype=as_dtype(dtype),
       overwrite=overwrite,
       on_bytes=bar.update,
     )
+
+
+def companions_of(files: Files | None) -> list[str]:
+  """Names of the files that come along when a model is saved, whatever its weights become."""
+  names = () if files is None else files.names()
+  return [n for n in names if is_companion(n) and not n.endswith(".index.json") and n != "config.json"]
+
+
+def weights_bar(progress: bool) -> tqdm.tqdm:
+  """A bar of bytes."""
+  hidden = None if progress else True  # None: bars on a terminal alone.
+  return tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden)

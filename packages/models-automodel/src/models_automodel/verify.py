@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_automodel.automodel import AutoModel
-from models_core.checkpoint import Files, TensorInfo
+from models_core import boxes
+from models_core.checkpoint import TensorInfo
 from models_core.errors import CheckpointError
+from models_core.orbax_checkpoint import tree_entries
 from models_core.plan import LoadPlan
+from models_core.reader import BoxReader, TensorReader, open_reader
 
 # Elements that are looked at in one go, a multiple of every codec's block.
 _CHUNK = 1 << 22
@@ -37,39 +41,46 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
   """
   plan = AutoModel.plan(os.fspath(path), model_source="local", progress=False)
   if values:
-    tensors = plan.checkpoint.tensors.values()
-    problems = [problem for info in tensors for problem in _not_finite(plan.checkpoint.files, info)]
+    checkpoint = plan.checkpoint
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    with contextlib.closing(open_reader(checkpoint, files, lambda count: None)) as reader:
+      problems = [problem for info in checkpoint.tensors.values() for problem in _not_finite(reader, info)]
     if problems:
-      raise CheckpointError(plan.checkpoint.files.path, problems)
+      raise CheckpointError(checkpoint.files.path, problems)
   return plan
 
 
-def _not_finite(files: Files, info: TensorInfo) -> Iterator[str]:
+def _not_finite(reader: TensorReader, info: TensorInfo) -> Iterator[str]:
   if info.codec is None and not jnp.issubdtype(info.dtype, jnp.inexact):
     return
-  count, wrong = math.prod(info.shape), 0
-  for element in range(0, count, _CHUNK):
-    start, stop = (_byte(info, min(n, count)) for n in (element, element + _CHUNK))
-    data = np.frombuffer(files.read(info.file, info.start + start, info.start + stop), np.uint8)
-    numbers = data.view(info.dtype) if info.codec is None else info.codec.decode(data)
-    wrong += numbers.size - int(np.isfinite(numbers).sum())
+  wrong = sum(numbers.size - int(np.isfinite(numbers).sum()) for numbers in _numbers(reader, info))
   if wrong:
-    yield f"{info.name}: {wrong} of {count} numbers are NaN or infinite"
+    yield f"{info.name}: {wrong} of {math.prod(info.shape)} numbers are NaN or infinite"
 
 
-def _byte(info: TensorInfo, element: int) -> int:
-  if info.codec is None:
-    return element * info.dtype.itemsize
-  return element // info.codec.block_size * info.codec.block_bytes
+def _numbers(reader: TensorReader, info: TensorInfo) -> Iterator[np.ndarray]:
+  """All numbers of a tensor, in parts: its cells, or runs of elements."""
+  if isinstance(reader, BoxReader):
+    for index in boxes.cells(info.shape, info.cell or info.shape):
+      yield reader.read_box(info, index)
+    return
+  count = math.prod(info.shape)
+  for element in range(0, count, _CHUNK):
+    yield reader.read_elements(info, element, min(_CHUNK, count - element))
 
 
 def checksums(path: str | os.PathLike) -> dict[str, str]:
-  """The SHA-256 of every file of a directory, in hexadecimal, by its name. Files in folders below it don't count."""
+  """The SHA-256 of every file of a directory, in hexadecimal, by its name.
+
+  Files in folders below it don't count, but for those of an Orbax tree.
+  """
+  root = pathlib.Path(path)
+  folders = [root / name for name in tree_entries(str(root))]
+  entries = {*root.iterdir(), *(entry for folder in folders for entry in folder.rglob("*"))}
   result = {}
-  for entry in sorted(pathlib.Path(path).iterdir()):
-    if entry.is_file():
-      with entry.open("rb") as file:
-        result[entry.name] = hashlib.file_digest(file, "sha256").hexdigest()
+  for entry in sorted(entry for entry in entries if entry.is_file()):
+    with entry.open("rb") as file:
+      result[entry.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
   return result
 
 

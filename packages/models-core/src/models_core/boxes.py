@@ -46,6 +46,18 @@ def read_box(reader: TensorReader, info: TensorInfo, index: Index) -> np.ndarray
   return rows[(..., *within)]
 
 
+def cells(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Index]:
+  """The cells of a tensor, those at its ends cut off.
+
+  Args:
+    shape: of the tensor.
+    cell: of all others.
+  """
+  steps = [range(0, size, max(1, step)) for size, step in zip(shape, cell, strict=True)]
+  for corner in itertools.product(*steps):
+    yield tuple(slice(at, min(at + axis.step, axis.stop)) for at, axis in zip(corner, steps, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Axis:
   """A tensor's axis, as far as boxes go: they take `inner` elements at a time, from `base` on.

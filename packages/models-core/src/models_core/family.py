@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from models_core.checkpoint import TensorInfo
-from models_core.weights import WeightTable
+from models_core.errors import ConfigError
+from models_core.weights import WeightTable, own_names
 
 # The major contract. AutoModel refuses a family of another one.
 FAMILY_API_VERSION = 1
+
+# Dialects that are no convention of names: where a family has no table, parameters keep their own.
+_NAMELESS = frozenset({"orbax"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class Family:
     read_config: config.json -> configuration. Raises ConfigError on a key that it neither uses nor knows to be
       harmless, and where two spellings differ.
     write_config: configuration -> config.json, in the spellings of old and new transformers.
-    weights: a weight table for each dialect: "huggingface" always; "gguf", "orbax" where they exist.
+    weights: a weight table for each dialect: "huggingface" always; "gguf" where it exists; "orbax" where somebody
+      else writes such trees: without it they hold parameters under their own names (`table_of`).
     fit_config: `(preset, tensors by name) -> configuration` of a checkpoint without config.json, which may decide some
       of it, such as the rows of the embedding; None where the two are plainly of different sizes.
     api_version: the contract that it was written against.
@@ -45,3 +50,21 @@ class Family:
   weights: Mapping[str, WeightTable]
   fit_config: Callable[[Any, Mapping[str, TensorInfo]], Any] | None = None
   api_version: int = FAMILY_API_VERSION
+
+
+def table_of(family: Family, dialect: str, shapes: Mapping[str, Sequence[int]]) -> WeightTable:
+  """The weight table of a dialect.
+
+  Args:
+    family: of the model.
+    dialect: such as "huggingface".
+    shapes: of the model's parameters, by name.
+
+  Raises:
+    ConfigError: if the family knows nothing of the dialect.
+  """
+  if (table := family.weights.get(dialect)) is not None:
+    return table
+  if dialect in _NAMELESS:
+    return own_names(shapes)
+  raise ConfigError(f"the family {family.name} does not read the {dialect} dialect")

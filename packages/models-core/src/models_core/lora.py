@@ -23,6 +23,7 @@ from models_core.abstract import abstract_model, dotted
 from models_core.checkpoint import as_files
 from models_core.errors import AdapterError
 from models_core.family import Family
+from models_core.host_arrays import whole
 from models_core.loader import load_arrays
 from models_core.plan import plan_load
 from models_core.safetensors_headers import read_safetensors
@@ -223,9 +224,18 @@ def merge_parameter(w: jax.Array, adapter: Adapter, name: str, own: Roles) -> ja
     if isinstance(sharding, jax.sharding.NamedSharding)
     else sharding
   )
-  a, b = (jax.device_put(factor, replicated) for factor in (factors.a, factors.b))
+  a, b = (_spread(factor, replicated) for factor in (factors.a, factors.b))
   scale = np.float32(adapter.alpha / adapter.rank)
   return _merger(equation, sharding)(w, a, b, scale)
+
+
+def _spread(factor: Any, replicated: jax.sharding.Sharding) -> jax.Array:
+  """A factor on all devices of a sharding. All processes that hold a part of it must call this."""
+  here = not isinstance(factor, jax.Array) or factor.is_fully_addressable
+  if here and replicated.is_fully_addressable:
+    return jax.device_put(factor, replicated)
+  values = whole(factor)
+  return jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
 
 
 def merge_adapter(
@@ -312,7 +322,7 @@ def lora_saver(family: Family) -> LoraSaver:
   ) -> None:
     """Writes a checkpoint with a model's LoRA factors merged into the weights of the one that it came from.
 
-    The sum is float32 and is rounded once, to the checkpoint's dtype. All else is as the checkpoint has it.
+    Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All else is as the checkpoint has it.
 
     Args:
       local_model_path: directory of the base checkpoint.

@@ -15,6 +15,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, final
 import numpy as np
 
 from models_core.boxes import Index
-from models_core.checkpoint import Checkpoint, Files, TensorInfo
+from models_core.checkpoint import Checkpoint, Files, LocalFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.reader import OnBytes
@@ -37,6 +38,10 @@ DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 _CHUNK = 4 << 20
 # Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
 _CACHE = 16 << 20
+
+# What Orbax writes beside the arrays, and what makes up a database.
+_ACCOUNTS = ("_sharding", "_CHECKPOINT_METADATA", "array_metadatas", "commit_success.txt")
+_DATABASE_PARTS = ("d", "ocdbt.process_*")
 
 # What describes an array, and TensorStore's driver for it.
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -84,6 +89,19 @@ def _is_map(files: Files, name: str) -> bool:
   """Whether a file is a msgpack map: TensorFlow, too, calls a file `checkpoint`."""
   first = files.read(name, 0, 1)
   return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+
+
+def tree_entries(directory: str) -> set[str]:
+  """Names of the files and folders of a directory that belong to a tree that lies in it; none where there is no tree."""
+  names = set(os.listdir(directory))
+  own = names & {DATABASE, METADATA}
+  if AGGREGATE in names and _is_map(LocalFiles(directory), AGGREGATE):
+    own.add(AGGREGATE)
+  if own:
+    patterns = _ACCOUNTS + (_DATABASE_PARTS if DATABASE in own else ())
+    own |= {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    own |= {name for name in names if any(os.path.isfile(os.path.join(directory, name, m)) for m in _DRIVERS)}
+  return own
 
 
 def read_orbax(files: Files) -> Checkpoint:
@@ -329,7 +347,10 @@ def _open_reader(
   cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
   # A cell of a fused array holds parts of several parameters, which are read one after the other.
   fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
-  arrays = store.open(drivers, _CACHE + max(cells, default=0) + max(fused, default=0))
+  wanted = {places[info.name].array for info in infos}
+  arrays = store.open(
+    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(cells, default=0) + max(fused, default=0)
+  )
   return OrbaxReader(checkpoint.tensors, store, places, arrays, on_bytes)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,22 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from models_core.checkpoint import Files, TensorInfo
-from models_core.dtypes import common_dtype
 from models_core.errors import SaveError
+from models_core.host_arrays import HostArray, assemble, with_arrays
 from models_core.reader import OnBytes
 from models_core.save_plan import SavedFile, SavedTensor
-from models_core.weights import Piece, part_shape, put_back
+from models_core.weights import Piece, part_shape
 
 # The unit of parallel work, in bytes.
 _TASK = 8 << 20
 # Bytes that may wait to be written before more is asked of the devices.
 _IN_FLIGHT = 128 << 20
 
-Bounds = tuple[slice, ...]
 # Where the bytes of a block lie in the tensor, how many they are, and what makes them.
 _Block = tuple[int, int, Callable[[], np.ndarray]]
 
@@ -57,7 +53,7 @@ def write_files(
   syncing: list[concurrent.futures.Future] = []
   with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
     for number, file in enumerate(files):
-      tensors = _with_arrays(file, get)
+      tensors = with_arrays(file.tensors, get)
       if number % jax.process_count() == jax.process_index() and failure is None:
         try:
           # The disk takes a file while the next one is being written.
@@ -78,25 +74,10 @@ def write_files(
     raise failure
 
 
-def _with_arrays(
-  file: SavedFile, get: Callable[[str], Any]
-) -> Iterator[tuple[SavedTensor, Mapping[str, _HostArray]]]:
-  """Each tensor with the parameters that it takes, which are held no longer than needed."""
-  last = {name: tensor.name for tensor in file.tensors for name, _ in tensor.parts}
-  held: dict[str, _HostArray] = {}
-  for tensor in file.tensors:
-    for name, _ in tensor.parts:
-      if name not in held:
-        held[name] = _HostArray(_gathered(get(name)))
-    yield tensor, held
-    for name in [name for name in held if last[name] == tensor.name]:
-      del held[name]
-
-
 def _write_file(
   path: str,
   file: SavedFile,
-  tensors: Iterator[tuple[SavedTensor, Mapping[str, _HostArray]]],
+  tensors: Iterator[tuple[SavedTensor, Mapping[str, HostArray]]],
   pool: concurrent.futures.Executor,
   base: Files | None,
   on_bytes: OnBytes | None,
@@ -148,7 +129,7 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
     done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _blocks(tensor: SavedTensor, held: Mapping[str, _HostArray], base: Files | None) -> Iterator[_Block]:
+def _blocks(tensor: SavedTensor, held: Mapping[str, HostArray], base: Files | None) -> Iterator[_Block]:
   """A tensor's bytes in units that threads share."""
   if tensor.copied is not None:
     assert base is not None
@@ -161,13 +142,13 @@ def _blocks(tensor: SavedTensor, held: Mapping[str, _HostArray], base: Files | N
     host.fetch()
   rows = _rows(sources)
   if rows is None:
-    yield 0, tensor.nbytes, functools.partial(_assemble, tensor, sources, None)
+    yield 0, tensor.nbytes, functools.partial(assemble, tensor, sources, None)
     return
   row = tensor.nbytes // max(1, rows)
   step = max(1, _TASK // max(1, row))
   for start in range(0, rows, step):
     stop = min(start + step, rows)
-    yield start * row, (stop - start) * row, functools.partial(_assemble, tensor, sources, slice(start, stop))
+    yield start * row, (stop - start) * row, functools.partial(assemble, tensor, sources, slice(start, stop))
 
 
 def _read(base: Files, info: TensorInfo, start: int, stop: int) -> np.ndarray:
@@ -177,7 +158,7 @@ def _read(base: Files, info: TensorInfo, start: int, stop: int) -> np.ndarray:
   return np.frombuffer(data, np.uint8)
 
 
-def _rows(sources: Sequence[tuple[_HostArray, Piece]]) -> int | None:
+def _rows(sources: Sequence[tuple[HostArray, Piece]]) -> int | None:
   """How many rows the tensor and all parts of parameters in it have in common; None where they share no such axis."""
   counts = {
     piece.split[0]
@@ -189,127 +170,3 @@ def _rows(sources: Sequence[tuple[_HostArray, Piece]]) -> int | None:
     for host, piece in sources
   }
   return counts.pop() if len(counts) == 1 else None
-
-
-def _assemble(
-  tensor: SavedTensor, sources: Sequence[tuple[_HostArray, Piece]], rows: slice | None
-) -> np.ndarray:
-  """Some rows of a tensor, or all of it, contiguous and in the dtype of the file."""
-  host, piece = sources[0]
-  if len(sources) == 1 and piece.run is not None:
-    return _cast(np.ascontiguousarray(host.part(piece, rows)), tensor)
-  shape = tensor.shape
-  if rows is not None:
-    count = rows.stop - rows.start
-    shape = (tensor.shape[0] // piece.split[0] * count, *tensor.shape[1:])
-  block = np.empty(shape, functools.reduce(common_dtype, (host.dtype for host, _ in sources)))
-  for host, piece in sources:
-    cut = piece if rows is None else dataclasses.replace(piece, split=(count, *piece.split[1:]))
-    put_back(host.part(piece, rows), cut, block)
-  return _cast(block, tensor)
-
-
-def _cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
-  """Rounds to nearest even.
-
-  Raises:
-    SaveError: if a finite number becomes an infinite one.
-  """
-  if data.dtype == tensor.dtype:
-    return data
-  with np.errstate(over="ignore"):
-    cast = data.astype(tensor.dtype)
-  if jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
-    # Types without infinities have NaN instead.
-    lost = ~np.isfinite(cast) & np.isfinite(data)
-    if lost.any():
-      raise SaveError(
-        f"{tensor.name}: {data[lost][0]} does not fit into {tensor.dtype}: write it in another dtype"
-      )
-  return cast
-
-
-class _HostArray:
-  """The parts of an array that this process's devices hold."""
-
-  def __init__(self, array: Any):
-    self.shape, self.dtype, self._array = tuple(array.shape), np.dtype(array.dtype), array
-    self.parts: list[tuple[Bounds, np.ndarray]] = []
-
-  def fetch(self) -> None:
-    """Has the parts in host memory, each once: bounds and elements. On a CPU without a copy."""
-    if self.parts:
-      return
-    if not isinstance(self._array, jax.Array):
-      self.parts = [(tuple(slice(0, size) for size in self.shape), np.asarray(self._array))]
-      return
-    parts = {}
-    for shard in self._array.addressable_shards:
-      bounds = _bounds(shard.index, self.shape)
-      if bounds not in parts:
-        # A handle of its own: an array keeps what it once copied to the host.
-        handle = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
-        parts[bounds] = np.asarray(handle)
-    self.parts = [(tuple(slice(*bound) for bound in bounds), data) for bounds, data in parts.items()]
-
-  def part(self, piece: Piece, rows: slice | None) -> np.ndarray:
-    """What fills a piece, or rows of it: elements of one shard as they lie, of several put together."""
-    index, dropped, cut = [], [], rows
-    for at, size in zip(piece.target, self.shape, strict=True):
-      if isinstance(at, int):
-        index.append(slice(at, at + 1))
-      else:
-        index.append(cut or slice(0, size))
-        cut = None
-      dropped.append(0 if isinstance(at, int) else slice(None))
-    return self._region(tuple(index))[(*dropped, ...)]
-
-  def _region(self, index: Bounds) -> np.ndarray:
-    whole = None
-    for bounds, data in self.parts:
-      common = tuple(
-        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(index, bounds, strict=True)
-      )
-      if any(c.start >= c.stop for c in common):
-        continue
-      part = data[_within(bounds, common)]
-      if common == index:
-        return part
-      if whole is None:
-        whole = np.empty([i.stop - i.start for i in index], self.dtype)
-      whole[_within(index, common)] = part
-    return np.empty([i.stop - i.start for i in index], self.dtype) if whole is None else whole
-
-
-def _within(outer: Bounds, inner: Bounds) -> Any:
-  """An index of an array that covers `outer`; the ellipsis makes a view also of a single element."""
-  return *(slice(i.start - o.start, i.stop - o.start) for o, i in zip(outer, inner, strict=True)), ...
-
-
-def _bounds(index: Bounds, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-  return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-
-
-def _gathered(array: Any) -> Any:
-  """The array, with every part of it in every process. All processes must call it."""
-  if not isinstance(array, jax.Array) or array.is_fully_addressable or _is_everywhere(array):
-    return array
-  if not isinstance(array.sharding, NamedSharding):
-    return multihost_utils.process_allgather(array, tiled=True)
-  return _gather(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
-
-
-@functools.cache
-def _gather(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(lambda x: x, out_shardings=replicated)
-
-
-def _is_everywhere(array: jax.Array) -> bool:
-  """Whether each process holds all parts. The same answer in all of them."""
-  held: dict[int, set] = collections.defaultdict(set)
-  device: Any
-  for device, index in array.sharding.devices_indices_map(array.shape).items():
-    held[device.process_index].add(_bounds(index, array.shape))
-  return len(held) == jax.process_count() and all(
-    len(parts) == len(set.union(*held.values())) for parts in held.values()
-  )

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -139,6 +139,7 @@ def plan_save(
   parameters: Mapping[str, Shaped],
   table: WeightTable,
   *,
+  config: Any = None,
   base: Checkpoint | None = None,
   dtype: np.dtype | None = None,
 ) -> list[SavedTensor]:
@@ -147,8 +148,10 @@ def plan_save(
   Args:
     parameters: of the model, by name.
     table: of the dialect.
+    config: of the model, where forms depend on it.
     base: of the same dialect. Its headers decide the form of each parameter, tied tensors that it holds are
-      repeated, and its tensors that the table ignores are copied. None takes each row's first form.
+      repeated, and its tensors that the table ignores are copied. None takes the form that the configuration's
+      published checkpoint has.
     dtype: that floating-point parameters are written in; None keeps each as it is. Copied tensors stay as they are.
 
   Raises:
@@ -157,7 +160,7 @@ def plan_save(
   """
   held = base.tensors if base is not None else {}
   parts: dict[str, list[tuple[str, Piece]]] = {}
-  for name, found in _forms(parameters, table, held).items():
+  for name, found in _forms(parameters, table, config, held).items():
     for piece in found:
       parts.setdefault(piece.tensor, []).append((name, piece))
   tensors = {
@@ -181,7 +184,7 @@ def plan_save(
 
 
 def _forms(
-  parameters: Mapping[str, Shaped], table: WeightTable, held: Mapping[str, TensorInfo]
+  parameters: Mapping[str, Shaped], table: WeightTable, config: Any, held: Mapping[str, TensorInfo]
 ) -> dict[str, list[Piece]]:
   """The pieces of each parameter, in the form that is held; of what isn't held, in the form of its likes."""
   forms: dict[str, list[list[Piece]]] = {}
@@ -191,8 +194,10 @@ def _forms(
     row, at = row_of(table, name)
     rows[name], forms[name] = row, [pieces(row, form, at, array.shape) for form in row.forms]
     complete = [i for i, form in enumerate(forms[name]) if all(piece.tensor in held for piece in form)]
+    # One name, several layouts: the shape decides.
+    fitting = [i for i in complete if all(held[p.tensor].shape == p.shape for p in forms[name][i])]
     if complete:
-      chosen[name] = complete[0]
+      chosen[name] = (fitting or complete)[0]
   # Likes are the same parameter of other layers, else those that have as many forms.
   votes: dict[object, collections.Counter[int]] = collections.defaultdict(collections.Counter)
   for name, form in chosen.items():
@@ -201,8 +206,13 @@ def _forms(
   for name in parameters:
     if name not in chosen:
       ballot = votes.get(rows[name].ours) or votes.get(len(rows[name].forms))
-      chosen[name] = ballot.most_common(1)[0][0] if ballot else 0
+      chosen[name] = ballot.most_common(1)[0][0] if ballot else _published(rows[name], config)
   return {name: forms[name][chosen[name]] for name in parameters}
+
+
+def _published(row: Row, config: Any) -> int:
+  """The place of the form that a configuration's published checkpoint has."""
+  return next((i for i, form in enumerate(row.forms) if form.when is not None and form.when(config)), 0)
 
 
 def _check_filled(tensor: SavedTensor) -> None:
@@ -222,9 +232,10 @@ def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTen
   known = [form.name for row in table.rows for form in row.forms]
   problems, dropped = list(base.problems), []
   for info in left:
-    if any(matches(row.pattern, info.name) for row in table.ignored):
+    ignored = next((row for row in table.ignored if matches(row.pattern, info.name)), None)
+    if ignored is not None and ignored.repeated:
       yield info
-    elif any(matches(name, info.name) for name in known):
+    elif ignored is not None or any(matches(name, info.name) for name in known):
       dropped.append(info.name)
     else:
       problems.append(f"{info.name} {info.shape} is unexpected: it belongs to another architecture")

@@ -15,7 +15,9 @@ import dataclasses
 import functools
 import math
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,10 +40,17 @@ class Values:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """One way in which a checkpoint may hold a parameter: the name of its tensors and their layout."""
+  """One way in which a checkpoint may hold a parameter.
+
+  Attributes:
+    name: of its tensors.
+    layout: of each.
+    when: whether a configuration's published checkpoint has this form, where it is not the row's first.
+  """
 
   name: str
   layout: str
+  when: Callable[[Any], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +80,12 @@ class Ignored:
   Attributes:
     pattern: a name with placeholders; matches as a whole. A last part `**`, behind a `.` or `/`, stands for any rest.
     reason: why they can be left out.
+    repeated: whether a checkpoint that is saved anew holds them, too.
   """
 
   pattern: str
   reason: str
+  repeated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +131,30 @@ def _row(row: tuple) -> Row:
     case (str(ours), [*forms]):
       return Row(ours, tuple(forms))
   raise TypeError(f"a row is (ours, checkpoint, layout) or (ours, (Form, ...)), not {row!r}")
+
+
+# What a training run saves beside a model.
+TRAINING = tuple(
+  Ignored(pattern, "the state of a training run", repeated=False) for pattern in ("step", "opt_state.**")
+)
+
+
+def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
+  """The table of a checkpoint that holds parameters as the model does: by their names, in their shapes.
+
+  Args:
+    shapes: of the model's parameters, by name.
+  """
+  layouts = {_numbers_open(name): " ".join(string.ascii_letters[: len(s)]) for name, s in shapes.items()}
+  # Flax adds a key where a state is saved with its variables.
+  rows = [(name, [Form(name, layout), Form(f"{name}.value", layout)]) for name, layout in layouts.items()]
+  return WeightTable(*rows, ignored=TRAINING)
+
+
+def _numbers_open(name: str) -> str:
+  """`layers.3.mlp.up_proj.w` -> `layers.{i}.mlp.up_proj.w`, `{j}` for a second number and so on."""
+  letters = iter(string.ascii_lowercase[string.ascii_lowercase.index("i") :])
+  return ".".join(f"{{{next(letters)}}}" if part.isdigit() else part for part in name.split("."))
 
 
 @functools.cache

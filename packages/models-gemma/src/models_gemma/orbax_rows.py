@@ -8,31 +8,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from models_core.checkpoint import TensorInfo
-from models_core.weights import Form, Ignored
+from models_core.weights import TRAINING, Form, Ignored
 
-# A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one.
-Forms = tuple[str, Sequence[tuple[str, str]]]
+# A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one; all but the first with
+# the configurations whose checkpoint Google writes so.
+Forms = tuple[str, Sequence[tuple[Any, ...]]]
 
 L, T = "layers.{i}", "layer_{i}"
 ATTN, GATING = f"{T}/attn", f"{T}/mlp/gating_einsum.w"
+
+# Widths of Gemma 1 and Gemma 2 2B, whose feed-forward weights have D before F.
+_D_BEFORE_F = frozenset({2048, 3072, 2304})
+
+
+def _d_f(config: Any) -> bool:
+  return config.embed_dim in _D_BEFORE_F
+
+
+def _mha(config: Any) -> bool:
+  return config.num_heads == config.num_kv_heads
+
 
 COMMON: tuple[Forms, ...] = (
   # ours                          checkpoint, layout: checkpoint -> ours
   ("embedder.input_embedding",    [("embedder.input_embedding", "v d")]),
   (f"{L}.input_layernorm.w",      [(f"{T}/pre_attention_norm.scale", "d")]),
-  (f"{L}.attn.q_proj.w",          [(f"{ATTN}/q_einsum.w", "n d h -> n h d"), (f"{ATTN}/qkv_einsum.w", "0/3 n d h -> n h d")]),
-  (f"{L}.attn.k_proj.w",          [(f"{ATTN}/kv_einsum.w", "0/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "1/3 k d h -> k h d")]),
-  (f"{L}.attn.v_proj.w",          [(f"{ATTN}/kv_einsum.w", "1/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "2/3 k d h -> k h d")]),
+  (f"{L}.attn.q_proj.w",          [(f"{ATTN}/q_einsum.w", "n d h -> n h d"), (f"{ATTN}/qkv_einsum.w", "0/3 n d h -> n h d", _mha)]),
+  (f"{L}.attn.k_proj.w",          [(f"{ATTN}/kv_einsum.w", "0/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "1/3 k d h -> k h d", _mha)]),
+  (f"{L}.attn.v_proj.w",          [(f"{ATTN}/kv_einsum.w", "1/2 k d h -> k h d"), (f"{ATTN}/qkv_einsum.w", "2/3 k d h -> k h d", _mha)]),
   (f"{L}.attn.o_proj.w",          [(f"{ATTN}/attn_vec_einsum.w", "n h d -> d n h")]),
-  # Gemma 1 and Gemma 2 2B have D before F.
-  (f"{L}.mlp.gate_proj.w",        [(GATING, "0/2 f d -> f d"), (GATING, "0/2 d f -> f d")]),
-  (f"{L}.mlp.up_proj.w",          [(GATING, "1/2 f d -> f d"), (GATING, "1/2 d f -> f d")]),
+  (f"{L}.mlp.gate_proj.w",        [(GATING, "0/2 f d -> f d"), (GATING, "0/2 d f -> f d", _d_f)]),
+  (f"{L}.mlp.up_proj.w",          [(GATING, "1/2 f d -> f d"), (GATING, "1/2 d f -> f d", _d_f)]),
   (f"{L}.mlp.down_proj.w",        [(f"{T}/mlp/linear.w", "f d -> d f")]),
   ("final_norm.w",                [("final_norm.scale", "d")]),
 )  # fmt: skip
 
 VISION = "the vision tower; the language model is loaded alone"
-TRAINING = "the state of a training run"
 
 IGNORED = (
   Ignored("SigLiPFromPatches_0/**", VISION),
@@ -41,8 +52,7 @@ IGNORED = (
   Ignored("vision_encoder.**", VISION),
   Ignored("embedder.mm_input_projection.**", VISION),
   Ignored("embedder.mm_soft_embedding_norm.**", VISION),
-  Ignored("step", TRAINING),
-  Ignored("opt_state.**", TRAINING),
+  *TRAINING,
 )
 
 
@@ -54,7 +64,11 @@ def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
   return [
     (
       ours,
-      [Form(spelled, layout) for name, layout in own for spelled in (f"transformer/{name}", _nested(name))],
+      [
+        form
+        for name, layout, *when in own
+        for form in (Form(f"transformer/{name}", layout, *when), Form(_nested(name), layout))
+      ],
     )
     for ours, own in forms
   ]
