@@ -24,8 +24,6 @@ from jax.sharding import Mesh
 from models_automodel import AutoModel
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Halves the time, most of which is compilation.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Of a float32 result, relative to the largest number in the reference.
 TOLERANCE = 2e-5
@@ -306,9 +304,10 @@ def random_reference():
 @pytest.fixture(scope="module")
 def optimized():
   """Compiles as users do: where the numbers of optimised code are the point, or its speed is needed."""
+  former = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_disable_most_optimizations", former)
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ def test_optimised_gradients_of_one_row(tokens):
   def loss(function, *arrays):
     return jnp.sum(function(*arrays) ** 2)
 
+  former = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   try:
     for argument in (0, 5):
@@ -127,7 +128,7 @@ def test_optimised_gradients_of_one_row(tokens):
       )
       close(ours, theirs)
   finally:
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", former)
 
 
 def test_half_precision_and_a_token_without_numbers(arrays, expected):
