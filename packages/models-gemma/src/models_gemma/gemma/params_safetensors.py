@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.lora import lora_saver
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Tied, WeightTable
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
@@ -138,23 +135,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   return raw
 
 
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Gemma:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Gemma, config, HUGGINGFACE, mesh, dtype=dtype)
-
-
 FAMILY = Family(
   name="gemma",
   model_types=("gemma", "gemma2"),
@@ -166,4 +146,5 @@ FAMILY = Family(
   fit_config=fit_config,
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.lora import lora_saver
 from models_core.rope import RopeScaling
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
@@ -181,23 +178,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   return raw | {"sliding_window_pattern": pattern[0]} if pattern else raw
 
 
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Gemma3:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Gemma3, config, HUGGINGFACE, mesh, dtype=dtype)
-
-
 FAMILY = Family(
   name="gemma3",
   model_types=("gemma3", "gemma3_text"),
@@ -209,4 +189,5 @@ FAMILY = Family(
   fit_config=fit_config,
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

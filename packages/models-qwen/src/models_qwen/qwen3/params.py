@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.lora import lora_saver
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen3.model import ModelConfig, Qwen3
@@ -168,23 +165,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Qwen3:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Qwen3, config, HUGGINGFACE, mesh, dtype=dtype)
-
-
 FAMILY = Family(
   name="qwen3",
   model_types=("qwen3", "qwen3_moe"),
@@ -195,4 +175,5 @@ FAMILY = Family(
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)
