@@ -8,6 +8,7 @@ from typing import Any
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.rope import RopeScaling
 from models_core.safetensors_loader import safe_tensors_creator
@@ -19,7 +20,7 @@ from models_gemma.gemma3.params import ORBAX
 from models_gemma.gguf_values import FACTOR
 from models_gemma.orbax_rows import fit_config
 
-L, M, B = "layers.{i}", "layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "layers.{i}"
 
 # Where the language model lies: alone, and beside a vision tower in older and newer files.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
@@ -55,24 +56,7 @@ HUGGINGFACE = WeightTable(
   ],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",      "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",        f"{B}.attn_norm.weight",                  "d", FACTOR),
-  (f"{L}.attn.q_proj.w",            f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",            f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",            f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",            f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.attn.q_norm.w",            f"{B}.attn_q_norm.weight",                "h", FACTOR),
-  (f"{L}.attn.k_norm.w",            f"{B}.attn_k_norm.weight",                "h", FACTOR),
-  (f"{L}.post_attn_norm.w",         f"{B}.post_attention_norm.weight",        "d", FACTOR),
-  (f"{L}.pre_ffw_norm.w",           f"{B}.ffn_norm.weight",                   "d", FACTOR),
-  (f"{L}.mlp.gate_proj.w",          f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",            f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",          f"{B}.ffn_down.weight",                   "d f"),
-  (f"{L}.post_ffw_norm.w",          f"{B}.post_ffw_norm.weight",              "d", FACTOR),
-  ("final_norm.w",                  "output_norm.weight",                     "d", FACTOR),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
 # What the text_config of a checkpoint with a vision tower leaves out.
 DEFAULTS = {

@@ -7,12 +7,13 @@ from typing import Any
 
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Ignored, Tied, WeightTable
 from models_llama.llama3.model import Llama3, ModelConfig
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 
 HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
@@ -33,22 +34,12 @@ HUGGINGFACE = WeightTable(
 )  # fmt: skip
 
 # Files of this kind pair neighbouring rows of q and k for RoPE, where we pair a head's two halves.
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h 2) d -> n (2 h) d"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h 2) d -> k (2 h) d"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  ("final_norm.w",                     "output_norm.weight",                     "d"),
-  ("lm_head.w",                        "output.weight",                          "v d"),
+GGUF = gguf_table(
+  HUGGINGFACE,
+  (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n h 2) d -> n (2 h) d"),
+  (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k h 2) d -> k (2 h) d"),
   ignored=[Ignored("rope_freqs.weight", "the configuration holds its factors")],
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -7,13 +7,14 @@ from typing import Any
 
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen2.model import ModelConfig, Qwen2
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 
 HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
@@ -36,24 +37,7 @@ HUGGINGFACE = WeightTable(
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.q_proj.b",               f"{B}.attn_q.bias",                       "(n h) -> n h"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.k_proj.b",               f"{B}.attn_k.bias",                       "(k h) -> k h"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.b",               f"{B}.attn_v.bias",                       "(k h) -> k h"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  ("final_norm.w",                     "output_norm.weight",                     "d"),
-  ("lm_head.w",                        "output.weight",                          "v d"),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(HUGGINGFACE)
 
 # transformers computes no dual chunk attention, so that the logits are those of full attention.
 HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)

@@ -8,13 +8,14 @@ from typing import Any
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen3.model import ModelConfig, Qwen3
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 X = f"{M}.mlp.experts"
 
 HUGGINGFACE = WeightTable(
@@ -44,27 +45,12 @@ HUGGINGFACE = WeightTable(
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.attn.q_norm.w",               f"{B}.attn_q_norm.weight",                "h"),
-  (f"{L}.attn.k_norm.w",               f"{B}.attn_k_norm.weight",                "h"),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  (f"{L}.mlp.router.w",                f"{B}.ffn_gate_inp.weight",               "e d"),
-  (f"{L}.mlp.experts.gate_proj",       f"{B}.ffn_gate_exps.weight",              "e f d"),
-  (f"{L}.mlp.experts.up_proj",         f"{B}.ffn_up_exps.weight",                "e f d"),
-  (f"{L}.mlp.experts.down_proj",       f"{B}.ffn_down_exps.weight",              "e d f"),
-  ("final_norm.w",                     "output_norm.weight",                     "d"),
-  ("lm_head.w",                        "output.weight",                          "v d"),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(
+  HUGGINGFACE,
+  (f"{L}.mlp.experts.gate_proj", "blk.{i}.ffn_gate_exps.weight", "e f d"),
+  (f"{L}.mlp.experts.up_proj", "blk.{i}.ffn_up_exps.weight", "e f d"),
+  (f"{L}.mlp.experts.down_proj", "blk.{i}.ffn_down_exps.weight", "e d f"),
+)
 
 # The auxiliary loss is one of training alone.
 HARMLESS = ("router_aux_loss_coef", "output_router_logits", *windows.KEYS)
