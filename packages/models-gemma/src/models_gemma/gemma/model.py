@@ -200,9 +200,7 @@ class DecoderLayer(nnx.Module):
 
   def __call__(self, x, positions, frequencies, cache, mask):
     config = self.config
-    attention = (
-      nnx.remat(Attention.__call__) if config.remat_config is RematConfig.BLOCK else Attention.__call__
-    )
+    attention = config.remat_config.block(Attention.__call__)
     act_btd = config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
     if config.use_post_attn_norm:
@@ -230,11 +228,7 @@ class Gemma(CausalLM):
     config = self.config
     frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
     masks = self._masks(positions, cache, attention_mask, segment_ids)
-    layer_call = (
-      nnx.remat(DecoderLayer.__call__)
-      if config.remat_config is RematConfig.DECODER
-      else DecoderLayer.__call__
-    )
+    layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = self.embedder.encode(tokens)
     # The factor is rounded to the embedding's dtype first: 55.5 for 3072 in bfloat16.
     x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
@@ -251,8 +245,3 @@ class Gemma(CausalLM):
     """The sliding window of each layer in tokens, None for a layer that sees all."""
     window = {AttentionType.GLOBAL: None, AttentionType.LOCAL_SLIDING: self.config.sliding_window_size}
     return tuple(window[kind] for kind in self.config.attention_types)
-
-  @property
-  def num_embed(self) -> int:
-    """Rows of the embedding."""
-    return self.config.num_embed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models_core.config_fields import write_rope
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
@@ -97,11 +98,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
   A configuration that is neither Gemma 1 nor 2 becomes a "gemma2" with two keys that transformers does not know.
   """
-  raw = write_common(config) | {
-    "hidden_act": GELU_TANH,
-    "rope_theta": config.rope_theta,
-    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-  }
+  raw = write_common(config) | {"hidden_act": GELU_TANH, **write_rope(config.rope_theta)}
   if all(
     getattr(config, field) == value for field, value in _gemma1(config.num_layers, config.head_dim).items()
   ):

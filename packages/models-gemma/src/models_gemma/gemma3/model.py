@@ -191,9 +191,7 @@ class DecoderLayer(nnx.Module):
     self.post_ffw_norm = norm()
 
   def __call__(self, x, positions, frequencies, cache, mask):
-    attention = (
-      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
-    )
+    attention = self.config.remat_config.block(Attention.__call__)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
     x = shard(x + self.post_attn_norm(out), act_btd)
@@ -217,11 +215,7 @@ class Gemma3(CausalLM):
       AttentionType.LOCAL_SLIDING: rope.inverse_frequencies(config.head_dim, config.local_rope_theta),
     }
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
-    layer_call = (
-      nnx.remat(DecoderLayer.__call__)
-      if config.remat_config is RematConfig.DECODER
-      else DecoderLayer.__call__
-    )
+    layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = self.embedder.encode(tokens)
     # The factor is rounded to the embedding's dtype first: 50.5 for 2560 in bfloat16.
     x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
@@ -252,8 +246,3 @@ class Gemma3(CausalLM):
       bool [B, T, T].
     """
     return make_causal_attn_mask(jnp.ones(tokens.shape, bool) if inputs_mask is None else inputs_mask)
-
-  @property
-  def num_embed(self) -> int:
-    """Rows of the embedding."""
-    return self.config.num_embed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.config_fields import read_sizes, write_rope, write_sizes
+from models_core.config_keys import ConfigKeys
 from models_core.family import Family
 from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
@@ -55,15 +56,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     keys.expect(bias, False)
   theta, scaling = keys.rope()
   config = ModelConfig(
-    num_layers=keys.integer("num_hidden_layers"),
-    vocab_size=keys.integer("vocab_size"),
-    embed_dim=hidden,
-    hidden_dim=keys.integer("intermediate_size"),
-    num_heads=heads,
-    head_dim=keys.integer("head_dim", hidden // heads),
-    num_kv_heads=keys.integer("num_key_value_heads", heads),
+    **read_sizes(keys, head_dim=hidden // heads, num_kv_heads=heads),
     rope_theta=theta,
-    norm_eps=keys.number("rms_norm_eps"),
     rope_scaling=scaling,
     weight_tying=keys.boolean("tie_word_embeddings", False),
   )
@@ -73,24 +67,14 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """Configuration -> config.json, in the spellings of transformers 4 and 5."""
-  scaling = write_scaling(config.rope_scaling)
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "num_hidden_layers": config.num_layers,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.embed_dim,
-    "intermediate_size": config.hidden_dim,
-    "num_attention_heads": config.num_heads,
-    "head_dim": config.head_dim,
-    "num_key_value_heads": config.num_kv_heads,
-    "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling or None,
-    "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    **write_sizes(config),
+    **write_rope(config.rope_theta, config.rope_scaling),
     "tie_word_embeddings": config.weight_tying,
   }
 
