@@ -9,6 +9,7 @@ from typing import Any
 
 from models_core.checkpoint import TensorInfo
 from models_core.weights import Form, Ignored
+from models_gemma import vision_tower
 
 # A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one.
 Forms = tuple[str, Sequence[tuple[str, str]]]
@@ -31,19 +32,9 @@ COMMON: tuple[Forms, ...] = (
   ("final_norm.w",                [("final_norm.scale", "d")]),
 )  # fmt: skip
 
-VISION = "the vision tower; the language model is loaded alone"
 TRAINING = "the state of a training run"
 
-IGNORED = (
-  Ignored("SigLiPFromPatches_0/**", VISION),
-  Ignored("transformer/embedder/mm_input_projection.**", VISION),
-  Ignored("transformer/embedder/mm_soft_embedding_norm.**", VISION),
-  Ignored("vision_encoder.**", VISION),
-  Ignored("embedder.mm_input_projection.**", VISION),
-  Ignored("embedder.mm_soft_embedding_norm.**", VISION),
-  Ignored("step", TRAINING),
-  Ignored("opt_state.**", TRAINING),
-)
+IGNORED = (*vision_tower.ORBAX, Ignored("step", TRAINING), Ignored("opt_state.**", TRAINING))
 
 
 _LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")

@@ -12,7 +12,8 @@ from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.rope import RopeScaling
 from models_core.safetensors_loader import safe_tensors_creator
-from models_core.weights import Form, Ignored, Tied, WeightTable
+from models_core.weights import Form, Tied, WeightTable
+from models_gemma import vision_tower
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
 from models_gemma.gemma3.model import Gemma3, ModelConfig
@@ -24,7 +25,6 @@ L, M = "layers.{i}", "layers.{i}"
 
 # Where the language model lies: alone, and beside a vision tower in older and newer files.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
-VISION = "the vision tower; the language model is loaded alone"
 
 HUGGINGFACE = WeightTable(
   *((ours, [Form(prefix + name, layout) for prefix in PREFIXES]) for ours, name, layout in (
@@ -45,10 +45,7 @@ HUGGINGFACE = WeightTable(
     (f"{L}.post_ffw_norm.w",        f"{M}.post_feedforward_layernorm.weight", "d"),
     ("final_norm.w",                "norm.weight",                            "d"),
   )),
-  ignored=[
-    Ignored(f"{prefix}{part}.**", VISION)
-    for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
-  ],
+  ignored=vision_tower.HUGGINGFACE,
   tied=[
     Tied("lm_head.weight", "model.embed_tokens.weight"),
     Tied("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
@@ -58,24 +55,6 @@ HUGGINGFACE = WeightTable(
 
 GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
-# What the text_config of a checkpoint with a vision tower leaves out.
-DEFAULTS = {
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "head_dim": 256,
-  "vocab_size": 262208,
-  "query_pre_attn_scalar": 256,
-  "rms_norm_eps": 1e-6,
-  "sliding_window": 4096,
-}
-THETAS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
-
-# Of the vision tower and of how images stand among tokens.
-IMAGE_KEYS = """
-  vision_config mm_tokens_per_image image_token_index image_token_id boi_token_index boi_token_id eoi_token_index
-  eoi_token_id
-"""
-
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   """config.json of `model_type` "gemma3_text", or "gemma3" with its `text_config` -> configuration.
@@ -83,19 +62,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ConfigError: on a missing, contradictory or unknown key.
   """
-  outer = ConfigKeys(raw)
-  if (text := outer.get("text_config", Mapping)) is None:
-    return _read_text(outer)
-  for key in IMAGE_KEYS.split():
-    outer.get(key)
-  outer.expect("tie_word_embeddings", True)
-  outer.done()
-  stated = {key: value for key, value in text.items() if value is not None}
-  defaults = DEFAULTS if "rope_parameters" in stated else DEFAULTS | THETAS
-  return _read_text(ConfigKeys(defaults | stated, "config.json: text_config"))
-
-
-def _read_text(keys: ConfigKeys) -> ModelConfig:
+  keys = vision_tower.text_keys(raw)
   common = read_common(keys)
   keys.expect("attn_logit_softcapping", None)
   keys.get("hidden_act")  # hidden_activation counts
