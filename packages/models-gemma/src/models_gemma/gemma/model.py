@@ -182,14 +182,13 @@ class DecoderLayer(nnx.Module):
     act_btd = config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
     if config.use_post_attn_norm:
-      x = shard(x + self.post_attn_norm(out), act_btd)
+      x = shard(self.post_attn_norm.add_to(x, out), act_btd)
       out = self.mlp(self.pre_ffw_norm(x))
     else:
       x = shard(x + out, act_btd)
       out = self.mlp(self.post_attention_layernorm(x))
-    if config.use_post_ffw_norm:
-      out = self.post_ffw_norm(out)
-    return shard(x + out, act_btd), cache
+    x = self.post_ffw_norm.add_to(x, out) if config.use_post_ffw_norm else x + out
+    return shard(x, act_btd), cache
 
 
 class Gemma(CausalLM):

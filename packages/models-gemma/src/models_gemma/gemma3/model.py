@@ -170,8 +170,9 @@ class DecoderLayer(nnx.Module):
     attention = self.config.remat_config.block(Attention.__call__)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
-    x = shard(x + self.post_attn_norm(out), act_btd)
-    return shard(x + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x))), act_btd), cache
+    x = shard(self.post_attn_norm.add_to(x, out), act_btd)
+    out = self.mlp(self.pre_ffw_norm(x))
+    return shard(self.post_ffw_norm.add_to(x, out), act_btd), cache
 
 
 class Gemma3(CausalLM):
