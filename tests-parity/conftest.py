@@ -316,6 +316,28 @@ def tokens() -> np.ndarray:
   return np.random.default_rng(1).integers(0, 101, (4, 40), dtype=np.int32)
 
 
+@pytest.fixture
+def many_tokens() -> np.ndarray:
+  """int32 [32, 40] below every variant's vocabulary: for statistics of sequences."""
+  return np.random.default_rng(2).integers(0, 101, (32, 40), dtype=np.int32)
+
+
+@pytest.fixture
+def assert_no_larger_error():
+  """`assert_no_larger_error(ours, theirs)`: errors [models, B, T, V] against the truth, on average and at their worst.
+
+  Their worst is the largest of each sequence, averaged: that of a single sequence is one number of thousands, and chance.
+  """
+
+  def check(ours, theirs) -> None:
+    for name, statistic in (("mean", np.mean), ("largest of a sequence", lambda e: np.max(e, (2, 3)).mean())):
+      ratio = statistic(np.asarray(ours)) / statistic(np.asarray(theirs))
+      print(f"{name}: {ratio:.2f} of theirs")
+      assert ratio <= 1, f"the {name} of our errors is {ratio:.2f} of theirs"
+
+  return check
+
+
 _ERRORS = pytest.StashKey[dict]()
 
 

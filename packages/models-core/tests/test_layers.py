@@ -16,7 +16,7 @@ from models_core.dtypes import common_dtype
 from models_core.errors import CacheError
 from models_core.linear import BiasedProjection, Embedder, Head, Projection
 from models_core.mlp import GatedMLP
-from models_core.norm import RMSNorm
+from models_core.norm import OffsetRMSNorm, RMSNorm
 from models_core.sharding import ShardingConfig
 
 # One program for a call, not one for each operation.
@@ -486,6 +486,27 @@ class TestModules:
       getattr(mlp, name).w.set_value(array(w))
     z = x @ gate.T
     close(call(mlp, array(x)), (z / (1 + np.exp(-z)) * (x @ up.T)) @ down.T)
+
+  def test_a_gated_block_rounds_once_between_its_products(self, rng):
+    mlp = module(GatedMLP, 64, 64, jax.nn.silu, ShardingConfig.get_default_sharding())
+    for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+      projection.w.set_value(array(np.eye(64), "bfloat16"))
+    x = array(rng.normal(size=(1, 9, 64)), "bfloat16")
+    exact = np.asarray(x, np.float64)
+    once = (exact / (1 + np.exp(-exact)) * exact).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(mlp(x), once)
+    assert np.any(np.asarray(jax.nn.silu(x) * x) != once)
+
+  def test_a_norm_that_is_added_to_a_sum_rounds_once(self, rng):
+    norm = module(OffsetRMSNorm, 64, 1e-3, P(), w=array(rng.normal(size=64)))
+    x, y = (array(rng.normal(size=(1, 9, 64)), "bfloat16") for _ in range(2))
+    exact = np.asarray(y, np.float64)
+    exact = (
+      exact / np.sqrt(np.mean(exact**2, -1, keepdims=True) + 1e-3) * (1 + np.asarray(norm.w, np.float64))
+    )
+    once = (np.asarray(x, np.float64) + exact).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(norm.add_to(x, y), once)
+    assert np.any(np.asarray(x + norm(y)) != once)
 
 
 @pytest.mark.parametrize(

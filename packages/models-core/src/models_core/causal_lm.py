@@ -21,7 +21,7 @@ class CausalLM(nnx.Module):
   """The calling convention of all models. A model adds its layers, `_hidden` and `_logits`.
 
   Attributes:
-    config: has num_layers, vocab_size, embed_dim, num_kv_heads, head_dim and shd_config.
+    config: has num_layers, embed_dim, num_kv_heads, head_dim and shd_config.
     embedder: has the parameter `input_embedding` [V, D].
   """
 
@@ -170,7 +170,7 @@ class CausalLM(nnx.Module):
   @property
   def num_embed(self) -> int:
     """Rows of the embedding."""
-    return self.config.vocab_size
+    return self._weight().shape[0]
 
   def get_model_input(self) -> dict[str, Any]:
     """Arguments of a smallest call, for tools that trace a model."""

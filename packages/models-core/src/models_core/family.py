@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
@@ -18,9 +18,13 @@ FAMILY_API_VERSION = 1
 # Dialects that are no convention of names: where a family has no table, parameters keep their own.
 _NAMELESS = frozenset({"orbax"})
 
+# A configuration and its model.
+C = TypeVar("C")
+M = TypeVar("M", bound=nnx.Module)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(Generic[C, M]):
   """An architecture: what reads its configuration, holds its weights and computes its logits.
 
   A package announces it by an entry point `models.families`: `llama3 = "models_llama.llama3"`, a module with
@@ -43,12 +47,12 @@ class Family:
 
   name: str
   model_types: tuple[str, ...]
-  model_class: type[nnx.Module]
-  config_class: type
-  read_config: Callable[[Mapping[str, Any]], Any]
-  write_config: Callable[[Any], dict[str, Any]]
+  model_class: type[M]
+  config_class: type[C]
+  read_config: Callable[[Mapping[str, Any]], C]
+  write_config: Callable[[C], dict[str, Any]]
   weights: Mapping[str, WeightTable]
-  fit_config: Callable[[Any, Mapping[str, TensorInfo]], Any] | None = None
+  fit_config: Callable[[C, Mapping[str, TensorInfo]], C | None] | None = None
   api_version: int = FAMILY_API_VERSION
 
 
@@ -68,3 +72,18 @@ def table_of(family: Family, dialect: str, shapes: Mapping[str, Sequence[int]]) 
   if dialect in _NAMELESS:
     return own_names(shapes)
   raise ConfigError(f"the family {family.name} does not read the {dialect} dialect")
+
+
+def adopt(function: Callable[..., Any], family: Family, contract: type) -> None:
+  """Makes a function that a factory made its family's own in help() and in type hints.
+
+  Args:
+    function: whose parameters named `config`, if any, and whose result, unless it is None, are the family's.
+    family: whose module shall list the function.
+    contract: a protocol whose `__call__` documents it.
+  """
+  function.__module__, function.__qualname__ = family.read_config.__module__, function.__name__
+  function.__doc__ = contract.__call__.__doc__
+  own = {"config": family.config_class, "return": family.model_class}
+  hints = function.__annotations__
+  hints |= {name: own[name] for name in own if name in hints and hints[name] not in (None, "None")}

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from models_core.abstract import abstract_model, dotted
 from models_core.checkpoint import as_files
 from models_core.errors import AdapterError
-from models_core.family import Family
+from models_core.family import Family, adopt
 from models_core.host_arrays import whole
 from models_core.loader import load_arrays
 from models_core.plan import plan_load
@@ -307,13 +307,11 @@ def _path(name: str) -> tuple[Any, ...]:
   return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
-LoraSaver = Callable[[str | os.PathLike, str | os.PathLike, nnx.Module, int, float], None]
-
-
-def lora_saver(family: Family) -> LoraSaver:
+class LoraSaver(Protocol):
   """`save_lora_merged_model_as_safetensors` of a family."""
 
-  def save_lora_merged_model_as_safetensors(
+  def __call__(
+    self,
     local_model_path: str | os.PathLike,
     output_dir: str | os.PathLike,
     lora_model: nnx.Module,
@@ -322,7 +320,8 @@ def lora_saver(family: Family) -> LoraSaver:
   ) -> None:
     """Writes a checkpoint with a model's LoRA factors merged into the weights of the one that it came from.
 
-    Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All else is as the checkpoint has it.
+    Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All
+    else is as the checkpoint has it.
 
     Args:
       local_model_path: directory of the base checkpoint.
@@ -336,14 +335,22 @@ def lora_saver(family: Family) -> LoraSaver:
       CheckpointError: if the base is broken or of another architecture.
       SaveError: if `output_dir` holds something, or the file system refuses.
     """
-    save_merged(
-      local_model_path,
-      output_dir,
-      adapter_of(lora_model, alpha=alpha, rank=rank),
-      family,
-      lora_model.config,  # type: ignore[attr-defined]
-    )
 
+
+def lora_saver(family: Family) -> LoraSaver:
+  """`save_lora_merged_model_as_safetensors` of a family."""
+
+  def save_lora_merged_model_as_safetensors(
+    local_model_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    lora_model: nnx.Module,
+    rank: int,
+    alpha: float,
+  ) -> None:
+    adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
+    save_merged(local_model_path, output_dir, adapter, family, lora_model.config)  # type: ignore[attr-defined]
+
+  adopt(save_lora_merged_model_as_safetensors, family, LoraSaver)
   return save_lora_merged_model_as_safetensors
 
 

@@ -14,7 +14,7 @@ from models_core.sharding import ShardingConfig
 
 
 class GatedMLP(nnx.Module):
-  """down(activation(gate(x)) * up(x)) (arXiv:2002.05202)."""
+  """down(activation(gate(x)) * up(x)) (arXiv:2002.05202); what is between the products is float32, rounded once."""
 
   def __init__(
     self,
@@ -34,7 +34,8 @@ class GatedMLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""
-    hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
+    gate, up = (proj(x).astype(jnp.float32) for proj in (self.gate_proj, self.up_proj))
+    hidden = (self.activation(gate) * up).astype(x.dtype)
     return self.down_proj(shard(hidden, self.act_btf))
 
 

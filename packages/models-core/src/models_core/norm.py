@@ -31,7 +31,14 @@ class OffsetRMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] -> [..., D] in the dtype of x."""
-    return (_normalise(x, self.eps) * (1 + self.w[...].astype(jnp.float32))).astype(x.dtype)
+    return self._float32(x).astype(x.dtype)
+
+  def add_to(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + norm(y), both [..., D] -> [..., D] in the dtype of x; the sum is float32 and rounded once."""
+    return (x.astype(jnp.float32) + self._float32(y)).astype(x.dtype)
+
+  def _float32(self, x: jax.Array) -> jax.Array:
+    return _normalise(x, self.eps) * (1 + self.w[...].astype(jnp.float32))
 
 
 def _normalise(x: jax.Array, eps: float) -> jax.Array:

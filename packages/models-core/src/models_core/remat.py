@@ -1,6 +1,14 @@
 """What is recomputed in the backward pass instead of being kept."""
 
+from __future__ import annotations
+
 import enum
+from collections.abc import Callable
+from typing import TypeVar
+
+from flax import nnx
+
+F = TypeVar("F", bound=Callable)
 
 
 class RematConfig(enum.Enum):
@@ -9,3 +17,11 @@ class RematConfig(enum.Enum):
   NONE = "none"
   BLOCK = "block"
   DECODER = "decoder"
+
+  def block(self, call: F) -> F:
+    """An attention block's `__call__`, recomputed where that is wanted."""
+    return nnx.remat(call) if self is RematConfig.BLOCK else call
+
+  def layer(self, call: F) -> F:
+    """A layer's `__call__`, recomputed where that is wanted."""
+    return nnx.remat(call) if self is RematConfig.DECODER else call

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from models_core.checkpoint import TensorInfo
-from models_core.weights import TRAINING, Form, Ignored
+from models_core.weights import TRAINING, Form
+from models_gemma import vision_tower
 
 # A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one; all but the first with
 # the configurations whose checkpoint Google writes so.
@@ -43,17 +44,7 @@ COMMON: tuple[Forms, ...] = (
   ("final_norm.w",                [("final_norm.scale", "d")]),
 )  # fmt: skip
 
-VISION = "the vision tower; the language model is loaded alone"
-
-IGNORED = (
-  Ignored("SigLiPFromPatches_0/**", VISION),
-  Ignored("transformer/embedder/mm_input_projection.**", VISION),
-  Ignored("transformer/embedder/mm_soft_embedding_norm.**", VISION),
-  Ignored("vision_encoder.**", VISION),
-  Ignored("embedder.mm_input_projection.**", VISION),
-  Ignored("embedder.mm_soft_embedding_norm.**", VISION),
-  *TRAINING,
-)
+IGNORED = (*vision_tower.ORBAX, *TRAINING)
 
 
 _LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")

@@ -25,9 +25,40 @@ from models_core.mlp import GatedMLP, gelu_tanh
 from models_core.norm import OffsetRMSNorm
 from models_core.remat import RematConfig
 from models_core.sharding import ShardingConfig
-from models_gemma.attention_types import AttentionType, checked, every
+from models_gemma.attention_types import AttentionType, checked, every, windows
+from models_gemma.sizes import by_field
 
 __all__ = ["AttentionType", "Gemma", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
+
+
+# Types of layers are as many as the longest has; the others leave the rest out.
+_GEMMA1: dict[str, Any] = {
+  "num_embed": 256000,
+  "final_logit_softcap": None,
+  "use_post_attn_norm": False,
+  "use_post_ffw_norm": False,
+  "attention_types": every(1, 28),
+  "rope_theta": 10_000.0,
+  "norm_eps": 1e-6,
+}
+_GEMMA2 = _GEMMA1 | {
+  "final_logit_softcap": 30.0,
+  "use_post_attn_norm": True,
+  "use_post_ffw_norm": True,
+  "attention_types": every(2, 46),
+  "attn_logits_soft_cap": 50.0,
+  "sliding_window_size": 4096,
+}
+
+
+def _preset(doc: str, common: dict[str, Any], *sizes: int) -> classmethod[ModelConfig, [], ModelConfig]:
+  """A published model: what it has in common with others, and its own sizes."""
+
+  def create(cls: type[ModelConfig]) -> ModelConfig:
+    return cls(**common, **by_field(*sizes))
+
+  create.__doc__ = doc
+  return classmethod(create)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,71 +109,18 @@ class ModelConfig:
     types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
     object.__setattr__(self, "attention_types", types)
 
-  @classmethod
-  def gemma_2b(cls) -> ModelConfig:
-    """Gemma 2B."""
-    return cls(**_SIZES["gemma-2b"])
-
-  @classmethod
-  def gemma_7b(cls) -> ModelConfig:
-    """Gemma 7B."""
-    return cls(**_SIZES["gemma-7b"])
-
-  @classmethod
-  def gemma2_2b(cls) -> ModelConfig:
-    """Gemma 2 2B."""
-    return cls(**_SIZES["gemma-2-2b"])
-
-  @classmethod
-  def gemma2_9b(cls) -> ModelConfig:
-    """Gemma 2 9B."""
-    return cls(**_SIZES["gemma-2-9b"])
-
-  @classmethod
-  def gemma2_27b(cls) -> ModelConfig:
-    """Gemma 2 27B."""
-    return cls(**_SIZES["gemma-2-27b"])
-
+  # fmt: off
+  #                                              L   D     F      N   H    K   query scalar
+  gemma_2b    = _preset("Gemma 2B.",    _GEMMA1, 18, 2048, 16384, 8,  256, 1,  256)
+  gemma_7b    = _preset("Gemma 7B.",    _GEMMA1, 28, 3072, 24576, 16, 256, 16, 256)
+  gemma2_2b   = _preset("Gemma 2 2B.",  _GEMMA2, 26, 2304, 9216,  8,  256, 4,  256)
+  gemma2_9b   = _preset("Gemma 2 9B.",  _GEMMA2, 42, 3584, 14336, 16, 256, 8,  256)
+  gemma2_27b  = _preset("Gemma 2 27B.", _GEMMA2, 46, 4608, 36864, 32, 128, 16, 144)
+  # fmt: on
   # The same numbers under other names.
   gemma1p1_2b = codegemma_2b = codegemma1p1_2b = gemma_2b
   gemma1p1_7b = codegemma_7b = codegemma1p1_7b = gemma_7b
   shieldgemma_2b, shieldgemma_9b, shieldgemma_27b = gemma2_2b, gemma2_9b, gemma2_27b
-
-
-def _gemma1(num_layers: int, *widths: int) -> dict[str, Any]:
-  names = ("embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads", "query_pre_attn_scalar")
-  return {
-    **dict(zip(names, widths, strict=True)),
-    "num_layers": num_layers,
-    "num_embed": 256000,
-    "final_logit_softcap": None,
-    "use_post_attn_norm": False,
-    "use_post_ffw_norm": False,
-    "attention_types": every(1, num_layers),
-    "rope_theta": 10_000.0,
-    "norm_eps": 1e-6,
-  }
-
-
-def _gemma2(num_layers: int, *widths: int) -> dict[str, Any]:
-  return _gemma1(num_layers, *widths) | {
-    "final_logit_softcap": 30.0,
-    "use_post_attn_norm": True,
-    "use_post_ffw_norm": True,
-    "attention_types": every(2, num_layers),
-    "attn_logits_soft_cap": 50.0,
-    "sliding_window_size": 4096,
-  }
-
-
-_SIZES = {
-  #                      L   D     F      N   H    K   query scalar
-  "gemma-2b":    _gemma1(18, 2048, 16384, 8,  256, 1,  256),
-  "gemma-7b":    _gemma1(28, 3072, 24576, 16, 256, 16, 256),
-  "gemma-2-2b":  _gemma2(26, 2304, 9216,  8,  256, 4,  256),
-  "gemma-2-9b":  _gemma2(42, 3584, 14336, 16, 256, 8,  256),
-  "gemma-2-27b": _gemma2(46, 4608, 36864, 32, 128, 16, 144),
-}  # fmt: skip
 
 
 class Attention(nnx.Module):
@@ -200,20 +178,17 @@ class DecoderLayer(nnx.Module):
 
   def __call__(self, x, positions, frequencies, cache, mask):
     config = self.config
-    attention = (
-      nnx.remat(Attention.__call__) if config.remat_config is RematConfig.BLOCK else Attention.__call__
-    )
+    attention = config.remat_config.block(Attention.__call__)
     act_btd = config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
     if config.use_post_attn_norm:
-      x = shard(x + self.post_attn_norm(out), act_btd)
+      x = shard(self.post_attn_norm.add_to(x, out), act_btd)
       out = self.mlp(self.pre_ffw_norm(x))
     else:
       x = shard(x + out, act_btd)
       out = self.mlp(self.post_attention_layernorm(x))
-    if config.use_post_ffw_norm:
-      out = self.post_ffw_norm(out)
-    return shard(x + out, act_btd), cache
+    x = self.post_ffw_norm.add_to(x, out) if config.use_post_ffw_norm else x + out
+    return shard(x, act_btd), cache
 
 
 class Gemma(CausalLM):
@@ -230,11 +205,7 @@ class Gemma(CausalLM):
     config = self.config
     frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
     masks = self._masks(positions, cache, attention_mask, segment_ids)
-    layer_call = (
-      nnx.remat(DecoderLayer.__call__)
-      if config.remat_config is RematConfig.DECODER
-      else DecoderLayer.__call__
-    )
+    layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = self.embedder.encode(tokens)
     # The factor is rounded to the embedding's dtype first: 55.5 for 3072 in bfloat16.
     x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
@@ -249,10 +220,4 @@ class Gemma(CausalLM):
 
   def windows(self) -> tuple[int | None, ...]:
     """The sliding window of each layer in tokens, None for a layer that sees all."""
-    window = {AttentionType.GLOBAL: None, AttentionType.LOCAL_SLIDING: self.config.sliding_window_size}
-    return tuple(window[kind] for kind in self.config.attention_types)
-
-  @property
-  def num_embed(self) -> int:
-    """Rows of the embedding."""
-    return self.config.num_embed
+    return windows(self.config.attention_types, self.config.sliding_window_size)

@@ -1,21 +1,11 @@
 """Gemma 1 and 2 checkpoints as Google publishes them: Orbax trees."""
 
-from __future__ import annotations
-
-import os
-from typing import Any, cast
-
-import numpy as np
-from jax.sharding import Mesh
-
-from models_core.abstract import abstract_model
-from models_core.checkpoint import as_files
-from models_core.loader import load
-from models_core.orbax_checkpoint import read_orbax
-from models_core.plan import plan_load
 from models_core.weights import WeightTable
 from models_gemma.gemma.model import Gemma, ModelConfig
-from models_gemma.orbax_rows import COMMON, IGNORED, L, T, fit_rows, rows
+from models_gemma.orbax import checkpoint_creator
+from models_gemma.orbax_rows import COMMON, IGNORED, L, T, rows
+
+__all__ = ["ORBAX", "create_model_from_checkpoint"]
 
 ORBAX = WeightTable(
   *rows([
@@ -28,23 +18,4 @@ ORBAX = WeightTable(
   ignored=IGNORED,
 )  # fmt: skip
 
-
-def create_model_from_checkpoint(
-  checkpoint_path: str | os.PathLike, model_config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Gemma:
-  """Loads an Orbax tree with Google's names.
-
-  Args:
-    checkpoint_path: its directory, or one that holds it.
-    model_config: of the model that it holds. The rows of the embedding are the tree's, which pads them to 256128.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  checkpoint = read_orbax(as_files(checkpoint_path))
-  model = abstract_model(Gemma, fit_rows(model_config, checkpoint.tensors), mesh)
-  return cast(
-    Gemma, load(plan_load(checkpoint, model, ORBAX, dtype=None if dtype is None else np.dtype(dtype)))
-  )
+create_model_from_checkpoint = checkpoint_creator(Gemma, ModelConfig, ORBAX)

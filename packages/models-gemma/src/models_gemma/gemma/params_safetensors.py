@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
+from models_core.config_fields import write_rope
 from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Tied, WeightTable
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
@@ -21,7 +20,7 @@ from models_gemma.gemma.params import ORBAX
 from models_gemma.gguf_values import FACTOR
 from models_gemma.orbax_rows import fit_config
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 
 # post_attention_layernorm is Gemma 1's norm before the feed-forward block, and Gemma 2's behind attention.
 HUGGINGFACE = WeightTable(
@@ -43,23 +42,7 @@ HUGGINGFACE = WeightTable(
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d", FACTOR),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.post_attn_norm.w",            f"{B}.post_attention_norm.weight",        "d", FACTOR),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d", FACTOR),
-  (f"{L}.pre_ffw_norm.w",              f"{B}.ffn_norm.weight",                   "d", FACTOR),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  (f"{L}.post_ffw_norm.w",             f"{B}.post_ffw_norm.weight",              "d", FACTOR),
-  ("final_norm.w",                     "output_norm.weight",                     "d", FACTOR),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -115,11 +98,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
   A configuration that is neither Gemma 1 nor 2 becomes a "gemma2" with two keys that transformers does not know.
   """
-  raw = write_common(config) | {
-    "hidden_act": GELU_TANH,
-    "rope_theta": config.rope_theta,
-    "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-  }
+  raw = write_common(config) | {"hidden_act": GELU_TANH, **write_rope(config.rope_theta)}
   if all(
     getattr(config, field) == value for field, value in _gemma1(config.num_layers, config.head_dim).items()
   ):
@@ -138,23 +117,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   return raw
 
 
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Gemma:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Gemma, config, HUGGINGFACE, mesh, dtype=dtype)
-
-
 FAMILY = Family(
   name="gemma",
   model_types=("gemma", "gemma2"),
@@ -166,4 +128,5 @@ FAMILY = Family(
   fit_config=fit_config,
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

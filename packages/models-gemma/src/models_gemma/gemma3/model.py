@@ -26,9 +26,32 @@ from models_core.norm import OffsetRMSNorm
 from models_core.remat import RematConfig
 from models_core.rope import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
-from models_gemma.attention_types import AttentionType, checked, every
+from models_gemma.attention_types import AttentionType, checked, every, windows
+from models_gemma.sizes import by_field
 
 __all__ = ["AttentionType", "Gemma3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
+
+
+_SMALL: dict[str, Any] = {
+  "num_embed": 262144,
+  "attention_types": every(6, 62),  # of the longest; the others leave the rest out
+  "rope_theta": 1_000_000.0,
+  "local_rope_theta": 10_000.0,
+  "norm_eps": 1e-6,
+  "sliding_window_size": 512,
+}
+# Sizes that also see images: more rows, a longer context.
+_LARGE = _SMALL | {"num_embed": 262208, "sliding_window_size": 1024, "rope_scaling": LinearScaling(8.0)}
+
+
+def _preset(doc: str, common: dict[str, Any], *sizes: int) -> classmethod[ModelConfig, [], ModelConfig]:
+  """A published model: what it has in common with others, and its own sizes."""
+
+  def create(cls: type[ModelConfig]) -> ModelConfig:
+    return cls(**common, **by_field(*sizes))
+
+  create.__doc__ = doc
+  return classmethod(create)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,67 +100,20 @@ class ModelConfig:
     types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
     object.__setattr__(self, "attention_types", types)
 
-  @classmethod
-  def gemma3_270m(cls) -> ModelConfig:
-    """Gemma 3 270M."""
-    return cls(**_SIZES["270m"])
-
-  @classmethod
-  def gemma3_1b(cls) -> ModelConfig:
-    """Gemma 3 1B."""
-    return cls(**_SIZES["1b"])
-
-  @classmethod
-  def gemma3_4b(cls) -> ModelConfig:
-    """Gemma 3 4B."""
-    return cls(**_SIZES["4b"])
-
-  @classmethod
-  def gemma3_12b(cls) -> ModelConfig:
-    """Gemma 3 12B."""
-    return cls(**_SIZES["12b"])
-
-  @classmethod
-  def gemma3_27b(cls) -> ModelConfig:
-    """Gemma 3 27B."""
-    return cls(**_SIZES["27b"])
-
+  # fmt: off
+  #                                              L   D     F      N   H    K   query scalar
+  gemma3_270m = _preset("Gemma 3 270M.", _SMALL, 18, 640,  2048,  4,  256, 1,  256)
+  gemma3_1b   = _preset("Gemma 3 1B.",   _SMALL, 26, 1152, 6912,  4,  256, 1,  256)
+  gemma3_4b   = _preset("Gemma 3 4B.",   _LARGE, 34, 2560, 10240, 8,  256, 4,  256)
+  gemma3_12b  = _preset("Gemma 3 12B.",  _LARGE, 48, 3840, 15360, 16, 256, 8,  256)
+  gemma3_27b  = _preset("Gemma 3 27B.",  _LARGE, 62, 5376, 21504, 32, 128, 16, 168)
+  # fmt: on
   functiongemma_270m = gemma3_270m
 
   @classmethod
   def medgemma_27b_text(cls) -> ModelConfig:
     """MedGemma 27B for text, whose vocabulary has no place for images."""
     return dataclasses.replace(cls.gemma3_27b(), num_embed=262144)
-
-
-def _small(num_layers: int, *widths: int) -> dict[str, Any]:
-  names = ("embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads", "query_pre_attn_scalar")
-  return {
-    **dict(zip(names, widths, strict=True)),
-    "num_layers": num_layers,
-    "num_embed": 262144,
-    "attention_types": every(6, num_layers),
-    "rope_theta": 1_000_000.0,
-    "local_rope_theta": 10_000.0,
-    "norm_eps": 1e-6,
-    "sliding_window_size": 512,
-  }
-
-
-def _large(num_layers: int, *widths: int) -> dict[str, Any]:
-  """Sizes that also see images: more rows, a longer context."""
-  own = {"num_embed": 262208, "sliding_window_size": 1024, "rope_scaling": LinearScaling(8.0)}
-  return _small(num_layers, *widths) | own
-
-
-_SIZES = {
-  #              L   D     F      N   H    K   query scalar
-  "270m": _small(18, 640,  2048,  4,  256, 1,  256),
-  "1b":   _small(26, 1152, 6912,  4,  256, 1,  256),
-  "4b":   _large(34, 2560, 10240, 8,  256, 4,  256),
-  "12b":  _large(48, 3840, 15360, 16, 256, 8,  256),
-  "27b":  _large(62, 5376, 21504, 32, 128, 16, 168),
-}  # fmt: skip
 
 
 class Attention(nnx.Module):
@@ -191,13 +167,12 @@ class DecoderLayer(nnx.Module):
     self.post_ffw_norm = norm()
 
   def __call__(self, x, positions, frequencies, cache, mask):
-    attention = (
-      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
-    )
+    attention = self.config.remat_config.block(Attention.__call__)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
-    x = shard(x + self.post_attn_norm(out), act_btd)
-    return shard(x + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x))), act_btd), cache
+    x = shard(self.post_attn_norm.add_to(x, out), act_btd)
+    out = self.mlp(self.pre_ffw_norm(x))
+    return shard(self.post_ffw_norm.add_to(x, out), act_btd), cache
 
 
 class Gemma3(CausalLM):
@@ -217,11 +192,7 @@ class Gemma3(CausalLM):
       AttentionType.LOCAL_SLIDING: rope.inverse_frequencies(config.head_dim, config.local_rope_theta),
     }
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
-    layer_call = (
-      nnx.remat(DecoderLayer.__call__)
-      if config.remat_config is RematConfig.DECODER
-      else DecoderLayer.__call__
-    )
+    layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = self.embedder.encode(tokens)
     # The factor is rounded to the embedding's dtype first: 50.5 for 2560 in bfloat16.
     x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
@@ -238,8 +209,7 @@ class Gemma3(CausalLM):
 
   def windows(self) -> tuple[int | None, ...]:
     """The sliding window of each layer in tokens, None for a layer that sees all."""
-    window = {AttentionType.GLOBAL: None, AttentionType.LOCAL_SLIDING: self.config.sliding_window_size}
-    return tuple(window[kind] for kind in self.config.attention_types)
+    return windows(self.config.attention_types, self.config.sliding_window_size)
 
   def get_attention_mask(self, tokens: jax.Array, *, inputs_mask: jax.Array | None = None) -> jax.Array:
     """The causal mask of a batch, for trainers that ask the model for it. Windows are the layers' own affair.
@@ -252,8 +222,3 @@ class Gemma3(CausalLM):
       bool [B, T, T].
     """
     return make_causal_attn_mask(jnp.ones(tokens.shape, bool) if inputs_mask is None else inputs_mask)
-
-  @property
-  def num_embed(self) -> int:
-    """Rows of the embedding."""
-    return self.config.num_embed

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
 from models_core.config_keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
 from models_core.rope import RopeScaling
-from models_core.weights import Form, Ignored, Tied, WeightTable
+from models_core.safetensors_loader import safe_tensors_creator
+from models_core.weights import Form, Tied, WeightTable
+from models_gemma import vision_tower
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
 from models_gemma.gemma3.model import Gemma3, ModelConfig
@@ -22,11 +21,10 @@ from models_gemma.gemma3.params import ORBAX
 from models_gemma.gguf_values import FACTOR
 from models_gemma.orbax_rows import fit_config
 
-L, M, B = "layers.{i}", "layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "layers.{i}"
 
 # Where the language model lies: alone, and beside a vision tower in older and newer files.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
-VISION = "the vision tower; the language model is loaded alone"
 
 HUGGINGFACE = WeightTable(
   *((ours, [Form(prefix + name, layout) for prefix in PREFIXES]) for ours, name, layout in (
@@ -47,10 +45,7 @@ HUGGINGFACE = WeightTable(
     (f"{L}.post_ffw_norm.w",        f"{M}.post_feedforward_layernorm.weight", "d"),
     ("final_norm.w",                "norm.weight",                            "d"),
   )),
-  ignored=[
-    Ignored(f"{prefix}{part}.**", VISION)
-    for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
-  ],
+  ignored=vision_tower.HUGGINGFACE,
   tied=[
     Tied("lm_head.weight", "model.embed_tokens.weight"),
     Tied("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
@@ -58,42 +53,7 @@ HUGGINGFACE = WeightTable(
   ],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",      "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",        f"{B}.attn_norm.weight",                  "d", FACTOR),
-  (f"{L}.attn.q_proj.w",            f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",            f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",            f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",            f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.attn.q_norm.w",            f"{B}.attn_q_norm.weight",                "h", FACTOR),
-  (f"{L}.attn.k_norm.w",            f"{B}.attn_k_norm.weight",                "h", FACTOR),
-  (f"{L}.post_attn_norm.w",         f"{B}.post_attention_norm.weight",        "d", FACTOR),
-  (f"{L}.pre_ffw_norm.w",           f"{B}.ffn_norm.weight",                   "d", FACTOR),
-  (f"{L}.mlp.gate_proj.w",          f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",            f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",          f"{B}.ffn_down.weight",                   "d f"),
-  (f"{L}.post_ffw_norm.w",          f"{B}.post_ffw_norm.weight",              "d", FACTOR),
-  ("final_norm.w",                  "output_norm.weight",                     "d", FACTOR),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
-
-# What the text_config of a checkpoint with a vision tower leaves out.
-DEFAULTS = {
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "head_dim": 256,
-  "vocab_size": 262208,
-  "query_pre_attn_scalar": 256,
-  "rms_norm_eps": 1e-6,
-  "sliding_window": 4096,
-}
-THETAS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
-
-# Of the vision tower and of how images stand among tokens.
-IMAGE_KEYS = """
-  vision_config mm_tokens_per_image image_token_index image_token_id boi_token_index boi_token_id eoi_token_index
-  eoi_token_id
-"""
+GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -102,19 +62,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ConfigError: on a missing, contradictory or unknown key.
   """
-  outer = ConfigKeys(raw)
-  if (text := outer.get("text_config", Mapping)) is None:
-    return _read_text(outer)
-  for key in IMAGE_KEYS.split():
-    outer.get(key)
-  outer.expect("tie_word_embeddings", True)
-  outer.done()
-  stated = {key: value for key, value in text.items() if value is not None}
-  defaults = DEFAULTS if "rope_parameters" in stated else DEFAULTS | THETAS
-  return _read_text(ConfigKeys(defaults | stated, "config.json: text_config"))
-
-
-def _read_text(keys: ConfigKeys) -> ModelConfig:
+  keys = vision_tower.text_keys(raw)
   common = read_common(keys)
   keys.expect("attn_logit_softcapping", None)
   keys.get("hidden_act")  # hidden_activation counts
@@ -181,23 +129,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   return raw | {"sliding_window_pattern": pattern[0]} if pattern else raw
 
 
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Gemma3:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Gemma3, config, HUGGINGFACE, mesh, dtype=dtype)
-
-
 FAMILY = Family(
   name="gemma3",
   model_types=("gemma3", "gemma3_text"),
@@ -209,4 +140,5 @@ FAMILY = Family(
   fit_config=fit_config,
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

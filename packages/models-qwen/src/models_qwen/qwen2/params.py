@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
-from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.config_fields import read_sizes, write_rope, write_sizes
+from models_core.config_keys import ConfigKeys
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen2.model import ModelConfig, Qwen2
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 
 HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
@@ -39,24 +38,7 @@ HUGGINGFACE = WeightTable(
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.q_proj.b",               f"{B}.attn_q.bias",                       "(n h) -> n h"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.k_proj.b",               f"{B}.attn_k.bias",                       "(k h) -> k h"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.b",               f"{B}.attn_v.bias",                       "(k h) -> k h"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  ("final_norm.w",                     "output_norm.weight",                     "d"),
-  ("lm_head.w",                        "output.weight",                          "v d"),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(HUGGINGFACE)
 
 # transformers computes no dual chunk attention, so that the logits are those of full attention.
 HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
@@ -77,15 +59,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   theta, scaling = keys.rope()
   sliding_window, max_window_layers = windows.read_window(keys, layers)
   config = ModelConfig(
-    num_layers=layers,
-    vocab_size=keys.integer("vocab_size"),
-    embed_dim=hidden,
-    hidden_dim=keys.integer("intermediate_size"),
-    num_heads=heads,
-    head_dim=keys.integer("head_dim", hidden // heads),
-    num_kv_heads=keys.integer("num_key_value_heads"),
+    **read_sizes(keys, head_dim=hidden // heads),
     rope_theta=theta,
-    norm_eps=keys.number("rms_norm_eps"),
     rope_scaling=scaling,
     use_tied_embedding=keys.boolean("tie_word_embeddings", False),
     sliding_window=sliding_window,
@@ -97,42 +72,15 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """Configuration -> config.json, in the spellings of transformers 4 and 5."""
-  scaling = write_scaling(config.rope_scaling)
   return {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_act": "silu",
-    "num_hidden_layers": config.num_layers,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.embed_dim,
-    "intermediate_size": config.hidden_dim,
-    "num_attention_heads": config.num_heads,
-    "head_dim": config.head_dim,
-    "num_key_value_heads": config.num_kv_heads,
-    "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling or None,
-    "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    **write_sizes(config),
+    **write_rope(config.rope_theta, config.rope_scaling),
     "tie_word_embeddings": config.use_tied_embedding,
     **windows.write_window(config.sliding_window, config.max_window_layers, config.num_layers),
   }
-
-
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Qwen2:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Qwen2, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
 FAMILY = Family(
@@ -145,4 +93,5 @@ FAMILY = Family(
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)

@@ -199,9 +199,7 @@ class DecoderLayer(nnx.Module):
       self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
 
   def __call__(self, x, positions, rotary, cache, mask):
-    attention = (
-      nnx.remat(Attention.__call__) if self.config.remat_config is RematConfig.BLOCK else Attention.__call__
-    )
+    attention = self.config.remat_config.block(Attention.__call__)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
     x = shard(x + out, act_btd)
@@ -225,11 +223,7 @@ class Qwen3(CausalLM):
     rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
     everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
-    layer_call = (
-      nnx.remat(DecoderLayer.__call__)
-      if config.remat_config is RematConfig.DECODER
-      else DecoderLayer.__call__
-    )
+    layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
-from models_core import safetensors_loader
-from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.config_fields import read_sizes, write_rope, write_sizes
+from models_core.config_keys import ConfigKeys
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.gguf_table import gguf_table
 from models_core.lora import lora_saver
+from models_core.safetensors_loader import safe_tensors_creator
 from models_core.weights import Form, Ignored, Tied, WeightTable
 from models_qwen import windows
 from models_qwen.qwen3.model import ModelConfig, Qwen3
 
-L, M, B = "layers.{i}", "model.layers.{i}", "blk.{i}"
+L, M = "layers.{i}", "model.layers.{i}"
 X = f"{M}.mlp.experts"
 
 HUGGINGFACE = WeightTable(
@@ -47,27 +46,12 @@ HUGGINGFACE = WeightTable(
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-GGUF = WeightTable(
-  ("embedder.input_embedding",         "token_embd.weight",                      "v d"),
-  (f"{L}.input_layernorm.w",           f"{B}.attn_norm.weight",                  "d"),
-  (f"{L}.attn.q_proj.w",               f"{B}.attn_q.weight",                     "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",               f"{B}.attn_k.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",               f"{B}.attn_v.weight",                     "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",               f"{B}.attn_output.weight",                "d (n h) -> d n h"),
-  (f"{L}.attn.q_norm.w",               f"{B}.attn_q_norm.weight",                "h"),
-  (f"{L}.attn.k_norm.w",               f"{B}.attn_k_norm.weight",                "h"),
-  (f"{L}.post_attention_layernorm.w",  f"{B}.ffn_norm.weight",                   "d"),
-  (f"{L}.mlp.gate_proj.w",             f"{B}.ffn_gate.weight",                   "f d"),
-  (f"{L}.mlp.up_proj.w",               f"{B}.ffn_up.weight",                     "f d"),
-  (f"{L}.mlp.down_proj.w",             f"{B}.ffn_down.weight",                   "d f"),
-  (f"{L}.mlp.router.w",                f"{B}.ffn_gate_inp.weight",               "e d"),
-  (f"{L}.mlp.experts.gate_proj",       f"{B}.ffn_gate_exps.weight",              "e f d"),
-  (f"{L}.mlp.experts.up_proj",         f"{B}.ffn_up_exps.weight",                "e f d"),
-  (f"{L}.mlp.experts.down_proj",       f"{B}.ffn_down_exps.weight",              "e d f"),
-  ("final_norm.w",                     "output_norm.weight",                     "d"),
-  ("lm_head.w",                        "output.weight",                          "v d"),
-  tied=[Tied("output.weight", "token_embd.weight")],
-)  # fmt: skip
+GGUF = gguf_table(
+  HUGGINGFACE,
+  (f"{L}.mlp.experts.gate_proj", "blk.{i}.ffn_gate_exps.weight", "e f d"),
+  (f"{L}.mlp.experts.up_proj", "blk.{i}.ffn_up_exps.weight", "e f d"),
+  (f"{L}.mlp.experts.down_proj", "blk.{i}.ffn_down_exps.weight", "e d f"),
+)
 
 # The auxiliary loss is one of training alone.
 HARMLESS = ("router_aux_loss_coef", "output_router_logits", *windows.KEYS)
@@ -95,15 +79,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   else:
     sliding_window, max_window_layers = windows.read_window(keys, layers)
   config = ModelConfig(
-    num_layers=layers,
-    vocab_size=keys.integer("vocab_size"),
-    embed_dim=hidden,
-    hidden_dim=keys.integer("intermediate_size"),
-    num_heads=heads,
-    head_dim=keys.integer("head_dim", hidden // heads if sparse else 128),
-    num_kv_heads=keys.integer("num_key_value_heads"),
+    **read_sizes(keys, head_dim=hidden // heads if sparse else 128),
     rope_theta=theta,
-    norm_eps=keys.number("rms_norm_eps"),
     rope_scaling=scaling,
     use_tied_embedding=keys.boolean("tie_word_embeddings", False),
     sliding_window=sliding_window,
@@ -134,7 +111,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   Raises:
     ConfigError: for a sparse model of which some layers slide and some do not: transformers has none.
   """
-  scaling, sparse = write_scaling(config.rope_scaling), config.num_experts is not None
+  sparse = config.num_experts is not None
   if sparse and config.sliding_window is not None and config.max_window_layers:
     raise ConfigError("a model with experts slides in all of its layers: set max_window_layers=0")
   experts = {
@@ -151,38 +128,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "model_type": "qwen3_moe" if sparse else "qwen3",
     "hidden_act": "silu",
     "attention_bias": False,
-    "num_hidden_layers": config.num_layers,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.embed_dim,
-    "intermediate_size": config.hidden_dim,
-    "num_attention_heads": config.num_heads,
-    "head_dim": config.head_dim,
-    "num_key_value_heads": config.num_kv_heads,
-    "rms_norm_eps": config.norm_eps,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": scaling or None,
-    "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+    **write_sizes(config),
+    **write_rope(config.rope_theta, config.rope_scaling),
     "tie_word_embeddings": config.use_tied_embedding,
     **windows.write_window(config.sliding_window, config.max_window_layers, config.num_layers),
     **(experts if sparse else {}),
   }
-
-
-def create_model_from_safe_tensors(
-  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
-) -> Qwen3:
-  """Loads a directory of safetensors files with Hugging Face's names.
-
-  Args:
-    file_dir: the directory.
-    config: of the model that the files hold.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
-
-  Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-  """
-  return safetensors_loader.load_and_create_model(file_dir, Qwen3, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
 FAMILY = Family(
@@ -195,4 +146,5 @@ FAMILY = Family(
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
 )
 
+create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
 save_lora_merged_model_as_safetensors = lora_saver(FAMILY)
