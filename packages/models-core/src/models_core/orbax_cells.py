@@ -16,8 +16,8 @@ import numpy as np
 
 from models_core.extras import require
 
-# Bytes of a request: for a file few enough to stay in a core's cache, for a store many for the time it takes.
-_LOCAL, _REMOTE = 1 << 20, 8 << 20
+# Bytes of a request: enough that its cost does not count. Each thread holds two at a time.
+_LOCAL, _REMOTE = 4 << 20, 8 << 20
 # What is passed over is decoded so many bytes at a time.
 _PASSED = 256 << 10
 
