@@ -80,12 +80,31 @@ class RunReader(_Tensors, Protocol):
     """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
 
 
+class Cell(Protocol):
+  """The elements of a cell as bytes, front to back."""
+
+  def read_into(self, start: int, target: np.ndarray) -> None:
+    """Fills contiguous memory from byte `start` on, which lies behind all that was read."""
+
+
 @runtime_checkable
 class BoxReader(_Tensors, Protocol):
-  """Tensors that are stored as grids of cells."""
+  """Tensors that are stored as grids of cells.
+
+  Attributes:
+    run: bytes of a cell that are read at a time.
+  """
+
+  run: int
 
   def read_box(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
     """The elements of a tensor within an index of one slice an axis."""
+
+  def has_streams(self, info: TensorInfo) -> bool:
+    """Whether the cells of a tensor can be read by `open_cell`."""
+
+  def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> Cell:
+    """The cell at a position of a tensor's grid, for one thread."""
 
 
 TensorReader = RunReader | BoxReader
