@@ -10,7 +10,7 @@ import pytest
 import tensorstore as ts
 import zstandard
 
-from models_core import boxes, cells, orbax_cells
+from models_core import boxes, cells, orbax_cells, orbax_checkpoint
 from models_core.checkpoint import LocalFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.loader import cast_into
@@ -24,6 +24,11 @@ LAYOUTS = [
   ("(n 2) d h -> 2 h n d", (2, 8, 3, 10)),
 ]
 ZSTD = {"id": "zstd", "level": 1}
+
+
+@pytest.fixture(autouse=True)
+def _small_cells_are_streams(monkeypatch):
+  monkeypatch.setattr(orbax_checkpoint, "_LARGE", 0)
 
 
 def write(directory, cell, *, database=True, **metadata):

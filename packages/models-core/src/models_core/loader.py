@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -237,6 +238,7 @@ def _tasks(
 ) -> Iterator[Callable[[], None]]:
   """The work of filling some parameters' shards, in units that threads share."""
   streamed: dict[str, list[cells.Share]] = {}
+  boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
   for planned, shards in filled:
     for piece in planned.pieces:
       info = reader.tensors[piece.tensor]
@@ -248,7 +250,7 @@ def _tasks(
         streamed.setdefault(piece.tensor, []).append(share)
         continue
       if (run := piece.run) is None or isinstance(reader, BoxReader):
-        yield from _box_tasks(piece, info, shape, targets, reader)
+        boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
         continue
       if not shape:  # A scalar is one row of one element.
         shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
@@ -256,6 +258,10 @@ def _tasks(
       last = max(index[0].stop for index, _ in targets)
       for start in range(min(index[0].start for index, _ in targets), last, step):
         yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
+  for several in boxed.values():
+    # Of parameters that share a tensor in turns: a cell that they share is decoded once and soon let go.
+    for turn in itertools.zip_longest(*several):
+      yield from filter(None, turn)
   for name, wanted in streamed.items():
     info = reader.tensors[name]
     for position in cells.wanted(info, wanted):

@@ -17,7 +17,7 @@ import numpy as np
 from models_core.extras import require
 
 # Bytes of a request: enough that its cost does not count. Each thread holds two at a time.
-_LOCAL, _REMOTE = 4 << 20, 8 << 20
+_LOCAL, _REMOTE = 1 << 20, 8 << 20
 # What is passed over is decoded so many bytes at a time.
 _PASSED = 256 << 10
 
@@ -94,9 +94,8 @@ class CellStream:
   ):
     self._errors = errors
     self._on_bytes = on_bytes
-    self._readinto = (
-      _DECODERS[_compressor(metadata)](_Stored(values, key)) if key else _Zeros(nbytes).readinto
-    )
+    decode = _DECODERS[_compressor(metadata)]
+    self._readinto = decode(_Stored(values, key, nbytes)) if key else _Zeros(nbytes).readinto
     self._nbytes = nbytes
     self._at = 0
 
@@ -124,13 +123,21 @@ class CellStream:
 
 
 class _Stored:
-  """A value, front to back, in parts of which the next one is always under way."""
+  """A value, front to back, in parts of which the next one is always under way.
 
-  def __init__(self, values: Values, key: str):
+  Args:
+    values: that hold it.
+    key: of the value.
+    nbytes: that it decodes to: most values are no longer.
+  """
+
+  def __init__(self, values: Values, key: str, nbytes: int):
     self._values = values
     self._key = key
     self._at = 0
-    self._next = values.ask(key, 0, values.step)
+    # A request past the end fails, and has to be repeated.
+    self._is_last = nbytes <= values.step
+    self._next = values.ask(key, 0, None if self._is_last else values.step)
     self._part = memoryview(b"")
 
   def read(self, size: int = -1) -> bytes:
@@ -140,7 +147,9 @@ class _Stored:
     try:
       part: bytes = self._next.result().value
       self._at += len(part)
-      self._next = self._values.ask(self._key, self._at, self._at + self._values.step)
+      self._next = (
+        None if self._is_last else self._values.ask(self._key, self._at, self._at + self._values.step)
+      )
     except ValueError:
       # The value ends within this part.
       part = self._values.ask(self._key, self._at, None).result().value

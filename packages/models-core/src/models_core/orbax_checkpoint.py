@@ -40,8 +40,10 @@ DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 _CHUNK = 4 << 20
 # Bytes of a cell that are decoded at a time: they and their copy stay in a core's own cache.
 _RUN = 512 << 10
+# Cells of more bytes are decoded where they shall lie; smaller ones faster by TensorStore, into memory of their own.
+_LARGE = 16 << 20
 # Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
-_CACHE = 16 << 20
+_CACHE = 48 << 20
 
 # What Orbax writes beside the arrays, and what makes up a database.
 _ACCOUNTS = ("_sharding", "_CHECKPOINT_METADATA", "array_metadatas", "commit_success.txt")
@@ -320,6 +322,10 @@ def _prefixes(key: str) -> Iterator[str]:
       yield key[:place]
 
 
+def _cell_bytes(info: TensorInfo) -> int:
+  return math.prod(info.cell or ()) * info.dtype.itemsize
+
+
 def _cell(array: Any) -> tuple[int, ...]:
   return tuple(array.chunk_layout.read_chunk.shape or ())
 
@@ -357,12 +363,9 @@ def _open_reader(
   keys: frozenset[str],
 ) -> OrbaxReader:
   infos = checkpoint.tensors.values()
-  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
-  # A cell of a fused array holds parts of several parameters, which are read one after the other.
-  fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
   wanted = {places[info.name].array for info in infos}
   arrays = store.open(
-    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(cells, default=0) + max(fused, default=0)
+    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(map(_cell_bytes, infos), default=0)
   )
   return OrbaxReader(checkpoint.tensors, store, places, arrays, store.values(), keys, on_bytes)
 
@@ -428,10 +431,10 @@ class OrbaxReader:
     return data
 
   def has_streams(self, info: TensorInfo) -> bool:
-    """Whether each cell is of this tensor alone, and stored so that it can be decoded front to back."""
+    """Whether each cell is large, of this tensor alone, and stored so that it can be decoded front to back."""
     place = self._places[info.name]
     alone = place.layer is None or _cell(self._arrays[place.array])[0] == 1
-    return alone and place.array in self._metadata
+    return _cell_bytes(info) > _LARGE and alone and place.array in self._metadata
 
   def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> CellStream:
     """The cell at a position of a tensor's grid, for one thread."""
@@ -442,7 +445,7 @@ class OrbaxReader:
       self._values,
       key if key in self._keys else None,
       metadata,
-      math.prod(info.cell or ()) * info.dtype.itemsize,
+      _cell_bytes(info),
       functools.partial(self._store.errors, f"{info.name} "),
       self._on_bytes,
     )

@@ -33,12 +33,12 @@ OnBytes = Callable[[int], None]
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Uninitialised memory that a CPU device can alias."""
   nbytes = math.prod(shape) * dtype.itemsize
-  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_POPULATE"):
+  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
   else:
-    # Pages that are asked for at once cost half of those that are touched one by one.
-    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    # The system gives the pages, which costs more than reading into them, to the threads that read.
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
