@@ -236,8 +236,8 @@ def cut(
     The box, one slice an axis, and pairs of a view and an index of `shares(grid, data)` that goes there.
   """
   spans = [range(axis.lead) for axis in grid.axes]
-  leads = _leads(grid)
-  for position, lead in enumerate(leads):
+  lead_of = leads(grid)
+  for position, lead in enumerate(lead_of):
     if lead is not None:
       spans[position] = range(
         min(face.bounds[lead][0] for face in faces), max(face.bounds[lead][1] for face in faces)
@@ -251,30 +251,46 @@ def cut(
       (max(low, span.start), min(low + step, span.stop))
       for low, span, step in zip(corner, spans, steps, strict=True)
     ]
-    wanted = [(face, common) for face in faces if (common := _meet(face, leads, block)) is not None]
+    wanted = [common for face in faces if (common := _meet(face, lead_of, block)) is not None]
     if not wanted:
       continue
     # What no shard of this process wants stays unread.
-    for position, lead in enumerate(leads):
+    for position, lead in enumerate(lead_of):
       if lead is not None:
-        block[position] = (min(c[lead][0] for _, c in wanted), max(c[lead][1] for _, c in wanted))
+        block[position] = (min(c[lead][0] for c in wanted), max(c[lead][1] for c in wanted))
     box = tuple(
       slice(axis.base + low * axis.inner, axis.base + high * axis.inner)
       for axis, (low, high) in zip(grid.axes, block, strict=True)
     )
-    origin = {lead: low for lead, (low, _) in zip(leads, block, strict=True) if lead is not None}
-    yield box, [_copy(face, common, origin) for face, common in wanted]
+    yield box, list(overlaps(grid, faces, block))
 
 
-def _leads(grid: Grid) -> list[int | None]:
-  """For each axis of the tensor, the place of the factor that its boxes are cut along."""
-  leads: list[int | None] = []
+def overlaps(
+  grid: Grid, faces: Sequence[Face], block: Sequence[tuple[int, int]]
+) -> Iterator[tuple[np.ndarray, Index]]:
+  """What of a block goes where: pairs of a view of a shard's buffer and an index of the block's `shares`.
+
+  Args:
+    grid: of the tensor.
+    faces: the shards' shares.
+    block: bounds along each axis, in steps of it.
+  """
+  lead_of = leads(grid)
+  origin = {lead: low for lead, (low, _) in zip(lead_of, block, strict=True) if lead is not None}
+  for face in faces:
+    if (common := _meet(face, lead_of, block)) is not None:
+      yield _copy(face, common, origin)
+
+
+def leads(grid: Grid) -> list[int | None]:
+  """For each axis of the tensor, the place of its first unfixed factor, along which its boxes are cut."""
+  found: list[int | None] = []
   place = 0
   for fixed in grid.fixed:
     free = sum(at is None for at in fixed)
-    leads.append(place if free else None)
+    found.append(place if free else None)
     place += free
-  return leads
+  return found
 
 
 def _steps(grid: Grid, info: TensorInfo, spans: Sequence[range], most: int) -> list[int]:
@@ -297,11 +313,11 @@ def _steps(grid: Grid, info: TensorInfo, spans: Sequence[range], most: int) -> l
 
 
 def _meet(
-  face: Face, leads: Sequence[int | None], block: Sequence[tuple[int, int]]
+  face: Face, lead_of: Sequence[int | None], block: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...] | None:
   """What a face and a block have in common."""
   common = list(face.bounds)
-  for lead, (low, high) in zip(leads, block, strict=True):
+  for lead, (low, high) in zip(lead_of, block, strict=True):
     if lead is not None:
       common[lead] = max(low, common[lead][0]), min(high, common[lead][1])
   return tuple(common) if all(low < high for low, high in common) else None

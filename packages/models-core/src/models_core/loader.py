@@ -1,8 +1,8 @@
 """Executing a load plan: every byte is read once and lands in the buffer that a device keeps.
 
-A run of bytes that a shard takes as it is goes from the file straight into that shard's buffer. What must be
-cast, decoded, split over columns or reordered passes through a scratch buffer of a few MB that stays in the
-processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned;
+A run of bytes that a shard takes as it is goes from the file, or its decoder, straight into that shard's buffer. What
+must be cast, decoded by blocks, split over columns or reordered passes through a scratch buffer of a few MB that stays
+in the processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned;
 elsewhere they are transferred and let go.
 
 Over several processes each reads its own part (`models_core.reading`), and after every batch they make sure that
@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from models_core import boxes
+from models_core import boxes, cells
 from models_core.checkpoint import TensorInfo
 from models_core.plan import LoadPlan, PlannedParameter
 from models_core.processes import check_same, processes_of, together
@@ -159,17 +160,26 @@ def _place(
       arrays[planned.parameter.name].block_until_ready()
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
-  for planned in parameters:
-    shards = _shards(planned, reader, alias=on_cpu)
-    size = sum(shard.buffer.nbytes for shard in shards)
+  for group in _groups(parameters, reader):
+    filled = [(planned, _shards(planned, reader, alias=on_cpu)) for planned in group]
+    size = sum(shard.buffer.nbytes for _, shards in filled for shard in shards)
     while reading and not on_cpu and in_flight + size > _IN_FLIGHT:
       place_first()
-    tasks = [pool.submit(task) for task in _tasks(planned, shards, reader)]
-    reading.append((planned, shards, tasks))
+    tasks = [pool.submit(task) for task in _tasks(filled, reader)]
+    reading.extend((planned, shards, tasks) for planned, shards in filled)
     in_flight += size
   while reading:
     place_first()
   return arrays
+
+
+def _groups(parameters: Sequence[PlannedParameter], reader: TensorReader) -> list[list[PlannedParameter]]:
+  """Parameters that are read together: those of one tensor, where it is read cell by cell."""
+  groups: dict[str, list[PlannedParameter]] = {}
+  for planned in parameters:
+    is_fused = isinstance(reader, BoxReader) and len(planned.pieces) == 1
+    groups.setdefault(planned.pieces[0].tensor if is_fused else planned.parameter.name, []).append(planned)
+  return list(groups.values())
 
 
 def _is_cpu(plan: LoadPlan) -> bool:
@@ -224,24 +234,38 @@ def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
 
 
 def _tasks(
-  planned: PlannedParameter, shards: list[_Shard], reader: TensorReader
+  filled: Sequence[tuple[PlannedParameter, list[_Shard]]], reader: TensorReader
 ) -> Iterator[Callable[[], None]]:
-  """The work of filling a parameter's shards, in units that threads share."""
-  for piece in planned.pieces:
-    info = reader.tensors[piece.tensor]
-    shape = part_shape(piece, planned.parameter.shape)
-    targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
-    if not targets:
-      continue
-    if (run := piece.run) is None or isinstance(reader, BoxReader):
-      yield from _box_tasks(piece, info, shape, targets, reader)
-      continue
-    if not shape:  # A scalar is one row of one element.
-      shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
-    step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
-    last = max(index[0].stop for index, _ in targets)
-    for start in range(min(index[0].start for index, _ in targets), last, step):
-      yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
+  """The work of filling some parameters' shards, in units that threads share."""
+  streamed: dict[str, list[cells.Share]] = {}
+  boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
+  for planned, shards in filled:
+    for piece in planned.pieces:
+      info = reader.tensors[piece.tensor]
+      shape = part_shape(piece, planned.parameter.shape)
+      targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
+      if not targets:
+        continue
+      if (share := _streamed(piece, info, shape, targets, reader)) is not None:
+        streamed.setdefault(piece.tensor, []).append(share)
+        continue
+      if (run := piece.run) is None or isinstance(reader, BoxReader):
+        boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
+        continue
+      if not shape:  # A scalar is one row of one element.
+        shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
+      step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
+      last = max(index[0].stop for index, _ in targets)
+      for start in range(min(index[0].start for index, _ in targets), last, step):
+        yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
+  for several in boxed.values():
+    # Of parameters that share a tensor in turns: a cell that they share is decoded once and soon let go.
+    for turn in itertools.zip_longest(*several):
+      yield from filter(None, turn)
+  for name, wanted in streamed.items():
+    info = reader.tensors[name]
+    for position in cells.wanted(info, wanted):
+      yield functools.partial(_fill_from_cell, info, position, wanted, reader)
 
 
 def _target(piece: Piece, shard: _Shard) -> _Target | None:
@@ -310,6 +334,38 @@ def _box_tasks(
     return
   for box, copies in boxes.cut(grid, info, seen, reader.chunk):
     yield functools.partial(_fill_box, grid, info, box, copies, reader)
+
+
+def _streamed(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> cells.Share | None:
+  """What shards take of a tensor, if its cells can be decoded front to back into them; None where they cannot."""
+  if not isinstance(reader, BoxReader) or not reader.has_streams(info):
+    return None
+  if 0 in shape or piece.values is not None:
+    return None
+  if (grid := boxes.grid(piece, shape)) is None:
+    return None
+  faces = [face for index, target in targets if (face := boxes.face(grid, index, target)) is not None]
+  share = cells.Share(grid, tuple(faces))
+  return share if len(faces) == len(targets) and cells.is_aligned(share, info) else None
+
+
+def _fill_from_cell(
+  info: TensorInfo, position: tuple[int, ...], shares: list[cells.Share], reader: TensorReader
+) -> None:
+  """What all shards want of one cell, which is decoded once, as far as it is wanted."""
+  assert isinstance(reader, BoxReader)
+  cell = reader.open_cell(info, position)
+  for run in cells.runs(info, position, shares, reader.run):
+    data = cells.scratch(run, info.dtype)
+    copies = list(cells.copies(run, data, shares))
+    if len(copies) == 1 and cells.is_as_it_is(*copies[0], data):
+      cell.read_into(run.start, copies[0][0])
+    elif copies:
+      cell.read_into(run.start, data)
+      for target, source in copies:
+        cast_into(target, source)
 
 
 def _fill_box(

@@ -2,7 +2,8 @@
 
 A tree is a store of zarr arrays: one database (OCDBT, `manifest.ocdbt`), or, as older versions wrote it, a directory
 for each array. Its structure is in `_METADATA`, or in the older msgpack file `checkpoint`. The arrays are read by
-TensorStore, not by Orbax, which would restore them whole.
+TensorStore, not by Orbax, which would restore them whole; cells that are plain or compressed by zstd are decoded
+straight into the shards (`models_core.orbax_cells`).
 
 Names are those of Google's Gemma trees, `transformer/layer_0/attn/q_einsum.w`: keys joined by dots, a slash being part
 of a key. A tree that wraps them (`{"params": ..., "step": ...}`) is read as if it did not, and so is one that stacks
@@ -29,6 +30,7 @@ from models_core.boxes import Index
 from models_core.checkpoint import Checkpoint, Files, LocalFiles, TensorInfo
 from models_core.errors import CheckpointError
 from models_core.extras import require
+from models_core.orbax_cells import CellStream, Values, cell_key, is_stream
 from models_core.reader import OnBytes
 from models_core.safetensors_headers import parse_json
 
@@ -36,8 +38,12 @@ DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
 # Bytes of a read: much more than a request costs, and little enough for a core's cache.
 _CHUNK = 4 << 20
+# Bytes of a cell that are decoded at a time: they and their copy stay in a core's own cache.
+_RUN = 512 << 10
+# Cells of more bytes are decoded where they shall lie; smaller ones faster by TensorStore, into memory of their own.
+_LARGE = 16 << 20
 # Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
-_CACHE = 16 << 20
+_CACHE = 48 << 20
 
 # What Orbax writes beside the arrays, and what makes up a database.
 _ACCOUNTS = ("_sharding", "_CHECKPOINT_METADATA", "array_metadatas", "commit_success.txt")
@@ -143,7 +149,7 @@ def read_orbax(files: Files) -> Checkpoint:
       math.prod(shape) * dtype.itemsize, cell=cell,
     )  # fmt: skip
     places[name] = place
-  opener = functools.partial(_open_reader, store=store, places=places, drivers=drivers)
+  opener = functools.partial(_open_reader, store=store, places=places, drivers=drivers, keys=frozenset(keys))
   return Checkpoint(
     files, "orbax", tensors, problems=tuple(problems), shared_files=() if stays else own, open_reader=opener
   )
@@ -264,6 +270,14 @@ class _Store:
       }
       return {name: array.result() for name, array in opened.items()}
 
+  def values(self) -> Values:
+    """All values, by key."""
+    ts = _tensorstore()
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+    with self.errors():
+      kvstore = ts.KvStore.open(self._at(""), context=context).result()
+    return Values(kvstore, is_local="://" not in self.where)
+
   @contextlib.contextmanager
   def errors(self, what: str = "") -> Iterator[None]:
     """Turns TensorStore's errors into a CheckpointError."""
@@ -308,6 +322,10 @@ def _prefixes(key: str) -> Iterator[str]:
       yield key[:place]
 
 
+def _cell_bytes(info: TensorInfo) -> int:
+  return math.prod(info.cell or ()) * info.dtype.itemsize
+
+
 def _cell(array: Any) -> tuple[int, ...]:
   return tuple(array.chunk_layout.read_chunk.shape or ())
 
@@ -342,16 +360,14 @@ def _open_reader(
   store: _Store,
   places: Mapping[str, _Place],
   drivers: Mapping[str, str],
+  keys: frozenset[str],
 ) -> OrbaxReader:
   infos = checkpoint.tensors.values()
-  cells = [math.prod(info.cell or ()) * info.dtype.itemsize for info in infos]
-  # A cell of a fused array holds parts of several parameters, which are read one after the other.
-  fused = [info.stop - info.start for info in infos if len(info.shape) > 2]
   wanted = {places[info.name].array for info in infos}
   arrays = store.open(
-    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(cells, default=0) + max(fused, default=0)
+    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(map(_cell_bytes, infos), default=0)
   )
-  return OrbaxReader(checkpoint.tensors, store, places, arrays, on_bytes)
+  return OrbaxReader(checkpoint.tensors, store, places, arrays, store.values(), keys, on_bytes)
 
 
 @final
@@ -363,6 +379,8 @@ class OrbaxReader:
     store: that holds them.
     places: of the tensors.
     arrays: of the store.
+    values: of the store.
+    keys: of the store's values.
     on_bytes: called with the number of bytes that were read.
 
   Raises:
@@ -370,6 +388,7 @@ class OrbaxReader:
   """
 
   chunk = _CHUNK
+  run = _RUN
   threads = max(2, min(os.cpu_count() or 1, 16))
 
   def __init__(
@@ -378,13 +397,21 @@ class OrbaxReader:
     store: _Store,
     places: Mapping[str, _Place],
     arrays: Mapping[str, Any],
+    values: Values,
+    keys: frozenset[str],
     on_bytes: OnBytes,
   ):
     self.tensors = tensors
     self._store = store
     self._places = places
     self._arrays = dict(arrays)
+    self._values = values
+    self._keys = keys
     self._on_bytes = on_bytes
+    specs = {name: array.spec().to_json() for name, array in arrays.items()}
+    self._metadata = {
+      name: spec["metadata"] for name, spec in specs.items() if is_stream(spec["driver"], spec["metadata"])
+    }
     for info in tensors.values():
       place = places[info.name]
       array = self._arrays[place.array]
@@ -402,6 +429,26 @@ class OrbaxReader:
       data = self._arrays[place.array][whole].read().result()
     self._on_bytes(data.nbytes)
     return data
+
+  def has_streams(self, info: TensorInfo) -> bool:
+    """Whether each cell is large, of this tensor alone, and stored so that it can be decoded front to back."""
+    place = self._places[info.name]
+    alone = place.layer is None or _cell(self._arrays[place.array])[0] == 1
+    return _cell_bytes(info) > _LARGE and alone and place.array in self._metadata
+
+  def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> CellStream:
+    """The cell at a position of a tensor's grid, for one thread."""
+    place = self._places[info.name]
+    metadata = self._metadata[place.array]
+    key = f"{place.array}/{cell_key(metadata, position if place.layer is None else (place.layer, *position))}"
+    return CellStream(
+      self._values,
+      key if key in self._keys else None,
+      metadata,
+      _cell_bytes(info),
+      functools.partial(self._store.errors, f"{info.name} "),
+      self._on_bytes,
+    )
 
   def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
     """Compares two tensors' numbers, or one of some parts of their rows.

@@ -33,12 +33,12 @@ OnBytes = Callable[[int], None]
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Uninitialised memory that a CPU device can alias."""
   nbytes = math.prod(shape) * dtype.itemsize
-  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_POPULATE"):
+  if nbytes < _OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
   else:
-    # Pages that are asked for at once cost half of those that are touched one by one.
-    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    # The system gives the pages, which costs more than reading into them, to the threads that read.
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
@@ -80,12 +80,31 @@ class RunReader(_Tensors, Protocol):
     """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
 
 
+class Cell(Protocol):
+  """The elements of a cell as bytes, front to back."""
+
+  def read_into(self, start: int, target: np.ndarray) -> None:
+    """Fills contiguous memory from byte `start` on, which lies behind all that was read."""
+
+
 @runtime_checkable
 class BoxReader(_Tensors, Protocol):
-  """Tensors that are stored as grids of cells."""
+  """Tensors that are stored as grids of cells.
+
+  Attributes:
+    run: bytes of a cell that are read at a time.
+  """
+
+  run: int
 
   def read_box(self, info: TensorInfo, index: tuple[slice, ...]) -> np.ndarray:
     """The elements of a tensor within an index of one slice an axis."""
+
+  def has_streams(self, info: TensorInfo) -> bool:
+    """Whether the cells of a tensor can be read by `open_cell`."""
+
+  def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> Cell:
+    """The cell at a position of a tensor's grid, for one thread."""
 
 
 TensorReader = RunReader | BoxReader
