@@ -1,6 +1,9 @@
+import _thread
 import json
 import pathlib
+import signal
 import struct
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +143,18 @@ def rng():
 @pytest.fixture
 def replicated():
   return PartitionSpec()
+
+
+@pytest.fixture
+def interrupt():
+  """`interrupt(count)` interrupts the main thread, once. A shell starts jobs in the background with interrupts ignored."""
+  former = signal.signal(signal.SIGINT, signal.default_int_handler)
+  done = threading.Event()
+
+  def once(count):
+    if not done.is_set():
+      done.set()
+      _thread.interrupt_main()
+
+  yield once
+  signal.signal(signal.SIGINT, former)

@@ -1,6 +1,5 @@
 """Saving Orbax trees: what Orbax restores, cells, forms, what comes along, and directories that stay whole."""
 
-import _thread
 import dataclasses
 import errno
 import json
@@ -8,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 
 import jax
 import ml_dtypes
@@ -281,18 +279,11 @@ def test_a_failure_leaves_what_was_there(tmp_path):
   assert os.listdir(tmp_path) == ["target"]
 
 
-def test_an_interrupt_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_what_was_there(tmp_path, monkeypatch, interrupt):
   monkeypatch.setattr(orbax_writer, "CELL", 16)
   monkeypatch.setattr(orbax_writer, "_BATCH", 64)
   save({"a": random(3)}, tmp_path / "target")
   before = contents(tmp_path / "target")
-  done = threading.Event()
-
-  def interrupt(count):
-    if not done.is_set():
-      done.set()
-      _thread.interrupt_main()
-
   with pytest.raises(KeyboardInterrupt):
     save(FLAT, tmp_path / "target", overwrite=True, on_bytes=interrupt)
   assert contents(tmp_path / "target") == before

@@ -1,14 +1,11 @@
 """A directory is the old one or the new one, and nobody's files are lost."""
 
-import _thread
 import errno
 import os
 import pathlib
 import resource
-import signal
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -243,24 +240,9 @@ def test_a_place_where_nothing_can_be_made(tmp_path):
     tmp_path.chmod(0o700)
 
 
-@pytest.fixture
-def interruptible():
-  """A shell starts jobs in the background with interrupts ignored."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_leaves_everything_as_it_was(tmp_path, interruptible):
+def test_an_interrupt_leaves_everything_as_it_was(tmp_path, interrupt):
   save_model_to_safetensors({"a": np.zeros(3)}, tmp_path / "target")
   before = texts_of_bytes(tmp_path / "target")
-  done = threading.Event()
-
-  def interrupt(count):
-    if not done.is_set():
-      done.set()
-      _thread.interrupt_main()
-
   with pytest.raises(KeyboardInterrupt):
     save_model_to_safetensors(STATE, tmp_path / "target", overwrite=True, on_bytes=interrupt)
   assert texts_of_bytes(tmp_path / "target") == before
