@@ -41,7 +41,7 @@ class Toy(nnx.Module):
 
   def compute_final_logits(self, hidden):
     assert hidden.shape == (1, 1, D)
-    return 3 * jnp.einsum("btd,vd->btv", hidden, self.head[...])
+    return 3 * jnp.einsum("btd,vd->btv", hidden.astype(jnp.float32), self.head[...])
 
 
 TRACES: list = []

@@ -1,4 +1,4 @@
-"""The columns of our tables of published models."""
+"""Published models as rows of a table."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ _COLUMNS = (
 )
 
 
-def by_field(*sizes: int) -> dict[str, Any]:
-  """A row of such a table as fields of a configuration."""
-  return dict(zip(_COLUMNS, sizes, strict=True))
+def preset(doc: str, common: dict[str, Any], *sizes: int) -> classmethod:
+  """A classmethod of a configuration that makes that of a published model.
+
+  Args:
+    doc: of the method.
+    common: fields that the model shares with others.
+    *sizes: its own, in the order of the columns.
+  """
+  own = dict(zip(_COLUMNS, sizes, strict=True))
+
+  def create(cls: type) -> Any:
+    return cls(**common, **own)
+
+  create.__doc__ = doc
+  return classmethod(create)

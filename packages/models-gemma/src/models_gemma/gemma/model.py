@@ -26,7 +26,7 @@ from models_core.norm import OffsetRMSNorm
 from models_core.remat import RematConfig
 from models_core.sharding import ShardingConfig
 from models_gemma.attention_types import AttentionType, checked, every, windows
-from models_gemma.sizes import by_field
+from models_gemma.sizes import preset
 
 __all__ = ["AttentionType", "Gemma", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
@@ -49,16 +49,6 @@ _GEMMA2 = _GEMMA1 | {
   "attn_logits_soft_cap": 50.0,
   "sliding_window_size": 4096,
 }
-
-
-def _preset(doc: str, common: dict[str, Any], *sizes: int) -> classmethod[ModelConfig, [], ModelConfig]:
-  """A published model: what it has in common with others, and its own sizes."""
-
-  def create(cls: type[ModelConfig]) -> ModelConfig:
-    return cls(**common, **by_field(*sizes))
-
-  create.__doc__ = doc
-  return classmethod(create)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +101,11 @@ class ModelConfig:
 
   # fmt: off
   #                                              L   D     F      N   H    K   query scalar
-  gemma_2b    = _preset("Gemma 2B.",    _GEMMA1, 18, 2048, 16384, 8,  256, 1,  256)
-  gemma_7b    = _preset("Gemma 7B.",    _GEMMA1, 28, 3072, 24576, 16, 256, 16, 256)
-  gemma2_2b   = _preset("Gemma 2 2B.",  _GEMMA2, 26, 2304, 9216,  8,  256, 4,  256)
-  gemma2_9b   = _preset("Gemma 2 9B.",  _GEMMA2, 42, 3584, 14336, 16, 256, 8,  256)
-  gemma2_27b  = _preset("Gemma 2 27B.", _GEMMA2, 46, 4608, 36864, 32, 128, 16, 144)
+  gemma_2b    = preset("Gemma 2B.",    _GEMMA1, 18, 2048, 16384, 8,  256, 1,  256)
+  gemma_7b    = preset("Gemma 7B.",    _GEMMA1, 28, 3072, 24576, 16, 256, 16, 256)
+  gemma2_2b   = preset("Gemma 2 2B.",  _GEMMA2, 26, 2304, 9216,  8,  256, 4,  256)
+  gemma2_9b   = preset("Gemma 2 9B.",  _GEMMA2, 42, 3584, 14336, 16, 256, 8,  256)
+  gemma2_27b  = preset("Gemma 2 27B.", _GEMMA2, 46, 4608, 36864, 32, 128, 16, 144)
   # fmt: on
   # The same numbers under other names.
   gemma1p1_2b = codegemma_2b = codegemma1p1_2b = gemma_2b

@@ -27,7 +27,7 @@ from models_core.remat import RematConfig
 from models_core.rope import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
 from models_gemma.attention_types import AttentionType, checked, every, windows
-from models_gemma.sizes import by_field
+from models_gemma.sizes import preset
 
 __all__ = ["AttentionType", "Gemma3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
@@ -42,16 +42,6 @@ _SMALL: dict[str, Any] = {
 }
 # Sizes that also see images: more rows, a longer context.
 _LARGE = _SMALL | {"num_embed": 262208, "sliding_window_size": 1024, "rope_scaling": LinearScaling(8.0)}
-
-
-def _preset(doc: str, common: dict[str, Any], *sizes: int) -> classmethod[ModelConfig, [], ModelConfig]:
-  """A published model: what it has in common with others, and its own sizes."""
-
-  def create(cls: type[ModelConfig]) -> ModelConfig:
-    return cls(**common, **by_field(*sizes))
-
-  create.__doc__ = doc
-  return classmethod(create)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +92,11 @@ class ModelConfig:
 
   # fmt: off
   #                                              L   D     F      N   H    K   query scalar
-  gemma3_270m = _preset("Gemma 3 270M.", _SMALL, 18, 640,  2048,  4,  256, 1,  256)
-  gemma3_1b   = _preset("Gemma 3 1B.",   _SMALL, 26, 1152, 6912,  4,  256, 1,  256)
-  gemma3_4b   = _preset("Gemma 3 4B.",   _LARGE, 34, 2560, 10240, 8,  256, 4,  256)
-  gemma3_12b  = _preset("Gemma 3 12B.",  _LARGE, 48, 3840, 15360, 16, 256, 8,  256)
-  gemma3_27b  = _preset("Gemma 3 27B.",  _LARGE, 62, 5376, 21504, 32, 128, 16, 168)
+  gemma3_270m = preset("Gemma 3 270M.", _SMALL, 18, 640,  2048,  4,  256, 1,  256)
+  gemma3_1b   = preset("Gemma 3 1B.",   _SMALL, 26, 1152, 6912,  4,  256, 1,  256)
+  gemma3_4b   = preset("Gemma 3 4B.",   _LARGE, 34, 2560, 10240, 8,  256, 4,  256)
+  gemma3_12b  = preset("Gemma 3 12B.",  _LARGE, 48, 3840, 15360, 16, 256, 8,  256)
+  gemma3_27b  = preset("Gemma 3 27B.",  _LARGE, 62, 5376, 21504, 32, 128, 16, 168)
   # fmt: on
   functiongemma_270m = gemma3_270m
 
