@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models_core.abstract import abstract_model
 from models_core.checkpoint import LocalFiles
-from models_core.digest import Digest, _sum_elements, digest, digest_arrays, digest_plan
+from models_core.digest import Digest, _sum_elements, _sum_shards, digest, digest_arrays, digest_plan
 from models_core.errors import ModelsError
 from models_core.loader import load
 from models_core.plan import plan_load
@@ -52,7 +52,11 @@ def plan_of(toy, directory, mesh=None, dtype=None):
 
 
 def one(array):
-  return digest_arrays({"a": jnp.asarray(array)}).parameters["a"]
+  return one_named("a", array)
+
+
+def one_named(name, array):
+  return digest_arrays({name: jnp.asarray(array)}).parameters[name]
 
 
 def test_a_model_has_the_digest_of_its_checkpoint_on_every_mesh(toy, save, rng, meshes, monkeypatch):
@@ -101,12 +105,39 @@ def test_every_flipped_bit_changes_it(dtype, rng):
   assert len(numbers) == 1 + len(flips)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 12, 25, 60])
-def test_blocks_don_t_count(block, rng, monkeypatch):
+def test_how_arrays_share_programs_does_not_count(rng, monkeypatch):
   arrays = {"a": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32), "b": jnp.arange(11), "c": jnp.ones(())}
-  expected = digest_arrays(arrays)
-  monkeypatch.setattr("models_core.digest._BLOCK", block)
-  assert digest_arrays(arrays) == expected
+  alone = {name: one_named(name, array) for name, array in arrays.items()}
+  assert digest_arrays(arrays).parameters == alone
+  monkeypatch.setattr("models_core.digest._MOST", 2)
+  assert digest_arrays(arrays).parameters == alone
+
+
+def test_all_layers_and_all_devices_share_one_program(rng, meshes):
+  mesh = meshes("explicit", (2, 2), ("fsdp", "tp"))
+  by_both = NamedSharding(mesh, PartitionSpec("fsdp", "tp"))
+  arrays = {
+    f"{i}.layers.{j}.{name}": jax.device_put(rng.normal(size=(6, width)).astype(np.float32), by_both)
+    for i in "xy"
+    for j in range(5)
+    for name, width in (("p", 8), ("q", 12))
+  }
+  before = _sum_shards._cache_size()
+  found = digest_arrays(arrays)
+  assert _sum_shards._cache_size() == before + 1
+  assert found.parameters == {name: one_named(name, np.asarray(array)) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn"])
+def test_all_values_of_4_bits_are_told_apart(dtype):
+  values = np.arange(16, dtype=np.uint8).view(jnp.dtype(dtype))
+  assert len({one(values[i : i + 1]) for i in range(16)}) == 16
+
+
+def test_weights_in_the_host_s_memory_have_the_same(meshes, rng):
+  on_devices = NamedSharding(meshes("explicit", (2, 2), ("fsdp", "tp")), PartitionSpec("fsdp"))
+  array = jax.device_put(rng.normal(size=(4, 6)).astype(np.float32), on_devices)
+  assert one(jax.device_put(array, on_devices.with_memory_kind("pinned_host"))) == one(array)
 
 
 @pytest.mark.parametrize("dtype", ["int64", "float64", "complex128"])
@@ -159,8 +190,8 @@ def test_elements_that_32_bits_cannot_number_are_told_apart(rng):
   """A part of an array of 2^34 elements, at its first row and 2^32 elements later."""
   part = jnp.asarray(rng.integers(0, 256, (1, 1, 4)), jnp.uint8)
   shape = (4, 1 << 16, 1 << 16)
-  places = [np.array([[0, 0, 0], [i, 0, 0]], np.uint32) for i in range(4)]
-  sums = [tuple(np.asarray(_sum_elements(part, place, part.shape, shape))) for place in places]
+  places = [np.array([i, 0, 0], np.uint32) for i in range(4)]
+  sums = [tuple(map(int, _sum_elements(part, place, shape))) for place in places]
   assert len(set(sums)) == 4
 
 

@@ -10,11 +10,12 @@ look alike.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.abstract import dotted
 from models_core.errors import ModelsError
@@ -32,11 +33,14 @@ from models_core.plan import LoadPlan, PlannedParameter
 # Parameters that are in memory at a time while a checkpoint is read, in bytes.
 _GROUP = 1 << 30
 
-# Elements that one call sums over. What it mixes stays in the cache: ten times as many take ten times as long for each.
-_BLOCK = 1 << 21
+# What precedes a layer's own names: "layers.3." of "layers.3.attn.q_proj.w".
+_LAYER = re.compile(r".*?\.\d+\.")
 
-# A shard lies on one device, whatever mesh is in context.
+# Shards are put together and summed over on the devices that hold them, whatever mesh is in context.
 _NO_MESH = Mesh(np.empty((), object), ())
+
+# Arrays of one program, whose compilation takes a time for each.
+_MOST = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +108,13 @@ def digest_arrays(arrays: Mapping[str, jax.Array]) -> Digest:
   """The digest of arrays by name."""
   # All devices are given their work before the first result is awaited.
   with jax.set_mesh(_NO_MESH):
-    started = {name: _start(array) for name, array in arrays.items()}
-  lanes = np.array([_sum(parts) for parts in started.values()], np.uint32).reshape(-1, 2)
+    started = [(names, _start([arrays[name] for name in names])) for names in _programs(arrays)]
+  sums = {name: np.zeros(2, np.uint32) for name in arrays}
+  for names, by_device in started:
+    for which, name in enumerate(names):
+      first = [shard.replica_id == 0 for shard in arrays[name].addressable_shards]
+      sums[name] = np.asarray(by_device)[first, which].sum(0, dtype=np.uint32)
+  lanes = np.array(list(sums.values()), np.uint32).reshape(-1, 2)
   if any(not array.is_fully_addressable for array in arrays.values()):
     everybody = multihost_utils.process_allgather(lanes).reshape(-1, *lanes.shape)
     local = [array.is_fully_addressable for array in arrays.values()]
@@ -133,62 +142,93 @@ def _hash(text: str) -> int:
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _start(array: jax.Array) -> list[jax.Array]:
-  """The sums of the shards of which this process holds the first copy, under way."""
-  parts = []
-  for shard in array.addressable_shards:
-    if shard.replica_id == 0:
-      first = [bounds.indices(size)[0] for bounds, size in zip(shard.index, array.shape, strict=True)]
-      for starts, sizes in _blocks(shard.data.shape):
-        parts.append(_sum_elements(shard.data, np.array([starts, first], np.uint32), sizes, array.shape))
-  return parts
+def _programs(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
+  """Names of arrays that are summed over together: those of a layer, as all layers then share a compiled program."""
+  found = collections.defaultdict(list)
+  for name, array in arrays.items():
+    if devices := tuple(shard.device for shard in array.addressable_shards):
+      layer = _LAYER.match(name)
+      found[layer and layer[0], devices].append(name)
+  # Layers first: devices sum over them while the rest is compiled.
+  for names in sorted(found.values(), key=len, reverse=True):
+    for at in range(0, len(names), _MOST):
+      yield names[at : at + _MOST]
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-  """Starts and sizes of the blocks that make up an array."""
-  steps: list[int] = []
-  left = _BLOCK
-  for size in reversed(shape):
-    steps.insert(0, max(1, min(size, left)))
-    left //= steps[0]
-  for starts in itertools.product(*(range(0, size, step) for size, step in zip(shape, steps, strict=True))):
-    yield (
-      starts,
-      tuple(min(step, size - at) for at, step, size in zip(starts, steps, shape, strict=True)),
-    )
+def _start(arrays: Sequence[jax.Array]) -> jax.Array:
+  """The sums of the shards that this process holds, under way: uint32 [devices, arrays, 2]."""
+  shards = [array.addressable_shards for array in arrays]
+  mesh = Mesh(np.array([shard.device for shard in shards[0]]), ("device",))
+  by_device = NamedSharding(mesh, PartitionSpec("device"))
+  stacks, starts = [], []
+  for array, parts in zip(arrays, shards, strict=True):
+    data = [part.data if array.ndim else part.data.reshape(1) for part in parts]
+    size, *rest = data[0].shape
+    held = NamedSharding(mesh, by_device.spec, memory_kind=array.sharding.memory_kind)
+    stack = jax.make_array_from_single_device_arrays((len(data) * size, *rest), held, data)
+    # What is offloaded to the host's memory is summed over on the device.
+    stacks.append(jax.device_put(stack, by_device))
+    first = [[bounds.start or 0 for bounds in part.index] or [0] for part in parts]
+    starts.append(np.array(first, np.uint32))
+  return _sum_shards(mesh, tuple(array.shape or (1,) for array in arrays), stacks, starts)
 
 
-def _sum(parts: Sequence[jax.Array]) -> np.ndarray:
-  return np.array([np.zeros(2, np.uint32), *parts]).sum(0, dtype=np.uint32)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _sum_elements(
-  shard: jax.Array, starts: jax.Array, sizes: tuple[int, ...], shape: tuple[int, ...]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sum_shards(
+  mesh: Mesh, shapes: tuple[tuple[int, ...], ...], stacks: list[jax.Array], starts: list[jax.Array]
 ) -> jax.Array:
-  """Two sums over the elements of a block.
+  """The sums of many arrays' shards.
 
   Args:
-    shard: of an array.
-    starts: uint32 [2, axes], the block's first index in the shard and the shard's in the array.
-    sizes: of the block.
+    mesh: its one axis has the devices that hold the shards.
+    shapes: of the arrays.
+    stacks: the shards of each array, one a device, along the first axis.
+    starts: uint32 [devices, axes] for each array, each shard's first index in it.
+
+  Returns:
+    uint32 [devices, arrays, 2].
+  """
+
+  def local(stacks: list[jax.Array], starts: list[jax.Array]) -> jax.Array:
+    parts = zip(stacks, starts, shapes, strict=True)
+    sums = [_sum_elements(shard, start[0], shape) for shard, start, shape in parts]
+    return jnp.stack([jnp.stack(lanes) for lanes in sums])[None]
+
+  by_device = PartitionSpec(*mesh.axis_names)
+  return jax.shard_map(local, mesh=mesh, in_specs=by_device, out_specs=by_device)(stacks, starts)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sum_elements(shard: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:
+  """Two sums over the elements of a shard.
+
+  Args:
+    shard: of an array, with at least one axis.
+    start: uint32 [axes], the shard's first index in the array.
     shape: of the array.
 
   Returns:
-    uint32 [2].
+    Two scalars, uint32.
   """
-  data = jax.lax.dynamic_slice(shard, tuple(starts[0]), sizes)
   index = jnp.uint32(0)
   for axis in range(len(shape)):
     stride = math.prod(shape[axis + 1 :])
-    along = jax.lax.broadcasted_iota(jnp.uint32, sizes, axis) + starts[0, axis] + starts[1, axis]
+    along = jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis) + start[axis]
     # Where 32 bits don't number all elements, those that are 2^32 apart are told apart by their rows.
-    index = index + (_mix(along) if shape[axis] * stride > 2**32 else along * np.uint32(stride))
+    index = index + (_mix(along) if shape[axis] * stride >= 2**32 else along * np.uint32(stride))
   x = jnp.uint32(0)
-  for word in _words(data):
+  for word in _words(shard):
     x = _mix(x + word * np.uint32(0x9E3779B1) + index * np.uint32(0x85EBCA77))
   y = (x ^ (x >> 7)) * np.uint32(0xC2B2AE3D)
-  return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in (x, y ^ (y >> 13))])
+  # In two steps, of which a CPU's cores share the first.
+  rows = _sum_lanes((x, y ^ (y >> 13)), tuple(range(1, shard.ndim)))
+  return _sum_lanes(rows, (0,))
+
+
+def _sum_lanes(lanes: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
+  """Sums that wrap, in one pass over what both lanes come from: XLA would keep all of x in memory for two sums."""
+  zeros = (np.uint32(0), np.uint32(0))
+  return jax.lax.reduce(tuple(lanes), zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -202,9 +242,9 @@ def _words(data: jax.Array) -> list[jax.Array]:
   """The bits of each element as uint32 arrays of the same shape, one for each 32 bits."""
   if jnp.issubdtype(data.dtype, jnp.complexfloating):
     return [*_words(data.real), *_words(data.imag)]
-  bits = data.dtype.itemsize * 8
   if data.dtype == jnp.bool_:
     return [data.astype(jnp.uint32)]
+  bits = (jnp.iinfo if jnp.issubdtype(data.dtype, jnp.integer) else jnp.finfo)(data.dtype).bits
   if bits == 64:
     pairs = jax.lax.bitcast_convert_type(data, jnp.uint32)
     return [pairs[..., 0], pairs[..., 1]]
