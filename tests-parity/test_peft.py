@@ -38,6 +38,7 @@ CONFIGS = {
   "gemma2": lambda: transformers.Gemma2Config(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
   "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = np.random.default_rng(0).integers(0, 101, (2, 12), np.int32)
 POSITIONS = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12)).copy()
@@ -108,3 +109,52 @@ def test_an_adapter_of_ours_loads_in_peft(base, tmp_path, whole):
   expected = merged_logits(model, family, arrays, adapter)
   assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
   assert_close(torch_logits(theirs), expected)
+
+
+def write_experts(path):
+  """A random model with experts, that transformers wrote."""
+  torch.manual_seed(0)
+  config = transformers.Qwen3MoeConfig(**SIZES, **EXPERTS)
+  transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+  return path
+
+
+# Of the ranks that peft gives to fused experts itself.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_experts_of_ours_load_in_peft(tmp_path):
+  base = write_experts(tmp_path / "base")
+  model, family, arrays = ours(base)
+  rng, factors = np.random.default_rng(1), {}
+  for layer in range(2):
+    for name in ("gate_proj", "up_proj", "down_proj"):
+      name = f"layers.{layer}.mlp.experts.{name}"
+      E, out, into = arrays[name].shape
+      a, b = rng.normal(size=(E, into, 3)), rng.normal(size=(E, 3, out))
+      factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
+  adapter = Adapter(factors, alpha=5.0, rank=3)
+  save_peft_adapter(adapter, tmp_path / "adapter", family, model.config, base_model=str(base))
+  theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").eval()
+  expected = merged_logits(model, family, arrays, adapter)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
+  assert_close(torch_logits(theirs), expected)
+
+
+@pytest.mark.parametrize(
+  "targets", [["gate_up_proj", "down_proj"], ["gate_up_proj"], ["down_proj"]], ids="+".join
+)
+def test_experts_of_peft_give_its_logits(tmp_path, targets):
+  base = write_experts(tmp_path / "base")
+  config = peft.LoraConfig(
+    r=3,
+    lora_alpha=5,
+    target_modules=["q_proj"],
+    target_parameters=[f"mlp.experts.{target}" for target in targets],
+    init_lora_weights=False,
+  )
+  theirs = peft.get_peft_model(torch_model(base), config).eval()
+  theirs.save_pretrained(tmp_path / "adapter")
+  model, family, arrays = ours(base)
+  adapter = load_peft_adapter(tmp_path / "adapter", family, model.config)
+  expected = torch_logits(theirs)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
+  assert_close(merged_logits(model, family, arrays, adapter), expected)

@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 PROMPTS = [
   "The capital of France is Paris, and the capital of Italy is",
   "def fibonacci(n):\n  if n < 2:\n    return n\n",

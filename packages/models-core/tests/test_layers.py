@@ -15,7 +15,7 @@ from models_core import cache as cache_lib
 from models_core.dtypes import common_dtype
 from models_core.errors import CacheError
 from models_core.linear import BiasedProjection, Embedder, Head, Projection
-from models_core.mlp import GatedMLP
+from models_core.mlp import GatedMLP, gated, gelu_tanh
 from models_core.norm import OffsetRMSNorm, RMSNorm
 from models_core.sharding import ShardingConfig
 
@@ -507,6 +507,39 @@ class TestModules:
     once = (np.asarray(x, np.float64) + exact).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(norm.add_to(x, y), once)
     assert np.any(np.asarray(x + norm(y)) != once)
+
+
+def kept(f, *args):
+  """Dtypes and shapes of the arrays that the gradient of f keeps, in bfloat16 and float32."""
+  arrays = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
+  return sorted((array.dtype.name, array.shape) for array in arrays)
+
+
+class TestWhatAGradientKeeps:
+  """Arguments alone, as they are: float32 between them is computed again."""
+
+  def test_of_a_gated_product(self):
+    gate = up = array(np.ones((2, 3, 8)), "bfloat16")
+    assert kept(lambda gate, up: gated(gate, up, gelu_tanh), gate, up) == [("bfloat16", (2, 3, 8))] * 2
+
+  @pytest.mark.parametrize("norm_class", [RMSNorm, OffsetRMSNorm])
+  def test_of_a_norm(self, norm_class):
+    norm = module(norm_class, 8, 1e-3, P(), w=array(np.ones(8)))
+    x = array(np.ones((2, 3, 8)), "bfloat16")
+    assert kept(norm, x) == [("bfloat16", (2, 3, 8)), ("float32", (8,))]
+    if norm_class is OffsetRMSNorm:
+      assert kept(norm.add_to, x, x) == [("bfloat16", (2, 3, 8)), ("float32", (8,))]
+
+  @pytest.mark.parametrize("soft_cap", [None, 5.0])
+  def test_of_attention(self, soft_cap):
+    q, k = (array(np.ones((2, 3, heads, 4)), "bfloat16") for heads in (6, 2))
+    mask = jnp.ones((2, 3, 3), bool)
+    found = kept(lambda q, k, v: attention.attend(q, k, v, mask, scale=0.5, soft_cap=soft_cap), q, k, k)
+    assert [one for one in found if one[1][-2:] == (3, 3)] == [
+      ("bfloat16", (2, 2, 3, 3, 3)),  # weights
+      ("bool", (2, 1, 1, 3, 3)),
+      ("float32", (2, 2, 3, 3, 3)),  # products
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import AdapterError, CheckpointError
 from models_core.lora import Adapter, Factors, adapter_of, merge_lora, set_adapter
 from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
+from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.testing import write_checkpoint
 from models_qwen.qwen3.model import ModelConfig
 from models_qwen.qwen3.params import (
@@ -199,6 +200,64 @@ def test_rank_stabilised_lora_is_lora_with_a_larger_alpha(tmp_path):
   file = tmp_path / "a" / "adapter_config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
   assert load_peft_adapter(tmp_path / "a", FAMILY, CONFIG).alpha == ALPHA * RANK**0.5
+
+
+MODULE = "base_model.model.model.layers.0.mlp.experts"
+
+
+@pytest.fixture
+def fused(tmp_path):
+  """`fused(keys and shapes)`: an adapter of peft whose experts are fused, and its tensors."""
+
+  def write(shapes):
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_model_to_safetensors(tensors, tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    config = {
+      "peft_type": "LORA",
+      "r": RANK,
+      "lora_alpha": ALPHA,
+      "target_parameters": ["mlp.experts.down_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+  return write
+
+
+def test_factors_of_fused_experts_are_those_of_each(fused, tmp_path):
+  """Of gate and up together, and of down, which peft keeps beside them."""
+  E, F, D = 6, 20, 48
+  tensors = fused(
+    {
+      f"{MODULE}.base_layer.lora_A.weight": (E * RANK, D),
+      f"{MODULE}.base_layer.lora_B.weight": (2 * F, RANK * E),
+      f"{MODULE}.lora_A.weight": (E * RANK, F),
+      f"{MODULE}.lora_B.weight": (D, RANK * E),
+    }
+  )
+  adapter = load_peft_adapter(tmp_path, FAMILY, CONFIG)
+
+  def change(name):
+    factors = adapter.factors[f"layers.0.mlp.experts.{name}"]
+    return np.einsum("eir,ero->eoi", factors.a, factors.b)
+
+  def expected(module):
+    a = tensors[f"{module}.lora_A.weight"].reshape(E, RANK, -1)
+    b = tensors[f"{module}.lora_B.weight"]
+    return np.einsum("ore,eri->eoi", b.reshape(b.shape[0], RANK, E), a)
+
+  assert len(adapter.factors) == 3
+  both = np.concatenate([change("gate_proj"), change("up_proj")], 1)
+  np.testing.assert_allclose(both, expected(f"{MODULE}.base_layer"), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(change("down_proj"), expected(MODULE), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_that_fit_no_fused_experts_are_named(fused, tmp_path):
+  fused({f"{MODULE}.lora_A.weight": (6 * RANK, 20), f"{MODULE}.lora_B.weight": (47, RANK * 6)})
+  with pytest.raises(AdapterError, match=r"layers.0.mlp.experts.lora_A.weight.* the model has no matrix"):
+    load_peft_adapter(tmp_path, FAMILY, CONFIG)
 
 
 def test_a_directory_that_is_no_adapter_says_so(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models_core import cache as cache_lib
 
@@ -28,11 +31,19 @@ def attend(
   K = k.shape[2]
   q = q.reshape(B, T, K, N // K, H)
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-  logits = bound(logits, soft_cap)
-  logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  products = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+  weights = _softmax(products, mask[:, None, None], scale, soft_cap, v.dtype)
   return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+# Kept for a gradient are the products and the weights alone: what lies between is cheap to compute again.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def _softmax(
+  products: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None, dtype: DTypeLike
+) -> jax.Array:
+  """Weights of the values, from the products of queries and keys [B, K, G, T, S]."""
+  logits = bound(products * scale, soft_cap)
+  return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
 
 
 def bound(x: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -34,9 +35,15 @@ class GatedMLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""
-    gate, up = (proj(x).astype(jnp.float32) for proj in (self.gate_proj, self.up_proj))
-    hidden = (self.activation(gate) * up).astype(x.dtype)
+    hidden = gated(self.gate_proj(x), self.up_proj(x), self.activation)
     return self.down_proj(shard(hidden, self.act_btf))
+
+
+# Kept for a gradient are gate and up alone: what lies between is float32, and cheap to compute again.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """activation(gate) * up in float32, rounded once to the dtype of gate."""
+  return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

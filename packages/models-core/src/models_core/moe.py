@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from models_core.dtypes import common_dtype
 from models_core.mesh import fit_auto
+from models_core.mlp import gated
 from models_core.parameter import parameter
 from models_core.sharding import ShardingConfig
 
@@ -121,8 +122,7 @@ def _apply(x, experts, weights, gate, up, down, first, activation, mesh_axes) ->
   order = jnp.argsort(group)
   sizes = jnp.bincount(group, length=E + 1)[:E].astype(jnp.int32)
   rows = x.reshape(B * T, -1)[order // n]
-  gated, up = (grouped_dot(rows, w, sizes, mesh_axes).astype(jnp.float32) for w in (gate, up))
-  hidden = (activation(gated) * up).astype(rows.dtype)
+  hidden = gated(*(grouped_dot(rows, w, sizes, mesh_axes) for w in (gate, up)), activation)
   out = grouped_dot(hidden, down, sizes, mesh_axes)[jnp.argsort(order)].astype(jnp.float32)
   # One axis of tokens: with B = 1 in front, the CPU backend of jaxlib 0.10.2 compiles this sum's gradient wrong.
   out = jnp.sum(out.reshape(B * T, n, -1) * weights.reshape(B * T, n, 1), axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] -> [..., D] in the dtype of x."""
-    return (_normalise(x, self.eps) * self.w[...].astype(jnp.float32)).astype(x.dtype)
+    return _normalise(x, self.w[...].astype(jnp.float32), self.eps).astype(x.dtype)
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -38,9 +40,11 @@ class OffsetRMSNorm(nnx.Module):
     return (x.astype(jnp.float32) + self._float32(y)).astype(x.dtype)
 
   def _float32(self, x: jax.Array) -> jax.Array:
-    return _normalise(x, self.eps) * (1 + self.w[...].astype(jnp.float32))
+    return _normalise(x, 1 + self.w[...].astype(jnp.float32), self.eps)
 
 
-def _normalise(x: jax.Array, eps: float) -> jax.Array:
+# Kept for a gradient are x and the scale alone: what lies between is float32, and cheap to compute again.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   y = x.astype(jnp.float32)
-  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps) * scale

@@ -2,6 +2,9 @@
 
 A factor's name is that of the module it changes: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`
 [r, in], and `.lora_B.weight` [out, r]. Both follow from the rows of the weight table.
+
+Experts are written as modules of their own, which peft fuses where transformers holds them fused. What peft itself
+trained on fused experts is read, too: A [E * r, in] and B [out, r * E] of one tensor, such as gate and up together.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from models_core.replace_directory import replace_directory
 from models_core.safetensors_headers import parse_json, read_header
 from models_core.safetensors_writer import write_files
 from models_core.save_plan import SavedFile, plan_state
-from models_core.weights import Form, WeightTable
+from models_core.weights import Form, Piece, WeightTable, pieces
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -43,7 +46,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
   "rank_pattern": ({}, None),
   "alpha_pattern": ({}, None),
   "modules_to_save": ([], None),
-  "target_parameters": ([], None),
   "trainable_token_indices": ([], {}, None),
   "layer_replication": ([], None),
   "alora_invocation_tokens": ([], None),
@@ -115,7 +117,14 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
   for name, shape in shapes.items():
     row, placeholders = find_row(table, name)
     for form in row.forms:
-      if (own := _roles(table, name, form)) is None or not _is_split(form, placeholders, own):
+      if (own := _roles(table, name, form)) is None:
+        continue
+      if not _is_split(form, placeholders, own):
+        fused = pieces(row, form, placeholders, shape)[0]
+        if module := _module_of_fused(infos, fused, rank):
+          wanted = [module + side for side in _SIDES]
+          used.update(wanted)
+          factors[name] = _from_fused(files, [infos[tensor] for tensor in wanted], fused, own, shape, rank)
         continue
       modules = list(_modules(form, placeholders, own, shape))
       wanted = [module + side for _, module in modules for side in _SIDES]
@@ -198,6 +207,37 @@ def _from_peft(
   experts = tuple(sizes[axis] for axis in own.experts)
   a, b = (np.stack(parts).reshape(*experts, *parts[0].shape) for parts in found)
   return Factors(a, b)
+
+
+def _module_of_fused(infos: Mapping[str, TensorInfo], fused: Piece, rank: int) -> str | None:
+  """The module under whose name peft keeps the factors of a tensor that holds all experts; None where it has none.
+
+  They are at the module that the tensor belongs to, those of the module's other tensors deeper in: the shapes tell.
+  """
+  if len(fused.shape) != 3:
+    return None
+  E, out, into = fused.shape
+  module = fused.tensor.rpartition(".")[0]
+  while all(module + side in infos for side in _SIDES):
+    if [infos[module + side].shape for side in _SIDES] == [(E * rank, into), (out, rank * E)]:
+      return module
+    module += ".base_layer"
+  return None
+
+
+def _from_fused(
+  files: Files, infos: list[TensorInfo], fused: Piece, own: Roles, shape: tuple[int, ...], rank: int
+) -> Factors:
+  """The factors of a parameter that is a part of a tensor [E, out, in]: that part of B's rows, and all of A."""
+  sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
+  a, b = (np.frombuffer(files.read(WEIGHTS, info.start, info.stop), info.dtype) for info in infos)
+  # The tensor's first axis are the experts, its last one is the input.
+  outputs = slice(1, len(fused.split) - len(own.inputs))
+  b = b.reshape(*fused.split[outputs], rank, -1)[fused.select[outputs]]
+  theirs = (own.experts + "r" + own.inputs, own.outputs + "r" + own.experts)
+  full = (tuple(sizes[axis] for axis in axes) for axes in theirs)
+  a, b = (data.reshape(size) for data, size in zip((a, b), full, strict=True))
+  return Factors(_transposed(a, theirs[0], own.a), _transposed(b, theirs[1], own.b))
 
 
 def _transposed(data: np.ndarray, old: str, new: str) -> np.ndarray:

@@ -270,13 +270,17 @@ class FamilyContract:
 
   @pytest.mark.parametrize("remat", [RematConfig.BLOCK, RematConfig.DECODER])
   def test_remat_recomputes_and_changes_no_number(self, model, expected, remat):
-    config = dataclasses.replace(self.config, remat_config=remat)
-    again = self.make(config)
+    again = self.make(dataclasses.replace(self.config, remat_config=remat))
     assert_close(_call(again, TOKENS, POSITIONS)[0], expected)
-    graphdef, state = nnx.split(again)
-    loss = lambda state: nnx.merge(graphdef, state)(TOKENS, POSITIONS)[0].sum()
-    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(state))
-    assert "remat" in jaxpr or "checkpoint" in jaxpr
+
+    def kept(model: nnx.Module) -> int:
+      """Bytes that a gradient keeps, parameters included."""
+      graphdef, state = nnx.split(model)
+      loss = lambda state: nnx.merge(graphdef, state)(TOKENS, POSITIONS)[0].sum()
+      arrays = jax.tree.leaves(jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state))
+      return sum(array.size * array.dtype.itemsize for array in arrays)
+
+    assert kept(again) < kept(self.make(dataclasses.replace(self.config, remat_config=RematConfig.NONE)))
 
   def test_config_survives_config_json(self):
     for config in self._all_configs():
@@ -395,4 +399,8 @@ class FamilyContract:
     logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
     assert logits.dtype == jnp.float32
     assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)
-    assert_close(logits, expected, tolerance=0.1)
+    # However sensitive a model is, it is to the rounding of its weights as to that of its activations.
+    graphdef, state = nnx.split(model)
+    wide = nnx.merge(graphdef, jax.tree.map(lambda array: array.astype(jnp.float32), state))
+    rounded = np.asarray(_call(wide, TOKENS, POSITIONS)[0])
+    assert np.abs(logits - rounded).mean() < 3 * np.abs(rounded - expected).mean()
