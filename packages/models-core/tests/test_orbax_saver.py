@@ -162,10 +162,10 @@ def test_a_table_s_names_and_layouts(wide, cell, tmp_path, monkeypatch):
 def test_many_batches_are_many_files(tmp_path, monkeypatch):
   monkeypatch.setattr(orbax_writer, "CELL", 16)
   monkeypatch.setattr(orbax_writer, "_BATCH", 64)
-  counted = []
-  save(FLAT, tmp_path / "tree", on_bytes=counted.append)
+  totals, counted = [], []
+  save(FLAT, tmp_path / "tree", on_total=totals.append, on_bytes=counted.append)
   assert_same(restored(tmp_path / "tree"), FLAT)
-  assert sum(counted) == sum(np.asarray(array).nbytes for array in FLAT.values())
+  assert totals == [sum(counted)] == [sum(np.asarray(array).nbytes for array in FLAT.values())]
   assert len(counted) > 3
 
 

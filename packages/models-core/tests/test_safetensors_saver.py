@@ -369,3 +369,9 @@ def test_a_plan_needs_shapes_alone():
   shapes = {"a": jax.ShapeDtypeStruct((3, 4), np.dtype("float32"))}
   (file,) = split_files(plan_state(shapes), 10**9)
   assert file.nbytes == len(file.layout[0]) + 48
+
+
+def test_progress_is_told_of_all_bytes(tmp_path):
+  totals, counts = [], []
+  save(STATE, tmp_path / "saved", 100, on_total=totals.append, on_bytes=counts.append)
+  assert totals == [sum(counts)] == [sum(array.nbytes for array in FLAT.values())]

@@ -80,6 +80,7 @@ def _to_orbax(conversion: Conversion, target: str, *, overwrite: bool, progress:
       base=checkpoint,
       companions=companions_of(checkpoint.files),
       overwrite=overwrite,
+      on_total=bar.reset,
       on_bytes=bar.update,
     )
 

@@ -43,6 +43,7 @@ def save(
       companions=companions_of(files),
       dtype=as_dtype(dtype),
       overwrite=overwrite,
+      on_total=bar.reset,
       on_bytes=bar.update,
     )
 
@@ -54,6 +55,6 @@ def companions_of(files: Files | None) -> list[str]:
 
 
 def weights_bar(progress: bool) -> tqdm.tqdm:
-  """A bar of bytes."""
+  """A bar of bytes; `reset` tells it how many there will be."""
   hidden = None if progress else True  # None: bars on a terminal alone.
   return tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden)

@@ -29,6 +29,7 @@ def save_parameters_to_orbax(
   companions: Collection[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
+  on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
   """Writes an Orbax tree, at once complete: `save_dir` is what it was, or holds the whole checkpoint.
@@ -48,6 +49,7 @@ def save_parameters_to_orbax(
     companions: names of files of `base` that are copied, where they are there.
     dtype: that floating-point parameters are written in; None keeps each as it is.
     overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
+    on_total: called once with the number of bytes that are going to be written.
     on_bytes: called with the number of bytes that were written.
 
   Raises:
@@ -66,6 +68,6 @@ def save_parameters_to_orbax(
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with shared_directory(os.fspath(save_dir), overwrite) as directory:
-    write_tree(directory, tensors, get, base=tree, on_bytes=on_bytes)
+    write_tree(directory, tensors, get, base=tree, on_total=on_total, on_bytes=on_bytes)
     copy_companions(directory, files, set(companions) - texts.keys())
     write_texts(directory, texts)

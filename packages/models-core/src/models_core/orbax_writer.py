@@ -51,6 +51,7 @@ def write_tree(
   get: Callable[[str], Any],
   *,
   base: Checkpoint | None = None,
+  on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
   """Writes a tree and puts it on the disk. By one process alone.
@@ -60,6 +61,7 @@ def write_tree(
     tensors: of the whole checkpoint. A dot in a name separates keys.
     get: a parameter's name -> its array, on whatever sharding. Asked when it is needed.
     base: that copied tensors are read from.
+    on_total: called once with the number of bytes that are going to be written.
     on_bytes: called with the number of bytes that were written.
 
   Raises:
@@ -68,6 +70,8 @@ def write_tree(
     SaveError: if a number does not fit into the dtype that it is written in.
   """
   ts = require("tensorstore", "models-core[orbax]", "Writing an Orbax checkpoint")
+  if on_total is not None:
+    on_total(sum(tensor.nbytes for tensor in tensors))
   under_way: collections.deque[tuple[Any, int]] = collections.deque()
 
   def finish_first() -> None:

@@ -32,6 +32,7 @@ def save_model_to_safetensors(
   companions: Sequence[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
+  on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
   """Writes a state dictionary, at once complete: `save_dir` is what it was, or holds the whole checkpoint.
@@ -52,6 +53,7 @@ def save_model_to_safetensors(
     companions: names of files of `base` that are copied, where they are there.
     dtype: that floating-point parameters are written in; None keeps each as it is.
     overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
+    on_total: called once with the number of bytes that this process is going to write.
     on_bytes: called with the number of bytes that were written, from several threads.
 
   Raises:
@@ -73,6 +75,7 @@ def save_model_to_safetensors(
     companions=companions,
     dtype=dtype,
     overwrite=overwrite,
+    on_total=on_total,
     on_bytes=on_bytes,
   )
 
@@ -89,6 +92,7 @@ def save_parameters(
   companions: Sequence[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
+  on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
   """As `save_model_to_safetensors`, of parameters that are made when they are needed.
@@ -119,7 +123,7 @@ def save_parameters(
   if family is not None:
     texts[CONFIG] = config_text(family, config, files, parameters, tensors)
   with shared_directory(os.fspath(save_dir), overwrite) as directory:
-    write_files(directory, shards, get, base=files, on_bytes=on_bytes)
+    write_files(directory, shards, get, base=files, on_total=on_total, on_bytes=on_bytes)
     if jax.process_index() == 0:
       copy_companions(directory, files, set(companions) - texts.keys())
       write_texts(directory, texts)

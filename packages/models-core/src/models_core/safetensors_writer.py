@@ -34,6 +34,7 @@ def write_files(
   get: Callable[[str], Any],
   *,
   base: Files | None = None,
+  on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
   """Writes files and puts them on the disk. Under several processes each writes files of its own; all must call it.
@@ -43,12 +44,16 @@ def write_files(
     files: of the whole checkpoint.
     get: a parameter's name -> its array, on whatever sharding. Asked when it is needed, again for another file.
     base: that copied tensors are read from.
+    on_total: called once with the number of bytes that this process is going to write.
     on_bytes: called with the number of bytes that were written, from several threads.
 
   Raises:
     OSError: if the file system refuses, or a number does not fit into the dtype that it is written in. Under
       several processes it is raised when all parameters were gathered, so that no process waits for another.
   """
+  if on_total is not None:
+    own = files[jax.process_index() :: jax.process_count()]
+    on_total(sum(tensor.nbytes for file in own for tensor in file.tensors))
   failure: OSError | None = None
   syncing: list[concurrent.futures.Future] = []
   with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
