@@ -15,7 +15,14 @@ from models_gemma.gemma3.params import create_model_from_checkpoint as create_ge
 
 WRITTEN = pathlib.Path(os.environ["GOOGLE_TREES"])
 
-SIZES = {"num_embed": 96, "embed_dim": 32, "hidden_dim": 48, "num_heads": 4, "head_dim": 16, "num_kv_heads": 2}
+SIZES = {
+  "num_embed": 96,
+  "embed_dim": 32,
+  "hidden_dim": 48,
+  "num_heads": 4,
+  "head_dim": 16,
+  "num_kv_heads": 2,
+}
 GEMMA2 = {"final_logit_softcap": 3.0, "attn_logits_soft_cap": 2.0}
 # Preset -> its family, what reads its trees, and what differs.
 MODELS = {

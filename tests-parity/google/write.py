@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from gemma import gm
 
-SIZES = {"num_embed": 96, "embed_dim": 32, "hidden_dim": 48, "num_heads": 4, "head_dim": 16, "num_kv_heads": 2}
+SIZES = {
+  "num_embed": 96,
+  "embed_dim": 32,
+  "hidden_dim": 48,
+  "num_heads": 4,
+  "head_dim": 16,
+  "num_kv_heads": 2,
+}
 # Small enough to matter.
 CAPS = {"final_logit_softcap": 3.0, "attn_logits_soft_cap": 2.0}
 MODELS = {
@@ -24,24 +31,25 @@ MODELS = {
 }
 
 
-def main(directory: pathlib.Path) -> None:
-  """Writes them all."""
-  for name, (model_class, fields) in MODELS.items():
-    published = next(f.default for f in dataclasses.fields(model_class) if f.name == "config")
-    # Seven layers: each kind of attention is there, in more than one cycle.
-    types = tuple(published.attention_types)[:7]
-    config = dataclasses.replace(published, attention_types=types, sliding_window_size=5, **SIZES, **fields)
-    model = model_class(config=config, dtype=jnp.float32)
-    rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(3, config.num_embed, (2, 16)), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.2), jnp.float32), shapes)
-    with jax.default_matmul_precision("highest"):
-      logits = model.apply({"params": params}, tokens).logits
-    (directory / name).mkdir()
-    gm.ckpts.save_params(params, directory / name / "tree", wait_until_finished=True)
-    np.savez(directory / name / "logits.npz", tokens=tokens, logits=logits)
+def write(directory: pathlib.Path, name: str) -> None:
+  """Writes one model's folder."""
+  model_class, fields = MODELS[name]
+  published = next(f.default for f in dataclasses.fields(model_class) if f.name == "config")
+  # Seven layers: each kind of attention is there, in more than one cycle.
+  types = tuple(published.attention_types)[:7]
+  config = dataclasses.replace(published, attention_types=types, sliding_window_size=5, **SIZES, **fields)
+  model = model_class(config=config, dtype=jnp.float32)
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(3, config.num_embed, (2, 16)), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.2), jnp.float32), shapes)
+  with jax.default_matmul_precision("highest"):
+    logits = model.apply({"params": params}, tokens).logits
+  (directory / name).mkdir()
+  gm.ckpts.save_params(params, directory / name / "tree", wait_until_finished=True)
+  np.savez(directory / name / "logits.npz", tokens=tokens, logits=logits)
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]).resolve())
+  for name in MODELS:
+    write(pathlib.Path(sys.argv[1]).resolve(), name)

@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -36,14 +37,14 @@ def logits(model):
   return np.asarray(model(tokens, np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5)))[0])
 
 
-@pytest.mark.parametrize("as_argument", ["model_id", "model_path", "pathlib"])
-def test_a_local_directory_of_any_name_loads(checkpoint, as_argument):
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+@pytest.mark.parametrize("as_argument", ["model_id", "model_path"])
+def test_a_local_directory_of_any_name_loads(checkpoint, as_argument, kind):
   directory, tensors = checkpoint
   if as_argument == "model_id":
-    model, path = AutoModel.from_pretrained(str(directory))
+    model, path = AutoModel.from_pretrained(kind(directory))
   else:
-    place = directory if as_argument == "pathlib" else str(directory)
-    model, path = AutoModel.from_pretrained("some/name-that-nobody-knows", model_path=place)
+    model, path = AutoModel.from_pretrained("some/name-that-nobody-knows", model_path=kind(directory))
   assert path == str(directory)
   np.testing.assert_array_equal(weights(model)["lm_head.w"], tensors["lm_head.weight"])
   np.testing.assert_array_equal(
@@ -215,6 +216,19 @@ def test_broken_json_is_a_config_error_that_names_the_file(edit_config):
 def test_a_missing_directory_is_said_so(tmp_path):
   with pytest.raises(SourceFilesError, match="nowhere"):
     AutoModel.from_pretrained("any/name", model_path=tmp_path / "nowhere")
+  # A path is no repository, even where it reads like one.
+  with pytest.raises(SourceFilesError, match="google/gemma-2-2b"):
+    AutoModel.from_pretrained(pathlib.PurePosixPath("google/gemma-2-2b"))
+
+
+def test_an_adapter_is_no_model_and_says_of_which_it_is(tmp_path, checkpoint):
+  (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
+  (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+  with pytest.raises(CheckpointError, match=r"adapter of meta-llama/Llama-3.2-1B.*merge_into"):
+    AutoModel.from_pretrained(tmp_path)
+  # Beside a whole model it is one of its files.
+  shutil.copytree(checkpoint[0], tmp_path, dirs_exist_ok=True)
+  assert AutoModel.plan(tmp_path).parameters
 
 
 def test_a_source_that_is_not_installed_is_said_so():

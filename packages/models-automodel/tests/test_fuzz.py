@@ -12,7 +12,7 @@ import time
 import pytest
 
 from models_automodel import AutoModel, ModelsError, call_model_config, families
-from models_automodel.finding import find, read_config_json
+from models_automodel.finding import find, read_json
 
 # A run over many more is the session `fuzz`.
 MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "400"))
@@ -123,7 +123,7 @@ class Memory:
 
 
 def read(content):
-  raw = read_config_json(Memory(content))
+  raw = read_json(Memory(content), "config.json")
   model_type = raw.get("model_type")
   if isinstance(model_type, str):
     families.family_of_model_type(model_type, "memory").read_config(raw)

@@ -9,7 +9,7 @@ from flax import nnx
 from models_core.abstract import dotted
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import AdapterError, CheckpointError
-from models_core.lora import Adapter, Factors, adapter_of, merge_lora, set_adapter
+from models_core.lora import Adapter, Factors, adapter_of, merge_into, merge_lora, set_adapter
 from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.testing import write_checkpoint
@@ -111,6 +111,21 @@ def test_the_sum_is_float32_and_rounded_once(dtype, shared):
     else:
       # Of a sum that lies between two bfloat16 numbers the nearer is taken; float32's error may decide a tie.
       assert np.mean(new == exact.astype(np.float32).astype(jnp.bfloat16)) > 0.999
+
+
+def test_an_adapter_is_merged_into_a_model_where_it_lies(tmp_path):
+  lora_model = adapted()
+  expected = parameters(merge_lora(lora_model, FAMILY, alpha=ALPHA))
+  mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), devices=jax.devices()[:4])
+  model = create_dummy_model(FAMILY.model_class, CONFIG, mesh, scale=0.3)
+  save_peft_adapter(adapter_of(lora_model, alpha=ALPHA), tmp_path / "adapter", FAMILY, CONFIG)
+  adapter = load_peft_adapter(tmp_path / "adapter", FAMILY, CONFIG)
+  before, merged = parameters(model), parameters(merge_into(model, adapter, FAMILY))
+  assert merged.keys() == expected.keys()
+  for name, variable in merged.items():
+    np.testing.assert_allclose(variable.get_value(), expected[name].get_value(), rtol=1e-6, atol=1e-6)
+    assert variable.get_value().sharding == before[name].get_value().sharding
+    assert variable.get_metadata()["out_sharding"] == before[name].get_metadata()["out_sharding"]
 
 
 def test_a_checkpoint_in_bfloat16_takes_float32_factors(tmp_path):

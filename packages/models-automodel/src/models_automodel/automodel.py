@@ -35,7 +35,7 @@ class AutoModel:
   @classmethod
   def from_pretrained(
     cls,
-    model_id: str,
+    model_id: str | os.PathLike,
     mesh: Mesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
@@ -49,7 +49,7 @@ class AutoModel:
 
     Args:
       model_id: of the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address of an object store such
-        as "gs://bucket/dir", or a local directory or GGUF file.
+        as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local.
       mesh: of either kind; None is one device.
       model_source: where the checkpoint lies. A local path and an address of a store need none.
       model_path: a local directory or GGUF file, or an address of the source, to load instead.
@@ -83,7 +83,7 @@ class AutoModel:
       intermediate.check_alone()
       kept, origin = (
         os.fspath(intermediate_ckpt_dir),
-        intermediate.origin_of(model_id, source_name(model_source), model_path, kwargs),
+        intermediate.origin_of(os.fspath(model_id), source_name(model_source), model_path, kwargs),
       )
       if intermediate.is_kept(kept, origin):
         local = {key: value for key, value in kwargs.items() if key not in ("revision", "token")}
@@ -108,7 +108,9 @@ class AutoModel:
       ) as bar:
         model: Any = load(plan, on_bytes=bar.update)
     if intermediate_ckpt_dir is not None:
-      intermediate.keep(kept, model, family_of_config(model.config, model_id), model.config, origin)
+      intermediate.keep(
+        kept, model, family_of_config(model.config, os.fspath(model_id)), model.config, origin
+      )
     return model, files.path
 
   @classmethod
@@ -157,7 +159,7 @@ class AutoModel:
   @classmethod
   def plan(
     cls,
-    model_id: str,
+    model_id: str | os.PathLike,
     mesh: Mesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,

@@ -92,7 +92,7 @@ _SHARDED = frozenset({"huggingface"})
 
 
 def convert(
-  source: str,
+  source: str | os.PathLike,
   target: str | os.PathLike,
   *,
   dialect: str = "huggingface",

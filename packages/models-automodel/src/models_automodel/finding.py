@@ -14,8 +14,9 @@ import models_sources
 from models_automodel.errors import name_errors, source_errors
 from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
 from models_automodel.presets import by_name, preset_of
+from models_core import peft_adapter
 from models_core.checkpoint import Checkpoint, Files
-from models_core.errors import ConfigError
+from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.gguf import gguf_config, read_gguf
 from models_core.orbax_checkpoint import find_orbax, read_orbax
@@ -61,7 +62,7 @@ class Found:
 
 
 def find(
-  model_id: str,
+  model_id: str | os.PathLike,
   *,
   model_source: ModelSource | str = ModelSource.HUGGINGFACE,
   model_path: str | os.PathLike | None = None,
@@ -72,36 +73,59 @@ def find(
   progress: bool = True,
 ) -> Found:
   """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
-  check_installed(model_id)
+  name = os.fspath(model_id)
+  if not isinstance(model_id, str):
+    model_path = model_path or model_id
+  check_installed(name)
   with source_errors():
-    files = _open_files(model_id, model_source, model_path, model_download_path, revision, token, progress)
+    files = _open_files(name, model_source, model_path, model_download_path, revision, token, progress)
     names = set(files.names())
+    refuse_adapter(files, names)
     checkpoint = None
     if "config.json" in names:
-      raw = read_config_json(files)
-    elif any(name.endswith(".gguf") for name in names):
+      raw = read_json(files, "config.json")
+    elif any(file.endswith(".gguf") for file in names):
       checkpoint = read_gguf(files)
       raw = gguf_config(checkpoint)
     else:
       raw = None
     if (
       checkpoint is None
-      and not any(name.endswith(".safetensors") for name in names)
+      and not any(file.endswith(".safetensors") for file in names)
       and find_orbax(files) is not None
     ):
       checkpoint = read_orbax(files)
   if config is not None:
-    return Found(files, family_of_config(config, model_id), config, checkpoint)
+    return Found(files, family_of_config(config, name), config, checkpoint)
   if raw is None and checkpoint is not None:
-    return Found(files, *preset_of(model_id, checkpoint), checkpoint)
+    return Found(files, *preset_of(name, checkpoint), checkpoint)
   if raw is None:
-    category, config = by_name(model_id, files.path)
-    return Found(files, load_family(category, model_id), config, None)
+    category, config = by_name(name, files.path)
+    return Found(files, load_family(category, name), config, None)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
     raise ConfigError(f"{files.path}/config.json has no model_type: add it, or pass config=")
-  family = family_of_model_type(model_type, model_id)
+  family = family_of_model_type(model_type, name)
   return Found(files, family, family.read_config(raw), checkpoint)
+
+
+def refuse_adapter(files: Files, names: set[str]) -> None:
+  """Says what to do with what peft wrote.
+
+  Raises:
+    CheckpointError: if there is an adapter and no model.
+  """
+  weights = {name for name in names if name.endswith((".safetensors", ".gguf"))}
+  if peft_adapter.CONFIG not in names or weights - {peft_adapter.WEIGHTS}:
+    return
+  base = read_json(files, peft_adapter.CONFIG).get("base_model_name_or_path") or "another model"
+  raise CheckpointError(
+    files.path,
+    [
+      f"it is an adapter of {base}, no model: load that one, then the adapter with "
+      "models_core.peft_adapter.load_peft_adapter, and put them together with models_core.lora.merge_into"
+    ],
+  )
 
 
 def _open_files(
@@ -131,15 +155,15 @@ def _open_files(
   )
 
 
-def read_config_json(files: Files) -> Mapping[str, Any]:
-  """The configuration that lies beside a checkpoint.
+def read_json(files: Files, name: str) -> Mapping[str, Any]:
+  """A file of settings that lies beside weights.
 
   Raises:
     ConfigError: if it is no JSON object.
   """
-  where = f"{files.path}/config.json"
+  where = f"{files.path}/{name}"
   try:
-    raw = parse_json(files.read("config.json", 0, files.size("config.json")))
+    raw = parse_json(files.read(name, 0, files.size(name)))
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"{where} is not valid JSON: {error}") from None
   if not isinstance(raw, dict):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.abstract import abstract_model, dotted
 from models_core.checkpoint import as_files
@@ -220,9 +221,7 @@ def merge_parameter(w: jax.Array, adapter: Adapter, name: str, own: Roles) -> ja
   equation = f"{own.a},{own.b_of(factors.b)}->{own.axes}"
   # On one mesh and in one place, whatever meshes the factors come from.
   replicated = (
-    jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    if isinstance(sharding, jax.sharding.NamedSharding)
-    else sharding
+    NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
   )
   a, b = (_spread(factor, replicated) for factor in (factors.a, factors.b))
   scale = np.float32(adapter.alpha / adapter.rank)
@@ -272,14 +271,28 @@ def merge_lora(
   Raises:
     AdapterError: if there are no factors, or they do not fit.
   """
-  adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
-  arrays = {}
-  for path, variable in nnx.to_flat_state(nnx.state(lora_model, nnx.Param)):
+  return merge_into(lora_model, adapter_of(lora_model, alpha=alpha, rank=rank), family)
+
+
+def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Module:
+  """A plain model of the family whose weights hold what an adapter adds, on the mesh of the given one.
+
+  Args:
+    model: stays as it is. Factors that it carries itself are left out.
+    adapter: of its architecture, such as `peft_adapter.load_peft_adapter` reads.
+    family: of the model.
+
+  Raises:
+    AdapterError: if the adapter does not fit.
+  """
+  arrays: dict[str, jax.Array] = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if not isinstance(variable, nnx.LoRAParam):
       arrays[dotted(path)] = variable.get_value()
   merged = merge_adapter(arrays, adapter, family.weights["huggingface"])
-  model = abstract_model(family.model_class, lora_model.config)  # type: ignore[attr-defined]
-  return model.fill(merged)
+  meshes = (array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, NamedSharding))
+  mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
+  return abstract_model(family.model_class, model.config, mesh).fill(merged)  # type: ignore[attr-defined]
 
 
 def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
