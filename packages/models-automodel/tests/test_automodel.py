@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models_automodel import (
   AutoModel,
@@ -88,6 +88,27 @@ def test_an_unknown_keyword_is_a_type_error_with_the_nearest_one(checkpoint, key
     AutoModel.from_pretrained(str(checkpoint[0]), **{keyword: 1})
 
 
+@pytest.mark.parametrize(
+  ("field", "value", "kind"),
+  [
+    ("rope_theta", "1e6", "a number"),
+    ("num_layers", 2.0, "a whole number"),
+    ("num_heads", True, "a whole number"),
+    ("weight_tying", "false", "True or False"),
+    ("shd_config", None, "a ShardingConfig"),
+  ],
+)
+def test_a_field_takes_values_of_its_kind(checkpoint, field, value, kind):
+  with pytest.raises(TypeError, match=f"{field}={value!r}, expected {kind}"):
+    AutoModel.from_pretrained(checkpoint[0], **{field: value})
+
+
+@pytest.mark.parametrize("mesh", [["a device"], "huggingface", AbstractMesh((2,), ("fsdp",))], ids=repr)
+def test_a_mesh_must_be_one_of_devices(checkpoint, mesh):
+  with pytest.raises(TypeError, match=f"mesh is {type(mesh).__name__}, expected a jax.sharding.Mesh"):
+    AutoModel.from_pretrained(checkpoint[0], mesh)
+
+
 def test_a_configuration_can_be_handed_over(checkpoint, config):
   directory, _ = checkpoint
   changed = dataclasses.replace(config, rope_scaling=None)
@@ -98,6 +119,8 @@ def test_a_configuration_can_be_handed_over(checkpoint, config):
 
 
 def test_dtype_must_be_one(checkpoint):
+  with pytest.raises(TypeError, match="float64, which JAX has with jax_enable_x64 alone"):
+    AutoModel.from_pretrained(checkpoint[0], dtype="float64")
   with pytest.raises(TypeError, match="dtype='bloat16'"):
     AutoModel.from_pretrained(str(checkpoint[0]), dtype="bloat16")
 

@@ -231,3 +231,15 @@ class TestMesh:
     explicit = bool(mesh.abstract_mesh.explicit_axes)
     assert spec_of(x) == P("fsdp" if explicit else None, None)
     assert spec_of(jnp.zeros((2, 4))) == P(None, None)
+
+
+def test_arguments_that_do_not_fit_are_named():
+  model = make(None)
+  with pytest.raises(TypeError, match="tokens are float32, expected integers"):
+    model(TOKENS.astype(np.float32), POSITIONS)
+  with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) must be \[B, T\]"):
+    model(TOKENS, POSITIONS, segment_ids=np.zeros((2, 3), np.int32))
+  with pytest.raises(CacheError, match="the cache has 3 rows, but tokens have 2"):
+    model(TOKENS, POSITIONS, model.init_cache(3, 8))
+  with pytest.raises(ValueError, match=r"cache_size is 8\.0, expected a positive whole number"):
+    model.init_cache(2, 8.0)

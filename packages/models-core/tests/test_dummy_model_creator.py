@@ -32,6 +32,12 @@ def plain():
   return values(create_dummy_model(Model, None))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "float64"])
+def test_the_dtype_must_be_one_that_parameters_can_have(dtype):
+  with pytest.raises(TypeError, match="dtype"):
+    create_dummy_model(Model, None, dtype=dtype)
+
+
 def test_values_do_not_depend_on_the_mesh(plain, mesh, meshes):
   for where in (mesh, meshes("auto", (4, 1), ("tp", "data"))):
     model = create_dummy_model(Model, None, where)

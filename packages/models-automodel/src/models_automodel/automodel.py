@@ -14,11 +14,12 @@ from models_automodel import intermediate
 from models_automodel.errors import source_errors
 from models_automodel.families import family_of_config
 from models_automodel.finding import Found, ModelSource, find, is_companion, source_name
-from models_automodel.overrides import as_dtype, cut, override
+from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_automodel.saving import save
 from models_core.abstract import abstract_model
 from models_core.checkpoint import RangeFiles
+from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.family import table_of
 from models_core.loader import load
@@ -27,6 +28,7 @@ from models_core.processes import together
 from models_core.reading import files_of_process
 from models_core.safetensors_headers import read_safetensors
 from models_core.safetensors_saver import flatten
+from models_core.sharding import check_mesh
 
 
 class AutoModel:
@@ -76,7 +78,7 @@ class AutoModel:
       MissingFamilyError: if the architecture's package is not installed.
       ModelNameError: for a model that is unknown or not supported.
       SourceFilesError: if the source cannot give the files.
-      TypeError: for a keyword argument that is none of these.
+      TypeError: for a keyword argument that is none of these, or a value of another kind.
     """
     progress = kwargs.get("progress", True)
     if intermediate_ckpt_dir is not None:
@@ -175,6 +177,7 @@ class AutoModel:
     **fields: Any,
   ) -> LoadPlan:
     """What `from_pretrained` would do, from the configuration and the headers alone. Same arguments and errors."""
+    check_mesh(mesh)
     place = functools.partial(
       find,
       model_id,

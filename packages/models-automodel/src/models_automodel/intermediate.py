@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models_automodel.overrides import as_dtype
+from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.safetensors_headers import parse_json

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
+from models_core.sharding import ShardingConfig
 
 
 def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()) -> Any:
@@ -21,7 +21,7 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
     known: other keywords that the caller takes, for the nearest match.
 
   Raises:
-    TypeError: for a name that the configuration has no field for, with the nearest one.
+    TypeError: for a name that the configuration has no field for, with the nearest one; for a value of another kind.
   """
   own = {field.name: field for field in dataclasses.fields(config)}
   for name in fields:
@@ -32,7 +32,7 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
       )
       raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}{hint}")
   return dataclasses.replace(
-    config, **{name: _value(getattr(config, name), new) for name, new in fields.items()}
+    config, **{name: _value(name, getattr(config, name), new) for name, new in fields.items()}
   )
 
 
@@ -51,25 +51,27 @@ def cut(config: Any, layers: range | None) -> Any:
   return dataclasses.replace(config, num_layers=len(layers))
 
 
-def _value(old: Any, new: Any) -> Any:
+# Kinds of fields -> what they take, and how that is called. A bool is an int to Python, and none to a configuration.
+_KINDS: tuple[tuple[type, type, str], ...] = (
+  (bool, bool, "True or False"),
+  (int, numbers.Integral, "a whole number"),
+  (float, numbers.Real, "a number"),
+  (ShardingConfig, ShardingConfig, "a ShardingConfig"),
+)
+
+
+def _value(name: str, old: Any, new: Any) -> Any:
   if isinstance(old, enum.Enum) and isinstance(new, str):
-    kind = type(old)
+    members = type(old)
     try:
-      return kind[new.upper()]
+      return members[new.upper()]
     except KeyError:
-      raise TypeError(f"{new!r} is none of {', '.join(member.name for member in kind)}") from None
+      raise TypeError(f"{name}={new!r} is none of {', '.join(one.name for one in members)}") from None
+  for kind, accepted, what in _KINDS:
+    if isinstance(old, kind):
+      # Some numbers are optional; the configuration knows which.
+      fits = isinstance(new, accepted) and isinstance(new, bool) == (kind is bool)
+      if not fits and not (new is None and kind in (int, float)):
+        raise TypeError(f"{name}={new!r}, expected {what}")
+      break
   return new
-
-
-def as_dtype(dtype: Any) -> np.dtype | None:
-  """What `dtype=` says.
-
-  Raises:
-    TypeError: if it is no data type.
-  """
-  if dtype is None:
-    return None
-  try:
-    return jnp.dtype(dtype)
-  except TypeError:
-    raise TypeError(f"dtype={dtype!r} is no data type; use jnp.bfloat16, 'float32', ...") from None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from models_core.errors import ShardingError
 from models_core.parameter import shapes_only
-from models_core.sharding import Misfit, fit, named
+from models_core.sharding import Misfit, check_mesh, fit, named
 
 Path = tuple[Any, ...]
 
@@ -82,7 +82,9 @@ def abstract_model(
 
   Raises:
     ShardingError: with `strict`, listing every axis that does not fit.
+    TypeError: if `mesh` is none.
   """
+  check_mesh(mesh)
   # A module with annotated parameters would demand a mesh in context.
   with nnx.use_eager_sharding(False), shapes_only():
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
@@ -116,13 +118,11 @@ def abstract_model(
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:
-  """One sentence for each kind of axis that stays whole, however many layers have it."""
-  kinds: dict[tuple[str, Misfit], int] = {}
+  """One sentence for each reason why axes stay whole, however many parameters have them."""
+  places: dict[str, dict[str, None]] = {}
   for parameter in parameters.values():
     name = ".".join("*" if part.isdigit() else part for part in parameter.name.split("."))
     for misfit in parameter.misfits:
-      kinds[name, misfit] = kinds.get((name, misfit), 0) + 1
-  return [
-    f"{name}, axis {misfit.axis}: replicated, since {misfit.reason} ({misfit.remedy})"
-    for (name, misfit), _ in kinds.items()
-  ]
+      why = f"replicated, since {misfit.reason} ({misfit.remedy})"
+      places.setdefault(why, {})[f"{name}, axis {misfit.axis}"] = None
+  return [f"{'; '.join(where)}: {why}" for why, where in places.items()]

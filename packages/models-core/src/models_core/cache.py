@@ -75,6 +75,17 @@ def _full(shape, value, dtype, mesh, spec) -> jax.Array:
   return jax.lax.with_sharding_constraint(jnp.full(shape, value, dtype), NamedSharding(mesh, spec))
 
 
+def check_rows(cache: Cache, rows: int) -> None:
+  """Refuses a call whose batch the cache is not of.
+
+  Raises:
+    CacheError: with both sizes.
+  """
+  for name, layer in cache.items():
+    if layer["k"].shape[0] != rows:
+      raise CacheError(f"{name}: the cache has {layer['k'].shape[0]} rows, but tokens have {rows}")
+
+
 def check_room(cache: Cache, new_tokens: int) -> None:
   """Refuses a call that would write past the cache.
 

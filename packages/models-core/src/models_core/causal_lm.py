@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,12 +74,18 @@ class CausalLM(nnx.Module):
 
     Raises:
       CacheError: if the cache has too few slots left.
+      TypeError: if tokens are no integers.
       ValueError: if shapes do not fit.
     """
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions, jnp.int32)
     if tokens.ndim != 2 or positions.shape != tokens.shape:
       raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must both be [B, T]")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise TypeError(f"tokens are {tokens.dtype}, expected integers")
+    if segment_ids is not None and jnp.shape(segment_ids) != tokens.shape:
+      raise ValueError(f"segment_ids {jnp.shape(segment_ids)} must be [B, T], as tokens {tokens.shape} are")
     if cache is not None:
+      cache_lib.check_rows(cache, tokens.shape[0])
       cache_lib.check_room(cache, tokens.shape[1])
     batch = PartitionSpec(*spec_of(tokens)[:1])
     out_specs = (batch, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
@@ -151,7 +158,13 @@ class CausalLM(nnx.Module):
       dtype: of keys and values; None is the embedding's.
       ring: layers with a sliding window keep no more tokens than it has, which changes no logit. Padding must
         have negative positions, and other positions must ascend.
+
+    Raises:
+      ValueError: if a size is no positive whole number.
     """
+    for name, size in (("batch_size", batch_size), ("cache_size", cache_size)):
+      if not isinstance(size, numbers.Integral) or size < 1:
+        raise ValueError(f"{name} is {size!r}, expected a positive whole number")
     config, mesh = self.config, self._mesh()
     return {
       f"layer_{i}": cache_lib.init_layer(

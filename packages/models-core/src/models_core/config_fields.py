@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.errors import ConfigError
 from models_core.rope import RopeScaling
 
 # Our field -> config.json's key.
@@ -18,6 +20,34 @@ SIZES = {
   "head_dim": "head_dim",
   "num_kv_heads": "num_key_value_heads",
 }
+
+
+# Fields that are positive numbers.
+_NUMBERS = ("rope_theta", "local_rope_theta", "norm_eps")
+
+
+def check_decoder(config: Any) -> None:
+  """Refuses a configuration that no decoder could have, whoever made it.
+
+  Raises:
+    ConfigError: for a size that is no positive whole number, heads that don't share the KV heads evenly, heads of an
+      odd dimension, which RoPE cannot turn, or a RoPE base or epsilon that is no positive number.
+  """
+  for field in (*SIZES, "num_embed"):
+    size = getattr(config, field, 1)
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+      raise ConfigError(f"{field} is {size!r}, expected a positive whole number")
+  for field in _NUMBERS:
+    number = getattr(config, field, 1.0)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not float(number) > 0:
+      raise ConfigError(f"{field} is {number!r}, expected a positive number")
+  if config.num_heads % config.num_kv_heads:
+    raise ConfigError(
+      f"num_heads={config.num_heads} is no multiple of num_kv_heads={config.num_kv_heads}: "
+      "each KV head serves as many query heads"
+    )
+  if config.head_dim % 2:
+    raise ConfigError(f"head_dim={config.head_dim} is odd: RoPE turns pairs")
 
 
 def read_sizes(keys: ConfigKeys, fields: Mapping[str, str] = SIZES, **defaults: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from models_core.abstract import AbstractParameter, abstract_model
+from models_core.dtypes import as_dtype
 from models_core.mesh import explicit_axes
 from models_core.parameter import INITIALIZERS, SCALE
 
@@ -40,12 +41,16 @@ def create_dummy_model(
     dtype: of the floating-point parameters; None keeps what the class declares.
     random_seed: of the values.
     scale: standard deviation of the random ones.
+
+  Raises:
+    TypeError: if `mesh` or `dtype` is none.
   """
+  dtype = as_dtype(dtype)
   model = abstract_model(model_class, config, mesh)
   groups: dict[Any, list[AbstractParameter]] = collections.defaultdict(list)
   for parameter in model.parameters.values():
     floating = jax.numpy.issubdtype(parameter.dtype, jax.numpy.floating)
-    kind = np.dtype(dtype) if dtype is not None and floating else parameter.dtype
+    kind = dtype if dtype is not None and floating else parameter.dtype
     init = parameter.init if floating else "zeros"
     groups[parameter.shape, kind, parameter.sharding, init].append(parameter)
   seed = jax.random.key(random_seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -157,6 +158,15 @@ def fit(
       entry = None
     entries.append(entry if names else None)
   return PartitionSpec(*entries), tuple(misfits)
+
+
+def check_mesh(mesh: Any) -> None:
+  """Raises TypeError for what is neither a mesh of devices nor None."""
+  if mesh is not None and not isinstance(mesh, Mesh):
+    raise TypeError(
+      f"mesh is {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, such as jax.make_mesh gives, or None "
+      "for one device"
+    )
 
 
 def default_sharding() -> SingleDeviceSharding:

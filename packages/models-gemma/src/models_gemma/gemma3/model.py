@@ -19,6 +19,7 @@ from models_core import rope
 from models_core.attention import attend, bound, make_causal_attn_mask
 from models_core.cache import Cache, LayerCache, append
 from models_core.causal_lm import CausalLM
+from models_core.config_fields import check_decoder
 from models_core.linear import Embedder, Projection
 from models_core.mesh import shard
 from models_core.mlp import GatedMLP, gelu_tanh
@@ -87,6 +88,7 @@ class ModelConfig:
   remat_config: RematConfig = RematConfig.NONE
 
   def __post_init__(self):
+    check_decoder(self)
     types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
     object.__setattr__(self, "attention_types", types)
 

@@ -12,6 +12,7 @@ from models_core import rope
 from models_core.attention import attend, make_causal_attn_mask, visible_keys
 from models_core.cache import Cache, LayerCache, update
 from models_core.causal_lm import CausalLM
+from models_core.config_fields import check_decoder
 from models_core.linear import BiasedProjection, Embedder, Head, Projection
 from models_core.mesh import shard
 from models_core.mlp import GatedMLP
@@ -65,6 +66,9 @@ class ModelConfig:
   max_window_layers: int = 0
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
+
+  def __post_init__(self):
+    check_decoder(self)
 
   # fmt: off
   # Keyed by repository, for theta and eps differ within a size. Variants that are not here are as their size.

@@ -13,6 +13,7 @@ from models_core import rope
 from models_core.attention import attend, make_causal_attn_mask, visible_keys
 from models_core.cache import Cache, LayerCache, update
 from models_core.causal_lm import CausalLM
+from models_core.config_fields import check_decoder
 from models_core.errors import ConfigError
 from models_core.linear import Embedder, Head, Projection
 from models_core.mesh import shard
@@ -88,6 +89,7 @@ class ModelConfig:
   remat_config: RematConfig = RematConfig.NONE
 
   def __post_init__(self):
+    check_decoder(self)
     experts = {
       k: getattr(self, k) for k in ("num_experts", "num_experts_per_tok", "moe_hidden_dim", "norm_topk_prob")
     }
