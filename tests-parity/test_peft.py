@@ -92,6 +92,15 @@ def test_an_adapter_of_peft_gives_its_logits(base, tmp_path, rslora):
   assert_close(merged_logits(model, family, arrays, adapter), expected)
 
 
+def assert_peft_computes(base, model, family, arrays, adapter, directory):
+  """peft reads an adapter that is saved into a directory, and has our logits."""
+  save_peft_adapter(adapter, directory, family, model.config, base_model=str(base))
+  theirs = peft.PeftModel.from_pretrained(torch_model(base), directory).eval()
+  expected = merged_logits(model, family, arrays, adapter)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
+  assert_close(torch_logits(theirs), expected)
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["all layers", "one layer"])
 def test_an_adapter_of_ours_loads_in_peft(base, tmp_path, whole):
   model, family, arrays = ours(base)
@@ -103,12 +112,7 @@ def test_an_adapter_of_ours_loads_in_peft(base, tmp_path, whole):
       a = rng.normal(size=[*(shape[i] for i in a_axes), 3])
       b = rng.normal(size=[3, *(size for i, size in enumerate(shape) if i not in a_axes)])
       factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
-  adapter = Adapter(factors, alpha=5.0, rank=3)
-  save_peft_adapter(adapter, tmp_path / "adapter", family, model.config, base_model=str(base))
-  theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").eval()
-  expected = merged_logits(model, family, arrays, adapter)
-  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
-  assert_close(torch_logits(theirs), expected)
+  assert_peft_computes(base, model, family, arrays, Adapter(factors, alpha=5.0, rank=3), tmp_path / "adapter")
 
 
 def write_experts(path):
@@ -131,12 +135,7 @@ def test_experts_of_ours_load_in_peft(tmp_path):
       E, out, into = arrays[name].shape
       a, b = rng.normal(size=(E, into, 3)), rng.normal(size=(E, 3, out))
       factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
-  adapter = Adapter(factors, alpha=5.0, rank=3)
-  save_peft_adapter(adapter, tmp_path / "adapter", family, model.config, base_model=str(base))
-  theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").eval()
-  expected = merged_logits(model, family, arrays, adapter)
-  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
-  assert_close(torch_logits(theirs), expected)
+  assert_peft_computes(base, model, family, arrays, Adapter(factors, alpha=5.0, rank=3), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
