@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models_core.moe import Experts, _ragged_dot, grouped_dot
+from models_core.layers.moe import Experts, _ragged_dot, grouped_dot
 from models_core.sharding import ShardingConfig
 
 # Tokens of a call: decoding, and prefills or training steps.

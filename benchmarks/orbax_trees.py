@@ -32,13 +32,9 @@ import tensorstore as ts
 import zstandard
 from flax import nnx
 
-from models_core.abstract import abstract_model
-from models_core.checkpoint import LocalFiles, TensorInfo
 from models_core.dummy_model_creator import create_dummy_model
-from models_core.loader import load
-from models_core.orbax_checkpoint import read_orbax
-from models_core.plan import plan_load
-from models_core.safetensors_headers import read_safetensors
+from models_core.formats import LocalFiles, TensorInfo, read_orbax, read_safetensors
+from models_core.loading import abstract_model, load, plan_load
 from models_core.testing import to_tensors, write_checkpoint
 from models_core.weights import Row, WeightTable
 from models_gemma.gemma import FAMILY

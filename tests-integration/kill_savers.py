@@ -18,10 +18,9 @@ import time
 import numpy as np
 import safetensors.numpy
 
-from models_core import replace_directory
-from models_core.checkpoint import LocalFiles
-from models_core.safetensors_headers import read_safetensors
+from models_core.formats import LocalFiles, read_safetensors
 from models_core.safetensors_saver import save_model_to_safetensors
+from models_core.saving import replace_directory
 
 # Three files of two tensors; a save takes some ten milliseconds.
 SHAPES = {f"{name}.w": (300, 200 + 10 * i) for i, name in enumerate("abcdef")}

@@ -14,10 +14,9 @@ def main(task: dict) -> dict:
     f"127.0.0.1:{task['port']}", num_processes=task["processes"], process_id=task["process"]
   )
   from models_automodel import AutoModel
-  from models_core.checkpoint import RangeFiles
   from models_core.digest import digest
-  from models_core.loader import load
-  from models_core.reading import files_of_process
+  from models_core.formats import RangeFiles
+  from models_core.loading import files_of_process, load
 
   shape, names = task["mesh"]
   mesh = jax.make_mesh(shape, names)
@@ -64,8 +63,8 @@ def _call(model, mesh):
 
 def _merge(model, task):
   """Writes the model with an adapter merged into it. Returns the digest of the same in memory."""
+  from models_core.adapters import merge_lora
   from models_core.digest import digest
-  from models_core.lora import merge_lora
   from models_llama.llama3 import FAMILY
   from models_llama.llama3.params import save_lora_merged_model_as_safetensors
 

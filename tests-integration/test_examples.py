@@ -21,7 +21,7 @@ from models_automodel import (
 )
 from models_automodel.families import load_family
 from models_core import dummy_model_creator, safetensors_saver
-from models_core.remat import RematConfig
+from models_core.layers import RematConfig
 from models_core.testing import write_checkpoint
 from models_gemma.gemma.model import Gemma
 from models_gemma.gemma.model import ModelConfig as GemmaConfig

@@ -11,10 +11,10 @@ import qwix
 from flax import nnx
 
 from models_automodel import AutoModel
-from models_core.abstract import abstract_model
+from models_core.adapters import adapter_of, merge_adapter, merge_lora
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import SaveError
-from models_core.lora import adapter_of, merge_adapter, merge_lora
+from models_core.loading import abstract_model
 from models_core.testing import assert_close, write_checkpoint
 from models_gemma.gemma import params_safetensors as gemma_params
 from models_gemma.gemma.model import ModelConfig as GemmaConfig

@@ -8,7 +8,7 @@ import models_naming
 from models_automodel import call_model_config
 from models_automodel.families import load_family
 from models_automodel.presets import presets
-from models_core.abstract import abstract_model
+from models_core.loading import abstract_model
 
 # preset: layers, width, feed-forward width, heads, KV heads, head width, vocabulary, query scalar, window, parameters.
 # Parameters of sizes that also see images are those of the language model.

@@ -6,8 +6,8 @@ import pytest
 
 import models_naming
 from models_automodel.presets import call_model_config
-from models_core.abstract import abstract_model
-from models_core.rope import YarnScaling
+from models_core.loading import abstract_model
+from models_core.rope_scaling import YarnScaling
 from models_qwen.qwen2.model import ModelConfig as Qwen2Config
 from models_qwen.qwen2.model import Qwen2
 from models_qwen.qwen3.model import Qwen3

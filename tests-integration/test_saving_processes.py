@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 number, port, target, mode = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 jax.distributed.initialize(coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=number)
 from jax.sharding import NamedSharding, PartitionSpec as P
-from models_core import safetensors_writer
+from models_core.saving import safetensors_writer
 from models_core.errors import SaveError
 from models_core.safetensors_saver import save_model_to_safetensors
 

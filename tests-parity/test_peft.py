@@ -11,9 +11,9 @@ from flax import nnx
 
 from models_automodel import AutoModel
 from models_automodel.families import family_of_config
-from models_core.abstract import abstract_model, dotted
-from models_core.lora import Adapter, Factors, merge_adapter
-from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
+from models_core.adapters import Adapter, Factors, load_peft_adapter, merge_adapter, save_peft_adapter
+from models_core.layers import dotted
+from models_core.loading import abstract_model
 from models_core.testing import assert_close
 
 # peft uses older names of transformers.

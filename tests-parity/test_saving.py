@@ -11,7 +11,7 @@ import transformers
 
 from models_automodel import AutoModel
 from models_core.dummy_model_creator import create_dummy_model
-from models_core.rope import LinearScaling, Llama3Scaling, YarnScaling
+from models_core.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 from models_gemma import gemma, gemma3
 from models_gemma.attention_types import AttentionType
 from models_llama import llama3

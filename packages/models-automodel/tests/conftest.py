@@ -9,7 +9,7 @@ jax.config.update("jax_platforms", "cpu")
 
 @pytest.fixture(scope="session")
 def config():
-  from models_core.rope import Llama3Scaling
+  from models_core.rope_scaling import Llama3Scaling
   from models_llama.llama3.model import ModelConfig
 
   return ModelConfig(

@@ -25,7 +25,7 @@ from models_automodel import (
   families,
   get_model_module,
 )
-from models_core.remat import RematConfig
+from models_core.layers import RematConfig
 
 
 def weights(model):

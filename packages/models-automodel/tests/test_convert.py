@@ -12,7 +12,7 @@ from models_automodel import CheckpointError, ConfigError, SaveError
 from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.verify import verify
-from models_core import loader
+from models_core.loading import loader
 
 
 def tensors_of(directory):

@@ -15,7 +15,7 @@ from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.digest import digest
 from models_automodel.verify import verify
-from models_core import loader
+from models_core.loading import loader
 from models_core.testing import MESHES
 from models_sources.testing import HubServer, StoreServer
 

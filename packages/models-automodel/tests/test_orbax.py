@@ -11,10 +11,9 @@ import tensorstore as ts
 from flax import nnx
 
 from models_automodel import AutoModel, CheckpointError, ConfigError, ModelSource, SourceFilesError
-from models_core.abstract import abstract_model
-from models_core.checkpoint import LocalFiles
 from models_core.dummy_model_creator import create_dummy_model
-from models_core.orbax_checkpoint import read_orbax
+from models_core.formats import LocalFiles, read_orbax
+from models_core.loading import abstract_model
 from models_core.weights import pieces, put_back
 from models_gemma.gemma import FAMILY
 from models_gemma.gemma.model import AttentionType, Gemma, ModelConfig

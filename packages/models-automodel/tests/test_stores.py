@@ -13,8 +13,9 @@ from models_automodel import AutoModel, ModelSource, SourceFilesError
 from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.tokenizer import load_tokenizer
-from models_core import loader, reader
 from models_core.extras import MissingExtraError
+from models_core.formats import reader
+from models_core.loading import loader
 from models_sources import object_store
 from models_sources.testing import StoreServer
 

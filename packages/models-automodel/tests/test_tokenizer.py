@@ -12,9 +12,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from models_automodel.chat_template import render
 from models_automodel.tokenizer import load_tokenizer
-from models_core.checkpoint import Checkpoint, LocalFiles, as_files
 from models_core.errors import CheckpointError, ConfigError, ModelsError
-from models_core.gguf import read_gguf
+from models_core.formats import Checkpoint, LocalFiles, as_files, read_gguf
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 CORPUS = [

@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models_core.abstract import abstract_model
-from models_core.checkpoint import LocalFiles
 from models_core.digest import Digest, _sum_elements, _sum_shards, digest, digest_arrays, digest_plan
 from models_core.errors import ModelsError
-from models_core.loader import load
-from models_core.plan import plan_load
-from models_core.safetensors_headers import read_safetensors
-from models_core.weights import Form, WeightTable
+from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.safetensors import read_safetensors
+from models_core.loading.abstract import abstract_model
+from models_core.loading.loader import load
+from models_core.loading.plan import plan_load
+from models_core.weights.table import Form, WeightTable
 
 TABLE = WeightTable(
   ("embed", "embed.weight", "v d"),

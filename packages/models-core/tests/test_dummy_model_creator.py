@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.dummy_model_creator import create_dummy_model
-from models_core.parameter import parameter
+from models_core.layers.parameters import parameter
 
 SHAPES = {"w": (64, 32), "v": (64, 32), "odd": (3, 32)}
 SPECS = {"w": P("tp", "fsdp"), "v": P("tp", "fsdp"), "odd": P("tp", "fsdp")}

@@ -6,8 +6,8 @@ import typing
 import pytest
 from flax import nnx
 
+from models_core.adapters.lora import lora_saver
 from models_core.family import Family
-from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
 
 

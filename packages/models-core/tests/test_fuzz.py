@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from models_core.checkpoint import LocalFiles
+from models_core.config.gguf import gguf_config
 from models_core.errors import CheckpointError
-from models_core.gguf import gguf_config, read_gguf
-from models_core.safetensors_headers import INDEX, read_safetensors
+from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.gguf import read_gguf
+from models_core.formats.safetensors import INDEX, read_safetensors
 
 # A run over many more is the session `fuzz`.
 MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "1000"))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import WeightTable
+from models_core.weights.table import WeightTable
 
 D, N, H = 8, 4, 2
 PARAMETERS = {

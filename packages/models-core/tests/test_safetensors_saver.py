@@ -15,14 +15,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models_core import safetensors_writer
-from models_core.checkpoint import LocalFiles
 from models_core.errors import CheckpointError, ConfigError, SaveError
 from models_core.family import Family
-from models_core.safetensors_headers import INDEX, read_safetensors
+from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.safetensors import INDEX, read_safetensors
 from models_core.safetensors_saver import save_model_to_safetensors
-from models_core.save_plan import parse_size, plan_save, plan_state, split_files
-from models_core.weights import Form, Ignored, Tied, WeightTable
+from models_core.saving import safetensors_writer
+from models_core.saving.plan import parse_size, plan_save, plan_state, split_files
+from models_core.weights.table import Form, Ignored, Tied, WeightTable
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 STATE = {

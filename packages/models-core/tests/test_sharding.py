@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import ModelsError, ShardingError
-from models_core.rope import FrequencyFactors, LinearScaling, Llama3Scaling
+from models_core.rope_scaling import FrequencyFactors, LinearScaling, Llama3Scaling
 from models_core.sharding import ShardingConfig, default_sharding, fit, named
 
 DEFAULT = ShardingConfig.get_default_sharding()

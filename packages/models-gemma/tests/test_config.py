@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from models_core.errors import ConfigError
-from models_core.rope import LinearScaling
+from models_core.rope_scaling import LinearScaling
 from models_gemma import gemma, gemma3
 from models_gemma.gemma.model import AttentionType, Gemma
 from models_gemma.gemma.model import ModelConfig as GemmaConfig

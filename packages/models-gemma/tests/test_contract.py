@@ -1,6 +1,6 @@
 import dataclasses
 
-from models_core.rope import LinearScaling
+from models_core.rope_scaling import LinearScaling
 from models_core.testing import FamilyContract
 from models_gemma.gemma import FAMILY, model
 from models_gemma.gemma.model import AttentionType

@@ -9,12 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from models_core.abstract import abstract_model
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CheckpointError
-from models_core.orbax_saver import save_parameters_to_orbax
-from models_core.safetensors_saver import flatten
-from models_core.save_plan import plan_save
+from models_core.loading import abstract_model
+from models_core.saving import flatten, save_parameters_to_orbax
+from models_core.saving.plan import plan_save
 from models_core.testing import MESHES, POSITIONS, TOKENS
 from models_core.weights import pieces, put_back
 from models_gemma import gemma, gemma3

@@ -1,6 +1,6 @@
 import dataclasses
 
-from models_core.rope import Llama3Scaling
+from models_core.rope_scaling import Llama3Scaling
 from models_core.testing import FamilyContract
 from models_llama.llama3 import FAMILY
 from models_llama.llama3.model import ModelConfig

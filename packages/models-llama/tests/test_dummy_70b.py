@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models_core.abstract import abstract_model
 from models_core.dummy_model_creator import _maker
+from models_core.loading import abstract_model
 from models_llama.llama3.model import Llama3, ModelConfig
 
 

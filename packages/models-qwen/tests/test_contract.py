@@ -1,6 +1,6 @@
 import dataclasses
 
-from models_core.rope import YarnScaling
+from models_core.rope_scaling import YarnScaling
 from models_core.testing import FamilyContract
 from models_qwen import qwen2, qwen3
 from models_qwen.qwen2.model import ModelConfig as Qwen2Config

@@ -7,14 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from models_core.abstract import abstract_model
-from models_core.checkpoint import LocalFiles
+from models_core.config import gguf_config
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import CheckpointError
-from models_core.gguf import gguf_config, read_gguf
-from models_core.loader import load
-from models_core.plan import plan_load
-from models_core.rope import YarnScaling
+from models_core.formats import LocalFiles, read_gguf
+from models_core.loading import abstract_model, load, plan_load
+from models_core.rope_scaling import YarnScaling
 from models_core.testing import to_tensors
 from models_qwen import qwen2, qwen3
 from models_qwen.qwen2.model import ModelConfig as Qwen2Config

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models_core.abstract import dotted
+from models_core.adapters import (
+  Adapter,
+  Factors,
+  adapter_of,
+  load_peft_adapter,
+  merge_into,
+  merge_lora,
+  save_peft_adapter,
+  set_adapter,
+)
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import AdapterError, CheckpointError
-from models_core.lora import Adapter, Factors, adapter_of, merge_into, merge_lora, set_adapter
-from models_core.peft_adapter import load_peft_adapter, save_peft_adapter
+from models_core.layers import dotted
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.testing import write_checkpoint
 from models_qwen.qwen3.model import ModelConfig

@@ -6,7 +6,7 @@ from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFi
 from models_automodel.finding import ModelSource
 from models_automodel.presets import ModelModule, call_model_config, get_model_module
 from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
-from models_core.plan import LoadPlan
+from models_core.loading import LoadPlan
 
 __all__ = [
   "AutoModel",

@@ -17,17 +17,13 @@ from models_automodel.finding import Found, ModelSource, find, is_companion, sou
 from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_automodel.saving import save
-from models_core.abstract import abstract_model
-from models_core.checkpoint import RangeFiles
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.family import table_of
-from models_core.loader import load
-from models_core.plan import LoadPlan, plan_load
+from models_core.formats import RangeFiles, read_safetensors
+from models_core.loading import LoadPlan, abstract_model, files_of_process, load, plan_load
 from models_core.processes import together
-from models_core.reading import files_of_process
-from models_core.safetensors_headers import read_safetensors
-from models_core.safetensors_saver import flatten
+from models_core.saving import flatten
 from models_core.sharding import check_mesh
 
 

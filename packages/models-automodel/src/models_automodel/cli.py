@@ -170,8 +170,8 @@ def _show(options: argparse.Namespace) -> None:
   import jax
   from flax import nnx
 
-  from models_core.abstract import abstract_model
-  from models_core.parameter import shapes_only
+  from models_core.layers import shapes_only
+  from models_core.loading import abstract_model
 
   _make_devices(None)
   family, config = _found(options)
@@ -267,7 +267,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _size(text: str) -> int:
-  from models_core.save_plan import parse_size
+  from models_core.saving import parse_size
 
   return parse_size(text)
 

@@ -15,12 +15,11 @@ from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
 from models_automodel.finding import find
 from models_automodel.saving import companions_of, save, weights_bar
-from models_core.checkpoint import RangeFiles
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.loader import load_arrays
-from models_core.orbax_saver import save_parameters_to_orbax
-from models_core.plan import LoadPlan
+from models_core.formats import RangeFiles
+from models_core.loading import LoadPlan, load_arrays
+from models_core.saving import save_parameters_to_orbax
 
 _log = logging.getLogger(__name__)
 

@@ -14,14 +14,12 @@ import models_sources
 from models_automodel.errors import name_errors, source_errors
 from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
 from models_automodel.presets import by_name, preset_of
-from models_core import peft_adapter
-from models_core.checkpoint import Checkpoint, Files
+from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from models_core.config import gguf_config
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.gguf import gguf_config, read_gguf
-from models_core.orbax_checkpoint import find_orbax, read_orbax
-from models_core.replace_directory import recover
-from models_core.safetensors_headers import parse_json
+from models_core.formats import Checkpoint, Files, find_orbax, parse_json, read_gguf, read_orbax
+from models_core.saving import recover
 
 
 class ModelSource(enum.Enum):
@@ -116,14 +114,14 @@ def refuse_adapter(files: Files, names: set[str]) -> None:
     CheckpointError: if there is an adapter and no model.
   """
   weights = {name for name in names if name.endswith((".safetensors", ".gguf"))}
-  if peft_adapter.CONFIG not in names or weights - {peft_adapter.WEIGHTS}:
+  if ADAPTER_CONFIG not in names or weights - {ADAPTER_WEIGHTS}:
     return
-  base = read_json(files, peft_adapter.CONFIG).get("base_model_name_or_path") or "another model"
+  base = read_json(files, ADAPTER_CONFIG).get("base_model_name_or_path") or "another model"
   raise CheckpointError(
     files.path,
     [
       f"it is an adapter of {base}, no model: load that one, then the adapter with "
-      "models_core.peft_adapter.load_peft_adapter, and put them together with models_core.lora.merge_into"
+      "models_core.adapters.peft.load_peft_adapter, and put them together with models_core.adapters.lora.merge_into"
     ],
   )
 

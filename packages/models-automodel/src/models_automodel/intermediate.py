@@ -19,7 +19,7 @@ from flax import nnx
 from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.safetensors_headers import parse_json
+from models_core.formats import parse_json
 from models_core.safetensors_saver import save_model_to_safetensors
 
 ORIGIN = "origin.json"

@@ -10,11 +10,10 @@ from typing import Any
 import models_naming
 from models_automodel.errors import ModelNameError, name_errors
 from models_automodel.families import family_module, installed, load_family
-from models_core.abstract import abstract_model
-from models_core.checkpoint import Checkpoint
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.plan import plan_load
+from models_core.formats import Checkpoint
+from models_core.loading import abstract_model, plan_load
 
 
 class ModelModule(enum.Enum):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from models_core.checkpoint import Files
+from models_core.formats import Files
 from models_core.processes import exchange, processes_of, together
 
 # Longer than the hash of a commit.

@@ -9,11 +9,10 @@ from typing import Any
 import tqdm
 
 from models_automodel.finding import is_companion
-from models_core.checkpoint import Files, as_files
 from models_core.dtypes import as_dtype
 from models_core.family import Family
-from models_core.safetensors_saver import save_parameters
-from models_core.save_plan import Shaped
+from models_core.formats import Files, as_files
+from models_core.saving import Shaped, save_parameters
 
 
 def save(

@@ -12,10 +12,9 @@ import models_sources
 from models_automodel.chat_template import render
 from models_automodel.errors import source_errors
 from models_automodel.gguf_tokenizer import read_gguf_tokenizer
-from models_core.checkpoint import Checkpoint, Files, as_files
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.gguf import read_gguf
+from models_core.formats import Checkpoint, Files, as_files, read_gguf
 
 TOKENIZER = "tokenizer.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

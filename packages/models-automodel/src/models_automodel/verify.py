@@ -13,12 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_automodel.automodel import AutoModel
-from models_core import boxes
-from models_core.checkpoint import TensorInfo
 from models_core.errors import CheckpointError
-from models_core.orbax_checkpoint import tree_entries
-from models_core.plan import LoadPlan
-from models_core.reader import BoxReader, TensorReader, open_reader
+from models_core.formats import BoxReader, TensorInfo, TensorReader, cells, open_reader, tree_entries
+from models_core.loading import LoadPlan
 
 # Elements that are looked at in one go, a multiple of every codec's block.
 _CHUNK = 1 << 22
@@ -61,7 +58,7 @@ def _not_finite(reader: TensorReader, info: TensorInfo) -> Iterator[str]:
 def _numbers(reader: TensorReader, info: TensorInfo) -> Iterator[np.ndarray]:
   """All numbers of a tensor, in parts: its cells, or runs of elements."""
   if isinstance(reader, BoxReader):
-    for index in boxes.cells(info.shape, info.cell or info.shape):
+    for index in cells(info.shape, info.cell or info.shape):
       yield reader.read_box(info, index)
     return
   count = math.prod(info.shape)

@@ -25,10 +25,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models_core.abstract import dotted
 from models_core.errors import ModelsError
-from models_core.loader import load_arrays
-from models_core.plan import LoadPlan, PlannedParameter
+from models_core.layers import dotted
+from models_core.loading import LoadPlan, PlannedParameter, load_arrays
 
 # Parameters that are in memory at a time while a checkpoint is read, in bytes.
 _GROUP = 1 << 30

@@ -13,10 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from models_core.abstract import AbstractParameter, abstract_model
 from models_core.dtypes import as_dtype
-from models_core.mesh import explicit_axes
-from models_core.parameter import INITIALIZERS, SCALE
+from models_core.layers import INITIALIZERS, SCALE, explicit_axes
+from models_core.loading import AbstractParameter, abstract_model
 
 M = TypeVar("M", bound=nnx.Module)
 

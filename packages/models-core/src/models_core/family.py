@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from flax import nnx
 
-from models_core.checkpoint import TensorInfo
 from models_core.errors import ConfigError
+from models_core.formats import TensorInfo
 from models_core.weights import WeightTable, own_names
 
 # The major contract. AutoModel refuses a family of another one.

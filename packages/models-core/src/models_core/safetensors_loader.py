@@ -13,13 +13,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from models_core.abstract import AbstractModel, AbstractParameter, abstract_model, dotted
-from models_core.checkpoint import Checkpoint, Files, TensorInfo, as_files
 from models_core.errors import CheckpointError
 from models_core.family import Family, adopt
-from models_core.loader import load, load_arrays
-from models_core.plan import LoadPlan, PlannedParameter, loaded_dtype, plan_load
-from models_core.safetensors_headers import read_safetensors
+from models_core.formats import Checkpoint, Files, TensorInfo, as_files, read_safetensors
+from models_core.layers import dotted
+from models_core.loading import (
+  AbstractModel,
+  AbstractParameter,
+  LoadPlan,
+  PlannedParameter,
+  abstract_model,
+  load,
+  load_arrays,
+  loaded_dtype,
+  plan_load,
+)
 from models_core.sharding import default_sharding
 from models_core.weights import Piece, WeightTable
 

@@ -26,14 +26,11 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from models_core.abstract import abstract_model
-from models_core.checkpoint import LocalFiles
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.family import FAMILY_API_VERSION, Family
-from models_core.loader import load
-from models_core.plan import plan_load
-from models_core.remat import RematConfig
-from models_core.safetensors_headers import DTYPES, read_safetensors
+from models_core.formats import DTYPES, LocalFiles, read_safetensors
+from models_core.layers import RematConfig
+from models_core.loading import abstract_model, load, plan_load
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, pieces, put_back

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models_core.config_fields import SIZES, read_sizes, write_sizes
-from models_core.config_keys import ConfigKeys
+from models_core.config import SIZES, ConfigKeys, read_sizes, write_sizes
 from models_core.errors import ConfigError
 from models_gemma.attention_types import AttentionType, every
 

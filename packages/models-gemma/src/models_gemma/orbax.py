@@ -9,11 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from models_core.abstract import abstract_model
-from models_core.checkpoint import as_files
-from models_core.loader import load
-from models_core.orbax_checkpoint import read_orbax
-from models_core.plan import plan_load
+from models_core.formats import as_files, read_orbax
+from models_core.loading import abstract_model, load, plan_load
 from models_core.weights import WeightTable
 from models_gemma.orbax_rows import fit_rows
 

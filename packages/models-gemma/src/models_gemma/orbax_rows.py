@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from models_core.checkpoint import TensorInfo
+from models_core.formats import TensorInfo
 from models_core.weights import TRAINING, Form
 from models_gemma import vision_tower
 

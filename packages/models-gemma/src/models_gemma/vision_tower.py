@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config_keys import ConfigKeys
+from models_core.config import ConfigKeys
 from models_core.weights import Ignored
 
 REASON = "the vision tower; the language model is loaded alone"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models_core.config_keys import ConfigKeys
+from models_core.config import ConfigKeys
 from models_core.errors import ConfigError
 
 # Read where `use_sliding_window` is true, else without effect.

@@ -15,16 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models_core import rope
-from models_core.attention import attend, bound, make_causal_attn_mask
-from models_core.cache import Cache, LayerCache, append
-from models_core.causal_lm import CausalLM
-from models_core.config_fields import check_decoder
-from models_core.linear import Embedder, Projection
-from models_core.mesh import shard
-from models_core.mlp import GatedMLP, gelu_tanh
-from models_core.norm import OffsetRMSNorm
-from models_core.remat import RematConfig
+from models_core.config import check_decoder
+from models_core.layers import (
+  Cache,
+  CausalLM,
+  Embedder,
+  GatedMLP,
+  LayerCache,
+  OffsetRMSNorm,
+  Projection,
+  RematConfig,
+  append,
+  attend,
+  bound,
+  gelu_tanh,
+  inverse_frequencies,
+  make_causal_attn_mask,
+  rotate,
+  shard,
+)
 from models_core.sharding import ShardingConfig
 from models_gemma.attention_types import AttentionType, checked, every, windows
 from models_gemma.sizes import preset
@@ -138,8 +147,8 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     config = self.config
     act_btnh = config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rope.rotate(self.q_proj(x), positions, frequencies), act_btnh)
-    k = shard(rope.rotate(self.k_proj(x), positions, frequencies), act_btnh)
+    q = shard(rotate(self.q_proj(x), positions, frequencies), act_btnh)
+    k = shard(rotate(self.k_proj(x), positions, frequencies), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
     if cache is not None:
       cache, k, v = append(cache, k, v, positions)
@@ -195,7 +204,7 @@ class Gemma(CausalLM):
 
   def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
     config = self.config
-    frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
     masks = self._masks(positions, cache, attention_mask, segment_ids)
     layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = self.embedder.encode(tokens)

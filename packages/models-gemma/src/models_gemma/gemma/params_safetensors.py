@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config_fields import write_rope
-from models_core.config_keys import ConfigKeys
+from models_core.adapters import lora_saver
+from models_core.config import ConfigKeys, write_rope
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.gguf_table import gguf_table
-from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
-from models_core.weights import Tied, WeightTable
+from models_core.weights import Tied, WeightTable, gguf_table
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
 from models_gemma.gemma.model import Gemma, ModelConfig

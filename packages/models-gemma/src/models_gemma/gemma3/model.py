@@ -15,17 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models_core import rope
-from models_core.attention import attend, bound, make_causal_attn_mask
-from models_core.cache import Cache, LayerCache, append
-from models_core.causal_lm import CausalLM
-from models_core.config_fields import check_decoder
-from models_core.linear import Embedder, Projection
-from models_core.mesh import shard
-from models_core.mlp import GatedMLP, gelu_tanh
-from models_core.norm import OffsetRMSNorm
-from models_core.remat import RematConfig
-from models_core.rope import LinearScaling, RopeScaling
+from models_core.config import check_decoder
+from models_core.layers import (
+  Cache,
+  CausalLM,
+  Embedder,
+  GatedMLP,
+  LayerCache,
+  OffsetRMSNorm,
+  Projection,
+  RematConfig,
+  append,
+  attend,
+  bound,
+  gelu_tanh,
+  inverse_frequencies,
+  make_causal_attn_mask,
+  rotate,
+  shard,
+)
+from models_core.rope_scaling import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
 from models_gemma.attention_types import AttentionType, checked, every, windows
 from models_gemma.sizes import preset
@@ -135,8 +144,8 @@ class Attention(nnx.Module):
     mask: jax.Array,
   ) -> tuple[jax.Array, LayerCache | None]:
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rope.rotate(self.q_norm(self.q_proj(x)), positions, frequencies), act_btnh)
-    k = shard(rope.rotate(self.k_norm(self.k_proj(x)), positions, frequencies), act_btnh)
+    q = shard(rotate(self.q_norm(self.q_proj(x)), positions, frequencies), act_btnh)
+    k = shard(rotate(self.k_norm(self.k_proj(x)), positions, frequencies), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
     if cache is not None:
       cache, k, v = append(cache, k, v, positions)
@@ -180,8 +189,8 @@ class Gemma3(CausalLM):
   def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
     config = self.config
     frequencies = {
-      AttentionType.GLOBAL: rope.inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
-      AttentionType.LOCAL_SLIDING: rope.inverse_frequencies(config.head_dim, config.local_rope_theta),
+      AttentionType.GLOBAL: inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
+      AttentionType.LOCAL_SLIDING: inverse_frequencies(config.head_dim, config.local_rope_theta),
     }
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
     layer_call = config.remat_config.layer(DecoderLayer.__call__)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config_keys import ConfigKeys, write_scaling
+from models_core.adapters import lora_saver
+from models_core.config import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.gguf_table import gguf_table
-from models_core.lora import lora_saver
-from models_core.rope import RopeScaling
+from models_core.rope_scaling import RopeScaling
 from models_core.safetensors_loader import safe_tensors_creator
-from models_core.weights import Form, Tied, WeightTable
+from models_core.weights import Form, Tied, WeightTable, gguf_table
 from models_gemma import vision_tower
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common

@@ -8,17 +8,27 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models_core import rope
-from models_core.attention import attend, make_causal_attn_mask, visible_keys
-from models_core.cache import Cache, LayerCache, update
-from models_core.causal_lm import CausalLM
-from models_core.config_fields import check_decoder
-from models_core.linear import Embedder, Head, Projection
-from models_core.mesh import shard
-from models_core.mlp import GatedMLP
-from models_core.norm import RMSNorm
-from models_core.remat import RematConfig
-from models_core.rope import Llama3Scaling, RopeScaling, Rotary
+from models_core.config import check_decoder
+from models_core.layers import (
+  Cache,
+  CausalLM,
+  Embedder,
+  GatedMLP,
+  Head,
+  LayerCache,
+  Projection,
+  RematConfig,
+  RMSNorm,
+  Rotary,
+  attend,
+  make_causal_attn_mask,
+  rotary,
+  rotate,
+  shard,
+  update,
+  visible_keys,
+)
+from models_core.rope_scaling import Llama3Scaling, RopeScaling
 from models_core.sharding import ShardingConfig
 
 __all__ = ["Llama3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
@@ -160,8 +170,8 @@ class Attention(nnx.Module):
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rope.rotate(self.q_proj(x), positions, *rotary), act_btnh)
-    k = shard(rope.rotate(self.k_proj(x), positions, *rotary), act_btnh)
+    q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
+    k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
     if cache is not None:
       cache = update(cache, k, v, positions)
@@ -203,14 +213,14 @@ class Llama3(CausalLM):
 
   def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
     config = self.config
-    rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
+    rope = rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     mask = visible_keys(positions, cache and cache["layer_0"], attention_mask, segment_ids)
     layer_call = config.remat_config.layer(DecoderLayer.__call__)
     x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):
       name = f"layer_{i}"
-      x, new_cache[name] = layer_call(layer, x, positions, rotary, cache and cache[name], mask)
+      x, new_cache[name] = layer_call(layer, x, positions, rope, cache and cache[name], mask)
     return self.final_norm(x), new_cache if cache is not None else None
 
   def _logits(self, hidden):

@@ -8,17 +8,28 @@ from typing import Any
 import jax
 from flax import nnx
 
-from models_core import rope
-from models_core.attention import attend, make_causal_attn_mask, visible_keys
-from models_core.cache import Cache, LayerCache, update
-from models_core.causal_lm import CausalLM
-from models_core.config_fields import check_decoder
-from models_core.linear import BiasedProjection, Embedder, Head, Projection
-from models_core.mesh import shard
-from models_core.mlp import GatedMLP
-from models_core.norm import RMSNorm
-from models_core.remat import RematConfig
-from models_core.rope import RopeScaling, Rotary
+from models_core.config import check_decoder
+from models_core.layers import (
+  BiasedProjection,
+  Cache,
+  CausalLM,
+  Embedder,
+  GatedMLP,
+  Head,
+  LayerCache,
+  Projection,
+  RematConfig,
+  RMSNorm,
+  Rotary,
+  attend,
+  make_causal_attn_mask,
+  rotary,
+  rotate,
+  shard,
+  update,
+  visible_keys,
+)
+from models_core.rope_scaling import RopeScaling
 from models_core.sharding import ShardingConfig
 
 __all__ = ["ModelConfig", "Qwen2", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
@@ -123,8 +134,8 @@ class Attention(nnx.Module):
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rope.rotate(self.q_proj(x), positions, *rotary), act_btnh)
-    k = shard(rope.rotate(self.k_proj(x), positions, *rotary), act_btnh)
+    q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
+    k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
     if cache is not None:
       cache = update(cache, k, v, positions)
@@ -166,7 +177,7 @@ class Qwen2(CausalLM):
 
   def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
     config = self.config
-    rotary = rope.rotary(config.head_dim, config.rope_theta, config.rope_scaling)
+    rope = rotary(config.head_dim, config.rope_theta, config.rope_scaling)
     keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
     everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
     layer_call = config.remat_config.layer(DecoderLayer.__call__)
@@ -174,7 +185,7 @@ class Qwen2(CausalLM):
     new_cache: Cache = {}
     for i, layer in enumerate(self.layers):
       name, mask = f"layer_{i}", window if i >= config.max_window_layers else everything
-      x, new_cache[name] = layer_call(layer, x, positions, rotary, cache and cache[name], mask)
+      x, new_cache[name] = layer_call(layer, x, positions, rope, cache and cache[name], mask)
     return self.final_norm(x), new_cache if cache is not None else None
 
   def _logits(self, hidden):

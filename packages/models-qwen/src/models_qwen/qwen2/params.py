@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config_fields import read_sizes, write_rope, write_sizes
-from models_core.config_keys import ConfigKeys
+from models_core.adapters import lora_saver
+from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.family import Family
-from models_core.gguf_table import gguf_table
-from models_core.lora import lora_saver
 from models_core.safetensors_loader import safe_tensors_creator
-from models_core.weights import Ignored, Tied, WeightTable
+from models_core.weights import Ignored, Tied, WeightTable, gguf_table
 from models_qwen import windows
 from models_qwen.qwen2.model import ModelConfig, Qwen2
 

@@ -1,0 +1,28 @@
+from .lora import (
+  Adapter,
+  Factors,
+  adapter_of,
+  lora_saver,
+  merge_adapter,
+  merge_into,
+  merge_lora,
+  save_merged,
+  set_adapter,
+)
+from .peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_peft_adapter, save_peft_adapter
+
+__all__ = [
+  "ADAPTER_CONFIG",
+  "ADAPTER_WEIGHTS",
+  "Adapter",
+  "Factors",
+  "adapter_of",
+  "load_peft_adapter",
+  "lora_saver",
+  "merge_adapter",
+  "merge_into",
+  "merge_lora",
+  "save_merged",
+  "save_peft_adapter",
+  "set_adapter",
+]

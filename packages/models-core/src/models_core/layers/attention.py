@@ -1,0 +1,140 @@
+"""Attention and its masks. Masks follow positions: padding and chunks change nothing."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from models_core.layers import cache as cache_lib
+
+
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, soft_cap: float | None = None
+) -> jax.Array:
+  """Grouped-query attention with float32 logits and softmax.
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, S, K, H], N a multiple of K.
+    v: [B, S, K, H].
+    mask: [B, T, S], True where a query sees a key. A row that sees none gives the mean of v.
+    scale: factor on the logits, commonly H ** -0.5.
+    soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask.
+
+  Returns:
+    [B, T, N, H] in the dtype of q.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  q = q.reshape(B, T, K, N // K, H)
+  k, v = k.astype(q.dtype), v.astype(q.dtype)
+  products = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+  weights = _softmax(products, mask[:, None, None], scale, soft_cap, v.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+# Kept for a gradient are the products and the weights alone: what lies between is cheap to compute again.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def _softmax(
+  products: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None, dtype: DTypeLike
+) -> jax.Array:
+  """Weights of the values, from the products of queries and keys [B, K, G, T, S]."""
+  logits = bound(products * scale, soft_cap)
+  return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
+
+
+def bound(x: jax.Array, soft_cap: float | None) -> jax.Array:
+  """Keeps x within (-soft_cap, soft_cap) by tanh (arXiv:2408.00118); as it is without a cap."""
+  return x if soft_cap is None else jnp.tanh(x / soft_cap) * soft_cap
+
+
+def visible_keys(
+  positions: jax.Array,
+  layer: cache_lib.LayerCache | None = None,
+  mask: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  window: int | None = None,
+) -> jax.Array:
+  """Which keys each query sees.
+
+  Without a mask, attention is causal: a query sees the keys that were written no later than its own and
+  stand at no later position. A negative position marks padding, which nobody sees.
+
+  Args:
+    positions: [B, T] of the queries.
+    layer: cache that this call's keys will be appended to; None where the keys are the queries' own tokens.
+    mask: [B, T or 1, S], whole, by slots of the cache; one that is shorter is padded with False.
+    segment_ids: [B, T]: tokens of different segments don't see each other. Only without a cache.
+    window: a query at position p sees keys from position p - window + 1 on.
+
+  Returns:
+    bool [B, T, S], by the keys that the queries attend to, as `cache.append` gives them.
+
+  Raises:
+    ValueError: if shapes do not fit, for a mask of floats, or for segments together with a cache.
+  """
+  B, T = positions.shape
+  if layer is None:
+    query_slots = key_slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    key_positions = positions
+  else:
+    query_slots = cache_lib.slots(layer, T)
+    key_slots, kept = cache_lib.places(layer, positions)
+    if kept is None:
+      key_positions, positions = key_slots, query_slots
+    else:
+      key_positions = kept
+  query, key = positions[:, :, None], key_positions[:, None, :]
+  if mask is None:
+    visible = (key_slots[:, None, :] <= query_slots[:, :, None]) & (key <= query) & (key >= 0)
+  else:
+    if layer is not None and cache_lib.is_ring(layer):
+      visible = _at_slots(_fit_mask(mask, B, T, mask.shape[-1]), key_slots)
+    else:
+      visible = _fit_mask(mask, B, T, key_slots.shape[1])
+    if layer is not None:
+      visible &= (key_slots <= query_slots[:, -1:])[:, None, :]
+  if window is not None:
+    visible &= key > query - window
+  if segment_ids is not None:
+    if layer is not None:
+      raise ValueError(
+        "segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row"
+      )
+    visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
+  return visible
+
+
+def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
+  if mask.ndim != 3 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, T) or mask.shape[2] > S:
+    remedy = "; make_causal_attn_mask makes one from [B, T]" if mask.ndim == 2 else ""
+    raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
+  if jnp.issubdtype(mask.dtype, jnp.floating):
+    raise ValueError(
+      f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key"
+    )
+  mask = jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
+  return jnp.broadcast_to(mask, (B, T, S))
+
+
+def _at_slots(mask: jax.Array, key_slots: jax.Array) -> jax.Array:
+  """A mask [B, T, S] at the slots [B, R] that a ring holds, False where it holds none: [B, T, R]."""
+  inside = (key_slots >= 0) & (key_slots < mask.shape[2])
+  index = jnp.where(inside, key_slots, 0)[:, None, :]
+  return jnp.take_along_axis(mask, index, axis=2) & inside[:, None, :]
+
+
+def make_causal_attn_mask(input_mask: jax.Array) -> jax.Array:
+  """A causal mask from a padding mask.
+
+  Args:
+    input_mask: [B, T], True for tokens, False for padding.
+
+  Returns:
+    bool [B, T, T].
+  """
+  T = input_mask.shape[-1]
+  return jnp.tril(jnp.ones((T, T), bool))[None] & input_mask.astype(bool)[:, None, :]

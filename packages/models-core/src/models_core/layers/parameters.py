@@ -1,0 +1,63 @@
+"""How a module declares a parameter: shape, sharding and initial values."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+# Standard deviation of random weights, as the published models were initialised.
+SCALE = 0.02
+
+INITIALIZERS = {
+  # Drawn in float32 and rounded, so that a dtype changes no value beyond its precision.
+  "normal": lambda key, shape, dtype, scale=SCALE: (
+    scale * jax.random.normal(key, shape, jnp.float32)
+  ).astype(dtype),
+  "ones": lambda key, shape, dtype, scale=SCALE: jnp.ones(shape, dtype),
+  "zeros": lambda key, shape, dtype, scale=SCALE: jnp.zeros(shape, dtype),
+}
+
+
+_shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+  """Parameters made inside take no random values: tracing those of a thousand takes a minute."""
+  token = _shapes_only.set(True)
+  try:
+    yield
+  finally:
+    _shapes_only.reset(token)
+
+
+def parameter(
+  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype: Any = jnp.float32
+) -> nnx.Param:
+  """A parameter with its initial values.
+
+  Args:
+    shape: axes in the order of Hugging Face's files, output axes first.
+    spec: mesh axes of each axis; kept as metadata, no mesh is needed.
+    rngs: stream of keys.
+    init: one of INITIALIZERS; kept as metadata, so that a dummy model knows a norm from a projection.
+    dtype: of the values.
+  """
+  if _shapes_only.get():
+    value = jnp.zeros(shape, dtype)
+  else:
+    value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
+  # Eager sharding would demand a mesh in context while a model is only described.
+  return nnx.Param(value, out_sharding=spec, eager_sharding=False, init=init)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+  """A parameter's name from its path: ("layers", 0, "attn") -> "layers.0.attn"."""
+  return ".".join(map(str, path))

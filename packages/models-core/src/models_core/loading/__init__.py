@@ -1,0 +1,9 @@
+"""From headers to arrays on devices: the abstract model, the load plan, and the loader that executes it.
+
+May import: `family`, `config`, `formats`, `layers`, `weights`, the ground modules and `errors`; never `saving`.
+"""
+
+import lazy_loader
+
+# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,273 @@
+"""The load plan: which bytes of which file become which part of which parameter, from headers alone."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from models_core.dtypes import common_dtype
+from models_core.errors import CheckpointError
+from models_core.formats import Checkpoint, TensorInfo
+from models_core.loading.abstract import AbstractModel, AbstractParameter, misfit_notes
+from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
+
+# An error lists so many problems; the rest is counted.
+_MOST = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedParameter:
+  """A parameter and the tensors that fill it.
+
+  Attributes:
+    parameter: its name, shape and sharding.
+    dtype: that it will have.
+    pieces: the tensors and how each lies in the parameter.
+  """
+
+  parameter: AbstractParameter
+  dtype: np.dtype
+  pieces: tuple[Piece, ...]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the whole parameter."""
+    return math.prod(self.parameter.shape) * self.dtype.itemsize
+
+  @property
+  def shard_nbytes(self) -> int:
+    """Bytes of one device's shard."""
+    return math.prod(self.parameter.sharding.shard_shape(self.parameter.shape)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+  """What loading a checkpoint will do. Made without reading a byte of tensor data.
+
+  Attributes:
+    checkpoint: whose headers were read.
+    model: the structure to fill.
+    parameters: what fills each parameter, in the model's order.
+    ignored: tensors that are left out, with the reason.
+    ties: pairs of tensors whose bytes must be equal.
+  """
+
+  checkpoint: Checkpoint
+  model: AbstractModel
+  parameters: tuple[PlannedParameter, ...]
+  ignored: tuple[tuple[str, str], ...] = ()
+  ties: tuple[Tied, ...] = ()
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    """Files that hold a tensor of the plan."""
+    names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
+    names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
+    return tuple(
+      sorted({self.checkpoint.tensors[name].file for name in names}.union(self.checkpoint.shared_files))
+    )
+
+  @property
+  def mesh(self) -> Mesh | None:
+    """Where the parameters will lie; None is one device."""
+    for planned in self.parameters:
+      if isinstance(planned.parameter.sharding, NamedSharding):
+        return cast(Mesh, planned.parameter.sharding.mesh)
+    return None
+
+  @property
+  def num_parameters(self) -> int:
+    """Elements of all parameters."""
+    return sum(math.prod(planned.parameter.shape) for planned in self.parameters)
+
+  @property
+  def stored_nbytes(self) -> int:
+    """Bytes that are read from the checkpoint's files."""
+    tensors = self.checkpoint.tensors
+    names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
+    return sum(tensors[name].stop - tensors[name].start for name in names)
+
+  def bytes_per_device(self) -> dict[jax.Device, int]:
+    """Bytes that each device of the mesh will hold."""
+    total: dict[jax.Device, int] = collections.defaultdict(int)
+    for planned in self.parameters:
+      for device in planned.parameter.sharding.device_set:
+        total[device] += planned.shard_nbytes
+    return dict(sorted(total.items(), key=lambda item: item[0].id))
+
+  def casts(self) -> dict[tuple[str, str], int]:
+    """How many tensors change their dtype, by (stored, loaded)."""
+    tensors = self.checkpoint.tensors
+    changes = collections.Counter(
+      (_stored(tensors[piece.tensor]), planned.dtype.name)
+      for planned in self.parameters
+      for piece in planned.pieces
+      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].codec
+    )
+    return dict(changes)
+
+  def replicated(self) -> list[str]:
+    """Axes that stay whole because the mesh cannot hold their sharding."""
+    return misfit_notes(self.model.parameters)
+
+  def notes(self) -> list[str]:
+    """What is not as one might take for granted: axes that stay whole, tensors that are left out."""
+    left_out = collections.Counter(reason for _, reason in self.ignored)
+    return self.replicated() + [f"left out: {_count(n, 'tensor')}: {why}" for why, n in left_out.items()]
+
+  def __str__(self) -> str:
+    devices = collections.Counter(self.bytes_per_device().values())
+    lines = [
+      f"{self.num_parameters:,} parameters, {_size(self.stored_nbytes)} to read from "
+      f"{_count(len(self.files), 'file')} of {self.checkpoint.files.path}"
+    ]
+    lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in devices.items()]
+    lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
+    lines += [f"{tie.tensor} must repeat {tie.twin}" for tie in self.ties]
+    return "\n".join(lines + self.notes())
+
+
+def _count(number: int, what: str) -> str:
+  return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _stored(info: TensorInfo) -> str:
+  return info.codec.name if info.codec else info.dtype.name
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def plan_load(
+  checkpoint: Checkpoint,
+  model: AbstractModel,
+  table: WeightTable,
+  *,
+  dtype: np.dtype | None = None,
+  layers: int | None = None,
+) -> LoadPlan:
+  """Resolves every parameter of a model to tensors of a checkpoint.
+
+  Args:
+    checkpoint: whose headers were read.
+    model: to fill.
+    table: of the checkpoint's dialect.
+    dtype: of the loaded floating-point parameters; None keeps each as it is stored.
+    layers: how many the model was cut to; the checkpoint may hold more. None is no cut.
+
+  Raises:
+    CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
+  """
+  tensors = checkpoint.tensors
+  problems = list(checkpoint.problems)
+  planned: list[PlannedParameter] = []
+  used: set[str] = set()
+  for parameter in model.parameters.values():
+    row, placeholders = table.row_of(parameter.name)
+    found, trouble = _choose(row, placeholders, parameter, tensors)
+    problems += trouble
+    if found:
+      used.update(piece.tensor for piece in found)
+      stored = {tensors[piece.tensor].dtype for piece in found}
+      planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
+    else:
+      # What there is of any form belongs to the trouble that was just noted.
+      used.update(
+        piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
+      )
+  left = [name for name in tensors if name not in used]
+  ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
+  ignored, unexpected = [], []
+  for name in left:
+    if any(name == tie.tensor for tie in ties):
+      continue
+    reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
+    if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
+      reason = f"layers from {layers} on, beyond those that were asked for"
+    if reason is not None:
+      ignored.append((name, reason))
+    else:
+      unexpected.append(name)
+  # Likenesses are sought for the first few: comparing all with all takes minutes.
+  problems += [
+    f"{name} {tensors[name].shape} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
+    for i, name in enumerate(unexpected)
+  ]
+  if problems:
+    raise CheckpointError(checkpoint.files.path, _shorten(problems))
+  return LoadPlan(checkpoint, model, tuple(planned), tuple(ignored), tuple(ties))
+
+
+def _choose(
+  row: Row, placeholders: Mapping[str, str], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
+) -> tuple[list[Piece], list[str]]:
+  """The one complete form of a parameter, or what is wrong with it."""
+  forms = [pieces(row, form, placeholders, parameter.shape) for form in row.forms]
+  complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
+  names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
+  if len({form[0].tensor for form in complete}) > 1:
+    return [], [f"{parameter.name} is doubled: the checkpoint holds it as {names}; remove one"]
+  if len(complete) > 1:
+    # One name, several layouts: the shape decides.
+    fitting = [form for form in complete if all(tensors[p.tensor].shape == p.shape for p in form)]
+    if len(fitting) > 1:
+      name = fitting[0][0].tensor
+      layouts = " and ".join(row.forms[forms.index(form)].layout for form in fitting)
+      return [], [
+        f"{name} {tensors[name].shape} is ambiguous: its shape fits the layouts {layouts}; save it in a format that "
+        "has one, such as safetensors"
+      ]
+    complete = fitting or complete[:1]
+  if not complete:
+    nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
+    missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return [], [f"{missing[0]}{more} is missing: the parameter {parameter.name} {parameter.shape} needs it"]
+  wrong = []
+  for piece in complete[0]:
+    shape = tensors[piece.tensor].shape
+    if shape != piece.shape:
+      wrong.append(
+        f"{piece.tensor} has shape {shape}, but the parameter {parameter.name} {parameter.shape} needs {piece.shape}"
+      )
+  return ([], wrong) if wrong else (complete[0], [])
+
+
+def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:
+  """The dtype that a parameter gets from tensors of these: one that holds them all, or `dtype` if they are floats.
+
+  64-bit types become 32-bit ones unless JAX has them enabled.
+
+  Raises:
+    TypeError: if `dtype` is no floating-point type.
+  """
+  if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+    raise TypeError(
+      f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become"
+    )
+  loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
+  if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):
+    loaded = dtype
+  return np.dtype(jax.dtypes.canonicalize_dtype(loaded))
+
+
+def _near(name: str, used: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(used)[:5000], n=1, cutoff=0.9)
+  return f" (near: {near[0]})" if near else ""
+
+
+def _shorten(problems: Sequence[str]) -> list[str]:
+  shown = list(problems[:_MOST])
+  if len(problems) > _MOST:
+    shown.append(f"and {len(problems) - _MOST} more")
+  return shown

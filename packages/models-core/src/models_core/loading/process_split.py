@@ -1,0 +1,151 @@
+"""Which process reads which part of a parameter.
+
+Over one process, each device's shard is filled as it is. Over several, a shard that lies scattered in the file, or
+that several processes hold, would make each of them read nearly the whole tensor. Then each reads rows of its own,
+once, and the devices redistribute them over their interconnect.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from models_core.formats import TensorInfo
+from models_core.loading.plan import LoadPlan, PlannedParameter
+from models_core.weights import Piece
+
+
+def reading(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> PlannedParameter:
+  """What is read of a parameter: of several ways the first that makes the processes read the fewest elements.
+
+  Returns:
+    Itself; or its rows split evenly over all devices; or all its elements, as one row that is split evenly.
+  """
+  shape, target = planned.parameter.shape, planned.parameter.sharding
+  # No integer of JAX is as wide as the bits of wider types.
+  if not isinstance(target, NamedSharding) or len(_processes(target)) == 1 or planned.dtype.itemsize > 4:
+    return planned
+  # Auto axes: reshaping along Explicit ones would have to be told what comes out.
+  mesh = Mesh(target.mesh.devices.reshape(-1), ("devices",))
+  split = NamedSharding(mesh, PartitionSpec("devices"))
+  ways = [planned]
+  if shape and shape[0] % mesh.size == 0:
+    ways.append(_as(planned, shape, split, planned.pieces))
+  piece, size = planned.pieces[0], math.prod(shape)
+  codec = tensors[piece.tensor].codec
+  is_run = len(planned.pieces) == 1 and piece.run is not None and bool(shape)
+  is_run = is_run and tensors[piece.tensor].cell is None
+  if is_run and size % (mesh.size * (codec.block_size if codec else 1)) == 0:
+    ways.append(_as(planned, (size,), split, (piece.in_one_row(),)))
+  return min(ways, key=lambda way: _elements_read(way.parameter.shape, way.parameter.sharding))
+
+
+def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
+  """The files of which this process reads something."""
+  tensors = plan.checkpoint.tensors
+  names = {name for tie in plan.ties for name in (tie.tensor, tie.twin)}
+  for planned in plan.parameters:
+    way = reading(planned, tensors)
+    shape, sharding = way.parameter.shape, way.parameter.sharding
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    names |= {
+      piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
+    }
+  return tuple(sorted({tensors[name].file for name in names}.union(plan.checkpoint.shared_files)))
+
+
+def _touches(piece: Piece, index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+  """Whether a shard takes something of a piece that fills one position along stacked axes."""
+  return all(
+    not isinstance(at, int) or at in range(*bounds.indices(size))
+    for at, bounds, size in zip(piece.target, index, shape, strict=True)
+  )
+
+
+def _as(
+  planned: PlannedParameter, shape: tuple[int, ...], sharding: NamedSharding, pieces: tuple[Piece, ...]
+) -> PlannedParameter:
+  parameter = dataclasses.replace(planned.parameter, shape=shape, sharding=sharding)
+  return dataclasses.replace(planned, parameter=parameter, pieces=pieces)
+
+
+def redistribute(array: jax.Array, shape: Sequence[int], target: Sharding) -> jax.Array:
+  """Moves what was read to where it has to end, over the devices' interconnect.
+
+  An axis of the mesh that the target leaves out is kept on the rows in between: from rows to columns is an
+  exchange of parts then, and the gathering that follows is of the target's own shards alone.
+
+  Args:
+    array: the parameter's elements in order, of any shape.
+    shape: of the parameter.
+    target: its sharding, of the same devices.
+  """
+  if array.sharding == target:
+    return array
+  # As integers: some backends copy small floats by way of wider ones, which changes NaNs.
+  bits = _to_bits(array)
+  for step in (_between(shape, target), target):
+    bits = _mover(tuple(shape), step)(bits)
+  # One at a time: what was read is let go, and collectives of two parameters never wait for each other.
+  return _from_bits(target, array.dtype)(bits).block_until_ready()
+
+
+@jax.jit
+def _to_bits(x: jax.Array) -> jax.Array:
+  if x.dtype == jax.numpy.bool_:
+    return x.astype(jax.numpy.uint8)
+  return jax.lax.bitcast_convert_type(x, np.dtype(f"u{x.dtype.itemsize}"))
+
+
+@functools.lru_cache(256)
+def _mover(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x.reshape(shape), out_shardings=sharding)
+
+
+@functools.lru_cache(256)
+def _from_bits(sharding: Sharding, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
+  def convert(x: jax.Array) -> jax.Array:
+    return x.astype(dtype) if dtype == jax.numpy.bool_ else jax.lax.bitcast_convert_type(x, dtype)
+
+  return jax.jit(convert, out_shardings=sharding)
+
+
+def _processes(sharding: Sharding) -> set[int]:
+  return {device.process_index for device in sharding.device_set}  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(1024)
+def _elements_read(shape: tuple[int, ...], sharding: Sharding) -> int:
+  """What all processes read together: each the rows that its devices' shards span, over their whole width."""
+  if not shape:
+    return 0
+  rows: dict[int, set[int]] = collections.defaultdict(set)
+  for device, index in sharding.devices_indices_map(shape).items():
+    start, stop, _ = index[0].indices(shape[0])
+    rows[device.process_index].update((start, stop))  # type: ignore[attr-defined]
+  width = math.prod(shape[1:])
+  return sum((max(bounds) - min(bounds)) * width for bounds in rows.values())
+
+
+def _between(shape: Sequence[int], target: Sharding) -> Sharding:
+  """The target's sharding with the rows split further over the axes of the mesh that it leaves out."""
+  if not isinstance(target, NamedSharding):
+    return target
+  spec = [_names(entry) for entry in target.spec] + [()] * (len(shape) - len(target.spec))
+  used = {name for names in spec for name in names}
+  for name, ways in target.mesh.shape.items():
+    split = math.prod(target.mesh.shape[n] for n in spec[0])
+    if name not in used and shape[0] % (split * ways) == 0:
+      spec[0] = (*spec[0], name)
+  return NamedSharding(target.mesh, PartitionSpec(*(names or None for names in spec)))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

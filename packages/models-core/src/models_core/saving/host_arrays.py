@@ -1,0 +1,168 @@
+"""Parameters on their way to a file: the parts that devices hold, put together as tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models_core.dtypes import common_dtype
+from models_core.errors import SaveError
+from models_core.saving.plan import SavedTensor
+from models_core.weights import Piece, put_back
+
+Bounds = tuple[slice, ...]
+
+
+def with_arrays(
+  tensors: Sequence[SavedTensor], get: Callable[[str], Any]
+) -> Iterator[tuple[SavedTensor, Mapping[str, HostArray]]]:
+  """Each tensor with the parameters that it takes, which are held no longer than needed."""
+  last = {name: tensor.name for tensor in tensors for name, _ in tensor.parts}
+  held: dict[str, HostArray] = {}
+  for tensor in tensors:
+    for name, _ in tensor.parts:
+      if name not in held:
+        held[name] = HostArray(_gathered(get(name)))
+    yield tensor, held
+    for name in [name for name in held if last[name] == tensor.name]:
+      del held[name]
+
+
+def assemble(
+  tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], rows: slice | None
+) -> np.ndarray:
+  """Some rows of a tensor, or all of it, contiguous and in the dtype of the file."""
+  host, piece = sources[0]
+  if len(sources) == 1 and piece.run is not None:
+    return cast(np.ascontiguousarray(host.part(piece, rows)), tensor)
+  shape = tensor.shape
+  if rows is not None:
+    count = rows.stop - rows.start
+    shape = (tensor.shape[0] // piece.split[0] * count, *tensor.shape[1:])
+  block = np.empty(shape, functools.reduce(common_dtype, (host.dtype for host, _ in sources)))
+  for host, piece in sources:
+    cut = piece if rows is None else dataclasses.replace(piece, split=(count, *piece.split[1:]))
+    put_back(host.part(piece, rows), cut, block)
+  return cast(block, tensor)
+
+
+def cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
+  """Rounds to nearest even.
+
+  Raises:
+    SaveError: if a finite number becomes an infinite one.
+  """
+  if data.dtype == tensor.dtype:
+    return data
+  with np.errstate(over="ignore"):
+    written = data.astype(tensor.dtype)
+  if jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
+    # Types without infinities have NaN instead.
+    lost = ~np.isfinite(written) & np.isfinite(data)
+    if lost.any():
+      raise SaveError(
+        f"{tensor.name}: {data[lost][0]} does not fit into {tensor.dtype}: write it in another dtype"
+      )
+  return written
+
+
+def whole(array: Any) -> np.ndarray:
+  """All elements of an array in host memory. All processes that hold a part of it must call it."""
+  host = HostArray(_gathered(array))
+  host.fetch()
+  return host.region(tuple(slice(0, size) for size in host.shape))
+
+
+class HostArray:
+  """The parts of an array that this process's devices hold."""
+
+  def __init__(self, array: Any):
+    self.shape, self.dtype, self._array = tuple(array.shape), np.dtype(array.dtype), array
+    self.parts: list[tuple[Bounds, np.ndarray]] = []
+
+  def fetch(self) -> None:
+    """Has the parts in host memory, each once: bounds and elements. On a CPU without a copy."""
+    if self.parts:
+      return
+    if not isinstance(self._array, jax.Array):
+      self.parts = [(tuple(slice(0, size) for size in self.shape), np.asarray(self._array))]
+      return
+    parts = {}
+    for shard in self._array.addressable_shards:
+      bounds = _bounds(shard.index, self.shape)
+      if bounds not in parts:
+        # A handle of its own: an array keeps what it once copied to the host.
+        handle = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
+        parts[bounds] = np.asarray(handle)
+    self.parts = [(tuple(slice(*bound) for bound in bounds), data) for bounds, data in parts.items()]
+
+  def part(self, piece: Piece, rows: slice | None) -> np.ndarray:
+    """What fills a piece, or rows of it: elements of one shard as they lie, of several put together."""
+    index, dropped, cut = [], [], rows
+    for at, size in zip(piece.target, self.shape, strict=True):
+      if isinstance(at, int):
+        index.append(slice(at, at + 1))
+      else:
+        index.append(cut or slice(0, size))
+        cut = None
+      dropped.append(0 if isinstance(at, int) else slice(None))
+    return self.region(tuple(index))[(*dropped, ...)]
+
+  def region(self, index: Bounds) -> np.ndarray:
+    """Elements within an index of one slice an axis: a view of one shard, or put together of several."""
+    whole = None
+    for bounds, data in self.parts:
+      common = tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(index, bounds, strict=True)
+      )
+      if any(c.start >= c.stop for c in common):
+        continue
+      part = data[_within(bounds, common)]
+      if common == index:
+        return part
+      if whole is None:
+        whole = np.empty([i.stop - i.start for i in index], self.dtype)
+      whole[_within(index, common)] = part
+    return np.empty([i.stop - i.start for i in index], self.dtype) if whole is None else whole
+
+
+def _within(outer: Bounds, inner: Bounds) -> Any:
+  """An index of an array that covers `outer`; the ellipsis makes a view also of a single element."""
+  return *(slice(i.start - o.start, i.stop - o.start) for o, i in zip(outer, inner, strict=True)), ...
+
+
+def _bounds(index: Bounds, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+  return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+
+
+def _gathered(array: Any) -> Any:
+  """The array, with every part of it in every process. All processes must call it."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable or _is_everywhere(array):
+    return array
+  if not isinstance(array.sharding, NamedSharding):
+    return multihost_utils.process_allgather(array, tiled=True)
+  return _gather(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+
+
+@functools.cache
+def _gather(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=replicated)
+
+
+def _is_everywhere(array: jax.Array) -> bool:
+  """Whether each process holds all parts. The same answer in all of them."""
+  held: dict[int, set] = collections.defaultdict(set)
+  device: Any
+  for device, index in array.sharding.devices_indices_map(array.shape).items():
+    held[device.process_index].add(_bounds(index, array.shape))
+  return len(held) == jax.process_count() and all(
+    len(parts) == len(set.union(*held.values())) for parts in held.values()
+  )

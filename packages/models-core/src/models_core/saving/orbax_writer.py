@@ -1,0 +1,270 @@
+"""Writing planned tensors into an Orbax tree, cell by cell, straight from the memory in which the devices hold them.
+
+The tree is one database (OCDBT) of zarr arrays, with the account of its structure that Orbax reads. Its leaves are
+marked as numpy arrays: so Orbax restores them anywhere, not just on devices named as those of the machine that wrote
+them, and to whatever shardings it is asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from models_core.extras import require
+from models_core.formats import (
+  METADATA,
+  Checkpoint,
+  OnBytes,
+  TensorInfo,
+  TensorReader,
+  cells,
+  open_reader,
+  read_box,
+)
+from models_core.saving.atomic import sync_directory
+from models_core.saving.directory import write_texts
+from models_core.saving.host_arrays import Bounds, HostArray, assemble, cast, with_arrays
+from models_core.saving.plan import SavedTensor
+from models_core.weights import Piece
+
+# Most bytes of a cell: what devices share of it is little, and reading it keeps a thread busy.
+CELL = 16 << 20
+# Bytes of cells that become one file. So much is written while so much more is gathered.
+_BATCH = 128 << 20
+
+# Weights shrink by a fifth and load half as fast when they are compressed: they are not.
+_COMPRESSOR = None
+
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+# Of a key that is a dictionary's.
+_DICTIONARY = 2
+
+# How versions of TensorStore spell an errno.
+_ERRNO = re.compile(r"(?:os_error_code='|OS error )(\d+)")
+
+
+def write_tree(
+  directory: str,
+  tensors: Sequence[SavedTensor],
+  get: Callable[[str], Any],
+  *,
+  base: Checkpoint | None = None,
+  on_total: OnBytes | None = None,
+  on_bytes: OnBytes | None = None,
+) -> None:
+  """Writes a tree and puts it on the disk. By one process alone.
+
+  Args:
+    directory: to write into; holds no tree.
+    tensors: of the whole checkpoint. A dot in a name separates keys.
+    get: a parameter's name -> its array, on whatever sharding. Asked when it is needed.
+    base: that copied tensors are read from.
+    on_total: called once with the number of bytes that are going to be written.
+    on_bytes: called with the number of bytes that were written.
+
+  Raises:
+    MissingExtraError: if TensorStore is not installed.
+    OSError: if the file system refuses.
+    SaveError: if a number does not fit into the dtype that it is written in.
+  """
+  ts = require("tensorstore", "models-core[orbax]", "Writing an Orbax checkpoint")
+  if on_total is not None:
+    on_total(sum(tensor.nbytes for tensor in tensors))
+  under_way: collections.deque[tuple[Any, int]] = collections.deque()
+
+  def finish_first() -> None:
+    commit, nbytes = under_way[0]
+    commit.result()
+    under_way.popleft()
+    if on_bytes is not None:
+      on_bytes(nbytes)
+
+  with contextlib.ExitStack() as stack:
+    # Nothing may be written any more when the directory is given up.
+    stack.callback(lambda: [commit.exception() for commit, _ in under_way])
+    stack.enter_context(_system_errors())
+    reader = None
+    if base is not None and (
+      files := {tensor.copied.file for tensor in tensors if tensor.copied is not None}
+    ):
+      reader = open_reader(base, sorted(files), lambda count: None)
+      stack.callback(reader.close)
+    for batch in _commits(ts, directory, tensors, get, reader):
+      under_way.append(batch)
+      if len(under_way) > 1:
+        finish_first()
+    finish_first()
+  write_texts(directory, _account([tensor.name for tensor in tensors]))
+  for folder, _, _ in os.walk(directory):
+    sync_directory(folder)
+
+
+def _commits(
+  ts: Any,
+  directory: str,
+  tensors: Sequence[SavedTensor],
+  get: Callable[[str], Any],
+  reader: TensorReader | None,
+) -> Iterator[tuple[Any, int]]:
+  """Writes all arrays in batches, each a transaction: what ends with it, and how many bytes of cells it holds."""
+  arrays = _create(ts, directory, tensors)
+  batch, nbytes = ts.Transaction(), 0
+  for tensor, held in with_arrays(tensors, get):
+    for box, data in _cells(tensor, held, reader):
+      array = arrays[tensor.name].with_transaction(batch)
+      array[box].write(data, can_reference_source_data_indefinitely=True).result()
+      nbytes += data.nbytes
+      if nbytes >= _BATCH:
+        yield batch.commit_async(), nbytes
+        batch, nbytes = ts.Transaction(), 0
+  yield batch.commit_async(), nbytes
+
+
+def _create(ts: Any, directory: str, tensors: Sequence[SavedTensor]) -> dict[str, Any]:
+  """TensorStore's arrays by name, all without numbers."""
+  database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
+  # Arrays that share a context share the database's state; others would wait for one another.
+  context = ts.Context()
+  with ts.Transaction() as transaction:
+    opened = {
+      tensor.name: ts.open(
+        {
+          "driver": "zarr",
+          "kvstore": database | {"path": f"{tensor.name}/"},
+          "metadata": {"chunks": cell_shape(tensor.shape, tensor.dtype.itemsize), "compressor": _COMPRESSOR},
+          # Else nothing would tell zeros from cells that are missing.
+          "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        dtype=ts.dtype(tensor.dtype),
+        shape=tensor.shape,
+        context=context,
+        transaction=transaction,
+      )
+      for tensor in tensors
+    }
+    return {name: array.result() for name, array in opened.items()}
+
+
+def cell_shape(shape: Sequence[int], itemsize: int) -> list[int]:
+  """The shape of an array's cells: a run of its elements of at most CELL bytes.
+
+  The axis along which they are cut has a power of two of them, as meshes mostly have, so that few cells hold a part of
+  two devices' shards.
+  """
+  cell = list(shape)
+  for axis, size in enumerate(shape):
+    row = math.prod(shape[axis + 1 :]) * itemsize
+    if row * size <= CELL:
+      break
+    least = -(-row * size // CELL)
+    cell[axis] = max(1, -(-size // (1 << (least - 1).bit_length())))
+    if row <= CELL:
+      break
+  return [max(1, size) for size in cell]
+
+
+def _cells(
+  tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
+) -> Iterator[tuple[Bounds, np.ndarray]]:
+  """A tensor's cells, each with its elements."""
+  make = _maker(tensor, held, reader)
+  cell = cell_shape(tensor.shape, tensor.dtype.itemsize)
+  for box in cells(tensor.shape, cell):
+    yield box, make(box)
+
+
+def _maker(
+  tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
+) -> Callable[[Bounds], np.ndarray]:
+  """What gives the elements within a box of a tensor."""
+  if (copied := tensor.copied) is not None:
+    assert reader is not None
+    return lambda box: _copied(reader, copied, box)
+  sources = [(held[name], piece) for name, piece in tensor.parts]
+  for host, _ in sources:
+    host.fetch()
+  if all(_is_plain(piece) for _, piece in sources):
+    return lambda box: _part(tensor, sources, box)
+  whole = assemble(tensor, sources, None).reshape(tensor.shape)
+  return whole.__getitem__
+
+
+def _copied(reader: TensorReader, info: TensorInfo, box: Bounds) -> np.ndarray:
+  # What a reader of bytes gives is overwritten by its next call.
+  return np.array(read_box(reader, info, box))
+
+
+def _is_plain(piece: Piece) -> bool:
+  """Whether a tensor's axes are the parameter's, or fixed."""
+  return (
+    piece.values is None
+    and piece.split == piece.shape
+    and not any(isinstance(at, int) for at in piece.target)
+  )
+
+
+def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: Bounds) -> np.ndarray:
+  """Elements within a box of a tensor, in the dtype of the tree."""
+  shape = [bounds.stop - bounds.start for bounds in box]
+  data: np.ndarray | None = None
+  for host, piece in sources:
+    axes = list(zip(piece.select, box, strict=True))
+    if any(isinstance(at, int) and not bounds.start <= at < bounds.stop for at, bounds in axes):
+      continue
+    kept = [bounds for at, bounds in axes if isinstance(at, slice)]
+    part = host.region(tuple(kept[axis] for axis in piece.order)).transpose(np.argsort(piece.order))
+    part = cast(part, tensor)
+    if part.size == math.prod(shape):
+      return part.reshape(shape)
+    if data is None:
+      data = np.empty(shape, tensor.dtype)
+    place: tuple[Any, ...] = tuple(at - bounds.start if isinstance(at, int) else at for at, bounds in axes)
+    data[(*place, ...)] = part
+  assert data is not None
+  return data
+
+
+def _account(names: Sequence[str]) -> dict[str, bytes]:
+  """What Orbax wants to know of a tree, by the file's name."""
+  tree = {
+    str(tuple(keys := name.split("."))): {
+      "key_metadata": [{"key": key, "key_type": _DICTIONARY} for key in keys],
+      "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+    }
+    for name in names
+  }
+  metadata = {
+    "tree_metadata": tree,
+    "use_ocdbt": True,
+    "use_zarr3": False,
+    "store_array_data_equal_to_fill_value": True,
+    "custom_metadata": None,
+  }
+  checkpoint = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+  return {
+    METADATA: json.dumps(metadata).encode(),
+    "_CHECKPOINT_METADATA": json.dumps(checkpoint).encode(),
+    # In a bucket, where there is no renaming, Orbax knows by this file that a tree is complete.
+    "commit_success.txt": b"complete\n",
+  }
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+  """Turns what TensorStore says of the file system into an OSError."""
+  try:
+    yield
+  except (ValueError, RuntimeError) as error:
+    if (found := _ERRNO.search(str(error))) is None:
+      raise
+    number = int(found[1])
+    raise OSError(number, os.strerror(number)) from error

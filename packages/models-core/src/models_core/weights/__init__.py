@@ -1,0 +1,9 @@
+"""How the tensors of a checkpoint become the parameters of a model, as data: weight tables and layouts.
+
+The tables know no file and no model. May import: NumPy alone.
+"""
+
+import lazy_loader
+
+# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,245 @@
+"""The calling convention, on a model of one attention layer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models_core.errors import CacheError
+from models_core.layers.attention import attend, visible_keys
+from models_core.layers.cache import update
+from models_core.layers.causal_lm import CausalLM
+from models_core.layers.linear import Embedder, Projection
+from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
+from models_core.loading.abstract import abstract_model
+from models_core.sharding import ShardingConfig
+
+V, D, N, K, H = 16, 8, 4, 2, 4
+T = 4
+SHARDING = ShardingConfig.get_default_sharding()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  num_layers: int = 1
+  vocab_size: int = V
+  embed_dim: int = D
+  num_kv_heads: int = K
+  head_dim: int = H
+  shd_config: Any = SHARDING
+
+
+class Model(CausalLM):
+  def __init__(self, config, *, rngs):
+    shd = config.shd_config
+    self.config = config
+    self.embedder = Embedder(V, D, shd.spec("emb_vd", "v d"), rngs=rngs)
+    self.q = Projection("btd,nhd->btnh", (N, H, D), shd.spec("q_weight_dnh", "n h d"), rngs=rngs)
+    self.kv = Projection("btd,xkhd->btxkh", (2, K, H, D), shd.spec("kv_weight_dnh", "x k h d"), rngs=rngs)
+    self.o = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+
+  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+    layer = cache and cache["layer_0"]
+    mask = visible_keys(positions, layer, attention_mask, segment_ids)
+    x = shard(self.embedder.encode(tokens), self.config.shd_config.spec("act_btd", "b t d"))
+    kv = self.kv(x)
+    k, v = kv[:, :, 0], kv[:, :, 1]
+    if layer is not None:
+      layer = update(layer, k, v, positions)
+      k, v = layer["k"], layer["v"]
+    x = x + self.o(attend(self.q(x), k, v, mask, scale=0.5))
+    return x, None if cache is None else {"layer_0": layer}
+
+  def _logits(self, hidden):
+    return self.embedder.decode(hidden)
+
+
+TOKENS = np.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+POSITIONS = np.broadcast_to(np.arange(T), (2, T))
+
+
+@nnx.jit
+def run(model, *args, **kwargs):
+  return model(*args, **kwargs)
+
+
+def make(mesh):
+  """A model with values that need no compilation."""
+  model, rng = abstract_model(Model, Config(), mesh), np.random.default_rng(0)
+  arrays = {
+    name: jax.device_put(rng.normal(size=p.shape).astype(np.float32) * 0.5, p.sharding)
+    for name, p in model.parameters.items()
+  }
+  return model.fill(arrays)
+
+
+@pytest.fixture(scope="module")
+def single():
+  """A model without a mesh."""
+  return make(None)
+
+
+@pytest.fixture(scope="module")
+def plain(single):
+  return np.asarray(run(single, TOKENS, POSITIONS)[0])
+
+
+@pytest.fixture
+def model(mesh):
+  return make(mesh)
+
+
+def close(actual, expected):
+  np.testing.assert_allclose(np.asarray(actual), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_logits_are_those_of_one_device_eagerly_and_in_a_mesh_context(model, mesh, plain):
+  logits, cache = model(TOKENS, POSITIONS)
+  assert cache is None
+  assert logits.dtype == jnp.float32
+  close(logits, plain)
+  with jax.set_mesh(mesh):
+    close(run(model, TOKENS, POSITIONS)[0], plain)
+
+
+def test_sharded_tokens_keep_their_batch_axis(model, mesh, plain):
+  place = NamedSharding(mesh, P("fsdp"))
+  tokens, positions = (jax.device_put(x, place) for x in (TOKENS, POSITIONS))
+  logits, _ = run(model, tokens, positions)
+  close(logits, plain)
+  if mesh.abstract_mesh.explicit_axes:
+    assert jax.typeof(logits).sharding.spec == P("fsdp", None, None)
+  # The vocabulary is whole, so that a loss may pick from it.
+  picked = jax.jit(lambda logits, tokens: jnp.take_along_axis(logits, tokens[..., None], -1))(logits, tokens)
+  close(picked[..., 0], np.take_along_axis(plain, TOKENS[..., None], -1)[..., 0])
+
+
+def test_decoding_token_by_token_gives_the_logits_of_one_pass(model, mesh, plain):
+  cache, found = model.init_cache(2, 6), []
+  for t in range(T):
+    logits, cache = run(model, TOKENS[:, t : t + 1], POSITIONS[:, t : t + 1], cache)
+    found.append(np.asarray(logits))
+  close(np.concatenate(found, axis=1), plain)
+  np.testing.assert_array_equal(cache["layer_0"]["end_index"], [T, T])
+  assert cache["layer_0"]["k"].sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", None, "tp")), 4)
+
+
+def test_hidden_states_and_the_head_apart_give_the_logits(single, plain):
+  @nnx.jit
+  def apart(model):
+    hidden, _ = model(TOKENS, POSITIONS, skip_lm_head=True)
+    return hidden, model.compute_final_logits(hidden)
+
+  hidden, logits = apart(single)
+  assert hidden.shape == (2, T, D)
+  close(logits, plain)
+
+
+def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, meshes):
+  model = make(meshes("explicit", (2, 2), ("fsdp", "tp")))
+
+  def loss(model):
+    return (model(TOKENS, POSITIONS)[0] ** 2).mean()
+
+  grads = nnx.jit(nnx.grad(loss))(model)
+  expected = nnx.jit(nnx.grad(loss))(single)
+  for grad, other, parameter in zip(*map(jax.tree.leaves, (grads, expected, nnx.state(model))), strict=True):
+    close(grad, np.asarray(other))
+    assert grad.shape == parameter.shape
+  assert jax.typeof(grads.q.w[...]).sharding.spec == jax.typeof(model.q.w[...]).sharding.spec
+
+
+def test_a_call_that_overflows_the_cache_is_an_error_and_nan_under_jit(model):
+  with pytest.raises(CacheError, match="4 more tokens do not fit into a cache of 3 slots"):
+    model(TOKENS, POSITIONS, model.init_cache(2, 3))
+  _, full = run(model, TOKENS, POSITIONS, model.init_cache(2, 6))
+  with pytest.raises(CacheError, match="row 0 uses 4"):
+    model(TOKENS, POSITIONS + T, full)
+  logits, _ = run(model, TOKENS, POSITIONS + T, full)
+  np.testing.assert_array_equal(np.isnan(np.asarray(logits)).all(-1), [[False, False, True, True]] * 2)
+  assert np.isfinite(np.asarray(logits)[:, :2]).all()
+
+
+def test_left_padding_changes_nothing(single, plain):
+  tokens = np.concatenate([np.zeros((2, 2), int), TOKENS], axis=1)
+  positions = np.concatenate([np.full((2, 2), -1), POSITIONS], axis=1)
+  close(np.asarray(run(single, tokens, positions)[0])[:, 2:], plain)
+
+
+def test_packed_segments_are_separate_sequences(single, plain):
+  tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
+  segments = np.repeat([[1, 2]], T, axis=1)
+  close(np.asarray(run(single, tokens, positions, segment_ids=segments)[0]).reshape(2, T, V), plain)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "positions"), [((T,), (T,)), ((2, T), (T,)), ((2, T), (1, T)), ((2, T), (2, T + 1))]
+)
+def test_tokens_and_positions_are_rows_of_equal_shape(tokens, positions):
+  model = nnx.eval_shape(lambda: Model(Config(), rngs=nnx.Rngs(0)))
+  with pytest.raises(ValueError, match=r"must both be \[B, T\]"):
+    model(np.zeros(tokens, int), np.zeros(positions, int))
+
+
+def test_positions_may_be_of_any_integer_type(single, plain):
+  close(run(single, TOKENS.astype(np.uint8), POSITIONS.astype(np.uint32), single.init_cache(2, T))[0], plain)
+
+
+def test_the_smallest_input_is_one(single):
+  assert run(single, **single.get_model_input())[0].shape == (2, 1, V)
+  assert single.num_embed == V
+
+
+class TestMesh:
+  def test_the_mesh_is_that_of_the_context_else_that_of_the_arrays(self, mesh, meshes):
+    x = jax.device_put(np.zeros(4), NamedSharding(mesh, P()))
+    other = meshes("auto", (4,), ("x",))
+    assert find_mesh(1, None, np.zeros(2), {"a": [x]}) == mesh
+    assert find_mesh(np.zeros(2), jnp.zeros(2)) is None
+    with jax.set_mesh(other):
+      assert find_mesh(x).axis_names == ("x",)
+    seen = []
+    jax.jit(lambda x: seen.append(find_mesh(x)) or x)(x)
+    assert seen[0] == mesh.abstract_mesh
+
+  def test_a_function_runs_where_all_axes_are_auto(self, mesh):
+    x = jax.device_put(np.arange(8.0).reshape(2, 4), NamedSharding(mesh, P("fsdp", "tp")))
+    seen = []
+
+    def function(x, none, number):
+      seen.append(jax.sharding.get_abstract_mesh().explicit_axes)
+      assert none is None
+      return shard(x @ x.T, P("fsdp", "pp")) * number
+
+    out = call_auto(function, P("fsdp"), x, None, 2)
+    np.testing.assert_array_equal(out, 2 * np.asarray(x) @ np.asarray(x).T)
+    assert set(seen) == {()}
+    assert call_auto(lambda x: x + 1, P(), 1) == 2
+
+  def test_a_constraint_without_a_mesh_is_none(self):
+    x = jnp.zeros((2, 4))
+    assert shard(x, P("fsdp", "tp")) is x
+
+  def test_the_spec_of_an_array_is_what_its_type_states(self, mesh):
+    x = jax.device_put(np.zeros((2, 4)), NamedSharding(mesh, P("fsdp")))
+    explicit = bool(mesh.abstract_mesh.explicit_axes)
+    assert spec_of(x) == P("fsdp" if explicit else None, None)
+    assert spec_of(jnp.zeros((2, 4))) == P(None, None)
+
+
+def test_arguments_that_do_not_fit_are_named():
+  model = make(None)
+  with pytest.raises(TypeError, match="tokens are float32, expected integers"):
+    model(TOKENS.astype(np.float32), POSITIONS)
+  with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) must be \[B, T\]"):
+    model(TOKENS, POSITIONS, segment_ids=np.zeros((2, 3), np.int32))
+  with pytest.raises(CacheError, match="the cache has 3 rows, but tokens have 2"):
+    model(TOKENS, POSITIONS, model.init_cache(3, 8))
+  with pytest.raises(ValueError, match=r"cache_size is 8\.0, expected a positive whole number"):
+    model.init_cache(2, 8.0)

@@ -1,0 +1,165 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models_core.layers.mesh import call_auto
+from models_core.layers.moe import Experts, _ragged_dot, _ragged_outer, grouped_dot
+from models_core.sharding import ShardingConfig, fit
+
+B, T, D, E, F, N = 4, 20, 16, 6, 8, 3
+SHARDING = ShardingConfig.get_default_sharding()
+
+
+def close(actual, expected, tolerance=1e-5):
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  """x, the chosen experts' weights and numbers, and the three stacks."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  logits = normal(B, T, E)
+  logits[..., 4] = -9  # nobody's expert
+  probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  experts = np.argsort(-logits, -1)[..., :N].astype(np.int32)
+  weights = np.take_along_axis(probabilities, experts, -1)
+  return normal(B, T, D), weights, experts, normal(E, F, D), normal(E, F, D), normal(E, D, F)
+
+
+def dense(x, weights, experts, gate, up, down, E=E):
+  """All experts for all tokens."""
+  hidden = jax.nn.silu(jnp.einsum("btd,efd->btef", x, gate)) * jnp.einsum("btd,efd->btef", x, up)
+  chosen = jax.nn.one_hot(experts, E, dtype=jnp.float32)
+  return jnp.einsum("bted,btn,btne->btd", jnp.einsum("btef,edf->bted", hidden, down), weights, chosen)
+
+
+def sparse(sharding, E=E, D=D, F=F):
+  module = Experts(E, D, F, jax.nn.silu, sharding, rngs=nnx.Rngs(0))
+
+  def run(x, weights, experts, gate, up, down):
+    copy = nnx.clone(module)
+    for name, value in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+      getattr(copy, name).set_value(value)
+    return copy(x, experts, weights)
+
+  return lambda *arrays: call_auto(run, PartitionSpec(), *arrays)
+
+
+def results(function, arrays):
+  """The result and its gradients, to all but the experts' numbers."""
+  x, weights, experts, *stacks = arrays
+
+  def loss(x, weights, *stacks):
+    out = function(x, weights, experts, *stacks)
+    return jnp.sum(jnp.sin(out)), out
+
+  return jax.jit(jax.grad(loss, tuple(range(5)), has_aux=True))(x, weights, *stacks)
+
+
+@pytest.fixture(scope="module")
+def expected(arrays):
+  return results(dense, arrays)
+
+
+def same(actual, expected):
+  for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    close(ours, theirs)
+
+
+def test_experts_equal_the_dense_form(arrays, expected):
+  same(results(sparse(SHARDING), arrays), expected)
+
+
+SPECS = {
+  "experts": ("tp", "fsdp", None),
+  "experts on the tokens' axis": ("fsdp", None, "tp"),
+  "experts on both": (("fsdp", "tp"), None, None),
+  "hidden": (None, "fsdp", "tp"),
+  "hidden on the tokens' axis": (None, None, "fsdp"),
+  "an axis that the mesh lacks": ("expert", None, None),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_sharded_experts_equal_the_dense_form(arrays, expected, mesh, spec):
+  e, d, f = spec
+  sharding = dataclasses.replace(SHARDING, exp_weight_edf=spec, exp_weight_efd=(e, f, d))
+  up, down = sharding.spec("exp_weight_edf", "e f d"), sharding.spec("exp_weight_efd", "e d f")
+  specs = (*[PartitionSpec("fsdp")] * 3, up, up, down)
+  placed = [
+    jax.device_put(a, NamedSharding(mesh, fit(a.shape, s, mesh)[0]))
+    for a, s in zip(arrays, specs, strict=True)
+  ]
+  same(results(sparse(sharding), placed), expected)
+
+
+def test_eager_experts_on_a_mesh(arrays, expected, mesh):
+  placed = [jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in arrays]
+  close(sparse(SHARDING)(*placed), expected[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_optimised_gradients_of_one_row(tokens):
+  """As users compile them: the other tests run with most optimisations off."""
+  E, D, F, N = 16, 64, 24, 4
+  rng = np.random.default_rng(1)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  weights, experts = jax.lax.top_k(jax.nn.softmax(normal(1, tokens, E)), N)
+  arrays = (normal(1, tokens, D), weights, experts, normal(E, F, D), normal(E, F, D), normal(E, D, F))
+
+  def loss(function, *arrays):
+    return jnp.sum(function(*arrays) ** 2)
+
+  former = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    for argument in (0, 5):
+      ours, theirs = (
+        jax.jit(jax.grad(functools.partial(loss, function), argument))(*arrays)
+        for function in (sparse(SHARDING, E, D, F), functools.partial(dense, E=E))
+      )
+      close(ours, theirs)
+  finally:
+    jax.config.update("jax_disable_most_optimizations", former)
+
+
+def test_half_precision_and_a_token_without_numbers(arrays, expected):
+  x, weights, experts, *stacks = arrays
+  x = x.copy()
+  x[1, 2] = np.nan
+  halves = [jnp.asarray(a, jnp.bfloat16) for a in (x, *stacks)]
+  out = sparse(SHARDING)(halves[0], weights, experts, *halves[1:])
+  assert out.dtype == jnp.bfloat16
+  nan = np.isnan(np.asarray(out, np.float32)).any(-1)
+  assert nan[1, 2]
+  assert nan.sum() == 1
+  close(np.asarray(out, np.float32)[~nan], np.asarray(expected[1])[~nan], 0.05)
+
+
+@pytest.mark.parametrize("sizes", [(100, 0, 3, 65), (0, 0, 0, 0), (0, 0, 200, 0)])
+def test_grouped_dot_multiplies_each_group_by_its_matrix(rng, sizes):
+  x, w = rng.normal(size=(200, 24)).astype(np.float32), rng.normal(size=(4, 12, 24)).astype(np.float32)
+  dy = rng.normal(size=(200, 12)).astype(np.float32)
+  expected, dx, dw = np.zeros((200, 12)), np.zeros((200, 24)), np.zeros((4, 12, 24))
+  for group, (start, size) in enumerate(zip(np.cumsum((0, *sizes)), sizes, strict=False)):
+    rows = slice(start, start + size)
+    expected[rows], dx[rows] = x[rows] @ w[group].T, dy[rows] @ w[group]
+    dw[group] = dy[rows].T @ x[rows]
+  sizes = jnp.asarray(sizes, jnp.int32)
+  out, pull = jax.vjp(lambda x, w: grouped_dot(x, w, sizes), x, w)
+  # Other platforms' forms give the same.
+  for y, (a, b) in (
+    (out, pull(dy)),
+    (_ragged_dot(x, w, sizes, 2), (_ragged_dot(dy, w, sizes, 1), _ragged_outer(x, dy, sizes))),
+  ):
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_allclose(a, dx, atol=1e-4)
+    np.testing.assert_allclose(b, dw, atol=1e-4)

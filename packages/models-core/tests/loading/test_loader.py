@@ -1,0 +1,552 @@
+import concurrent.futures
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import threading
+import warnings
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from models_core.errors import CheckpointError
+from models_core.formats import reader
+from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.reader import aligned_empty
+from models_core.formats.safetensors import DTYPES, read_safetensors
+from models_core.loading import loader
+from models_core.loading.abstract import abstract_model
+from models_core.loading.loader import cast_into, load, load_arrays
+from models_core.loading.plan import plan_load
+from models_core.weights.table import Ignored, Tied, Values, WeightTable
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+WIDE = {"F64": np.float32, "I64": np.int32, "U64": np.uint32}
+
+
+def bits(array):
+  array = np.asarray(array)
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def assert_same(array, expected):
+  """Equal in dtype, shape and every bit, on every device."""
+  assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
+  for shard in array.addressable_shards:
+    np.testing.assert_array_equal(bits(shard.data), bits(expected[shard.index]))
+
+
+@pytest.fixture
+def plan(toy):
+  def make(directory, parameters, table, mesh=None, **options):
+    files = directory if hasattr(directory, "fetch") else LocalFiles(str(directory))
+    return plan_load(read_safetensors(files), abstract_model(toy, parameters, mesh), table, **options)
+
+  return make
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch):
+  """Every tensor takes several chunks and several tasks."""
+  monkeypatch.setattr(reader.LocalReader, "chunk", 64)
+  monkeypatch.setattr(loader, "_TASK", 256)
+
+
+def random_bits(rng, shape, dtype):
+  if dtype == np.bool_:
+    return rng.integers(0, 2, shape).astype(bool)
+  raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+  return raw.view(dtype).reshape(shape)
+
+
+class TestValues:
+  @pytest.mark.parametrize("kind", DTYPES)
+  def test_every_dtype_is_loaded_bit_by_bit(self, kind, save, plan, rng, mesh):
+    dtype = DTYPES[kind]
+    x = rng.integers(0, 100, (6, 4)).astype(dtype) if kind in WIDE else random_bits(rng, (6, 4), dtype)
+    parameters = {"rows": ((6, 4), P("fsdp")), "columns": ((6, 4), P(None, "tp")), "one": ((6, 4), P())}
+    table = WeightTable(*((name, name, "v d") for name in parameters))
+    arrays = load_arrays(plan(save(dict.fromkeys(parameters, x)), parameters, table, mesh))
+    for name in parameters:
+      assert_same(arrays[name], x.astype(WIDE.get(kind, dtype)))
+
+  SPECS = (
+    P(),
+    P("fsdp"),
+    P("fsdp", None),
+    P(None, "tp"),
+    P("fsdp", "tp"),
+    P("tp", "fsdp"),
+    P(
+      ("fsdp", "tp"),
+    ),
+    P(("tp", "fsdp"), None),
+    P(None, ("fsdp", "tp")),
+  )
+
+  @pytest.mark.parametrize("dtype", [None, BF16])
+  @pytest.mark.parametrize("chunks", ["one chunk", "many chunks"])
+  def test_every_sharding_gets_its_values(self, dtype, chunks, request, save, plan, rng, mesh):
+    if chunks == "many chunks":
+      request.getfixturevalue("tiny_chunks")
+    x = rng.normal(size=(12, 32)).astype(np.float32)
+    parameters = {str(spec): ((12, 32), spec) for spec in self.SPECS}
+    tensors = {"odd": np.zeros(3, np.int8)} | dict.fromkeys(parameters, x)
+    table = WeightTable(("odd", "odd", "d"), *((name, name, "v d") for name in parameters))
+    made = plan(save(tensors), parameters | {"odd": ((3,), P())}, table, mesh, dtype=dtype)
+    arrays = load_arrays(made)
+    for name, (_, spec) in parameters.items():
+      assert arrays[name].sharding == NamedSharding(mesh, spec)
+      assert_same(arrays[name], x if dtype is None else x.astype(dtype))
+
+  @pytest.mark.parametrize(
+    ("layout", "shape", "reference"),
+    [
+      ("(n h) d -> n h d", (12, 32), lambda x: x.reshape(4, 3, 32)),
+      ("d (n h) -> n h d", (32, 12), lambda x: x.reshape(32, 4, 3).transpose(1, 2, 0)),
+      ("(n h) d -> h n d", (12, 32), lambda x: x.reshape(3, 4, 32).swapaxes(0, 1)),
+    ],
+  )
+  def test_every_layout_goes_with_every_sharding(
+    self, layout, shape, reference, save, plan, rng, mesh, tiny_chunks
+  ):
+    x = rng.normal(size=shape).astype(np.float32)
+    expected = np.ascontiguousarray(reference(x))
+    specs = {str(spec): P(spec[0] if spec else None, None, *spec[1:]) for spec in self.SPECS}
+    parameters = {name: (expected.shape, spec) for name, spec in specs.items()}
+    table = WeightTable(*((name, "x", layout) for name in specs))
+    arrays = load_arrays(plan(save({"x": x}), parameters, table, mesh))
+    for name, spec in specs.items():
+      assert arrays[name].sharding == NamedSharding(mesh, spec)
+      assert_same(arrays[name], expected)
+
+  @pytest.mark.parametrize(
+    ("kind", "shape", "names", "spec"),
+    [
+      ("explicit", (1, 4), ("fsdp", "tp"), P("fsdp", "tp")),
+      ("auto", (4, 1), ("fsdp", "tp"), P("fsdp", "tp")),
+      ("explicit", (1, 1), ("fsdp", "tp"), P("fsdp", "tp")),
+      ("auto", (1,), ("x",), P("x")),
+      ("auto", (2, 1, 2), ("data", "fsdp", "tp"), P(("data", "fsdp"), "tp")),
+      ("explicit", (2, 1, 2), ("data", "fsdp", "tp"), P(("tp", "fsdp"), "data")),
+    ],
+  )
+  def test_every_shape_of_mesh_gets_its_values(self, kind, shape, names, spec, save, plan, rng, meshes):
+    x = rng.normal(size=(8, 12)).astype(np.float32)
+    mesh = meshes(kind, shape, names)
+    array = load_arrays(plan(save({"x": x}), {"x": ((8, 12), spec)}, WeightTable(("x", "x", "v d")), mesh))[
+      "x"
+    ]
+    assert array.sharding == NamedSharding(mesh, spec)
+    assert_same(array, x)
+
+  def test_without_a_mesh_arrays_lie_on_the_default_device(self, save, plan, rng):
+    x = rng.normal(size=(8, 12)).astype(np.float32)
+    made = plan(save({"x": x}), {"x": ((8, 12), P("fsdp"))}, WeightTable(("x", "x", "v d")))
+    assert load_arrays(made)["x"].sharding == SingleDeviceSharding(jax.local_devices()[0])
+    with jax.default_device(jax.devices()[2]):
+      made = plan(save({"x": x}), {"x": ((8, 12), P("fsdp"))}, WeightTable(("x", "x", "v d")))
+    array = load_arrays(made)["x"]
+    assert array.sharding == SingleDeviceSharding(jax.devices()[2])
+    assert_same(array, x)
+
+  @pytest.mark.parametrize("place", ["one device", "mesh"])
+  def test_scalars_and_stacks_of_scalars(self, place, save, plan, mesh):
+    tensors = {"x": np.array(7, np.float32)} | {f"e.{e}": np.array(e, BF16) for e in range(4)}
+    parameters = {"x": ((), P()), "e": ((4,), P("tp"))}
+    table = WeightTable(("x", "x", ""), ("e", "e.{e}", "-> e"))
+    directory = save(tensors)
+    for dtype in (None, BF16):
+      made = plan(directory, parameters, table, mesh if place == "mesh" else None, dtype=dtype)
+      arrays = load_arrays(made)
+      assert_same(arrays["x"], np.array(7, dtype or np.float32))
+      assert_same(arrays["e"], np.arange(4).astype(BF16))
+
+  @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 4)])
+  def test_parameters_without_elements(self, shape, save, plan, mesh):
+    x = np.zeros(shape, np.float32)
+    letters = "abc"[: len(shape)]
+    table = WeightTable(("x", "x", " ".join(letters)), ("y", "x", " ".join([*letters, "->", *letters[::-1]])))
+    made = plan(save({"x": x}), {"x": (shape, P("tp")), "y": (shape[::-1], P())}, table, mesh)
+    arrays = load_arrays(made)
+    assert_same(arrays["x"], x)
+    assert_same(arrays["y"], x.T)
+
+  @pytest.mark.parametrize(
+    "spec", [P(), P("fsdp", None, "tp"), P(None, "tp"), P(("tp", "fsdp")), P(None, "fsdp", "tp")]
+  )
+  def test_stacks_and_fused_tensors_are_sharded_over_any_axis(self, spec, save, plan, rng, mesh, tiny_chunks):
+    tensors = {f"e.{e}.w": rng.normal(size=(6, 16)).astype(np.float32) for e in range(4)}
+    tensors |= {"fused": rng.normal(size=(4, 12, 16)).astype(np.float32)}
+    tensors |= {"leading": rng.normal(size=(2, 4, 6, 16)).astype(np.float32)}
+    tensors |= {f"t.{e}.w": rng.normal(size=(16, 6)).astype(np.float32) for e in range(4)}
+    table = WeightTable(
+      ("stacked", "e.{e}.w", "f d -> e f d"),
+      ("gate", "fused", "e (0/2 f) d -> e f d"),
+      ("up", "fused", "e (1/2 f) d -> e f d"),
+      ("k", "leading", "0/2 e f d -> e f d"),
+      ("v", "leading", "1/2 e f d -> e f d"),
+      ("turned", "t.{e}.w", "d f -> e f d"),
+    )
+    arrays = load_arrays(
+      plan(save(tensors), {row.ours: ((4, 6, 16), spec) for row in table.rows}, table, mesh)
+    )
+    assert_same(arrays["stacked"], np.stack([tensors[f"e.{e}.w"] for e in range(4)]))
+    assert_same(arrays["gate"], tensors["fused"][:, :6])
+    assert_same(arrays["up"], tensors["fused"][:, 6:])
+    assert_same(arrays["k"], tensors["leading"][0])
+    assert_same(arrays["v"], tensors["leading"][1])
+    assert_same(arrays["turned"], np.stack([tensors[f"t.{e}.w"].T for e in range(4)]))
+
+  def test_a_row_may_be_larger_than_a_chunk(self, save, plan, rng, mesh, tiny_chunks):
+    x = rng.normal(size=(3, 200)).astype(np.float32)
+    for spec in (P(), P(None, "tp"), P(None, ("fsdp", "tp"))):
+      made = plan(save({"x": x}), {"x": ((3, 200), spec)}, WeightTable(("x", "x", "v d")), mesh, dtype=BF16)
+      assert_same(load_arrays(made)["x"], x.astype(BF16))
+
+  def test_values_of_a_row_are_applied(self, save, plan, rng, mesh):
+    x = rng.normal(size=(4, 6)).astype(np.float32)
+    table = WeightTable(("x", "x", "d v -> v d", Values(lambda w: w - 1, lambda w: w + 1)))
+    assert_same(load_arrays(plan(save({"x": x}), {"x": ((6, 4), P("tp"))}, table, mesh))["x"], (x - 1).T)
+
+  def test_tensors_of_two_dtypes_meet_in_one_that_holds_both(self, save, plan):
+    tensors = {"e.0": np.array([1e30, 1], BF16), "e.1": np.array([1.0009765625, 2], np.float16)}
+    made = plan(save(tensors), {"e": ((2, 2), P())}, WeightTable(("e", "e.{e}", "d -> e d")))
+    expected = np.stack([x.astype(np.float32) for x in tensors.values()])
+    assert_same(load_arrays(made)["e"], expected)
+
+
+class TestCasts:
+  # Zeros, denormals, ties of rounding, the largest, infinities, quiet and signalling NaNs.
+  EDGES = np.frombuffer(
+    bytes.fromhex(
+      "00000000 80000000 00000001 007fffff 00800000 3f808000 3f818000 3f80c000 3f807fff 7f7fffff 7f7f7fff"
+      "7f800000 ff800000 7fc00000 ffc00001 7f800001 7f80ffff 47800000 33000000 387fc000"
+    ),
+    ">f4",
+  ).astype("<f4")
+
+  @pytest.mark.parametrize("kind", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+  @pytest.mark.parametrize("chunks", ["one chunk", "many chunks"])
+  def test_rounding_is_that_of_ml_dtypes(self, kind, chunks, request, save, plan, rng, mesh):
+    if chunks == "many chunks":
+      request.getfixturevalue("tiny_chunks")
+    x = np.concatenate([self.EDGES, random_bits(rng, (4076,), np.dtype(np.float32))]).reshape(64, 64)
+    with np.errstate(all="ignore"):
+      # Overflow to infinity is a finding about the values, and numpy says so.
+      expected = x.astype(DTYPES[kind])
+    parameters = {"rows": ((64, 64), P("fsdp")), "columns": ((64, 64), P(None, "tp"))}
+    table = WeightTable(*((name, "x", "v d") for name in parameters))
+    made = plan(save({"x": x}), parameters, table, mesh, dtype=DTYPES[kind])
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", RuntimeWarning)
+      arrays = load_arrays(made)
+    for array in arrays.values():
+      assert array.dtype == expected.dtype
+      np.testing.assert_array_equal(bits(array), bits(expected))
+
+  @pytest.mark.parametrize(
+    "kind", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"]
+  )
+  def test_every_narrow_float_becomes_its_float32(self, kind, save, plan, mesh):
+    dtype = DTYPES[kind]
+    every = np.arange(2 ** (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}").view(dtype).reshape(16, -1)
+    parameters = {"rows": (every.shape, P("fsdp")), "columns": (every.shape, P(None, "tp"))}
+    table = WeightTable(*((name, "x", "v d") for name in parameters))
+    arrays = load_arrays(plan(save({"x": every}), parameters, table, mesh, dtype=np.dtype(np.float32)))
+    for array in arrays.values():
+      got, expected = np.asarray(array), every.astype(np.float32)
+      nan = np.isnan(expected)
+      np.testing.assert_array_equal(np.isnan(got), nan)
+      np.testing.assert_array_equal(bits(got[~nan]), bits(expected[~nan]))
+
+  @pytest.mark.parametrize("contiguous", [True, False])
+  def test_the_quick_way_from_bfloat16_is_the_slow_way(self, contiguous):
+    source = np.arange(2**16, dtype=np.uint16).view(BF16).reshape(256, 256)[:, ::2]
+    target = np.zeros((256, 128 if contiguous else 256), np.float32)
+    target = target if contiguous else target[:, ::2]
+    cast_into(target, source)
+    nan = np.isnan(source.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(target), nan)
+    np.testing.assert_array_equal(target[~nan], source.astype(np.float32)[~nan])
+
+
+class TestFiles:
+  TABLE = WeightTable(("a", "a", "v d"), ("b", "b", "v d"))
+  PARAMETERS = {"a": ((4, 6), P("fsdp")), "b": ((4, 6), P(None, "tp"))}
+
+  @pytest.fixture
+  def tensors(self, rng):
+    return {name: rng.normal(size=(4, 6)).astype(np.float32) for name in "ab"}
+
+  @pytest.fixture
+  def made(self, save, plan, tensors, mesh):
+    return plan(save(tensors), self.PARAMETERS, self.TABLE, mesh)
+
+  def test_shards_of_a_checkpoint_are_read_from_their_files(self, save_sharded, plan, tensors, mesh):
+    directory = save_sharded({f"m-{name}.safetensors": {name: x} for name, x in tensors.items()})
+    made = plan(directory, self.PARAMETERS, self.TABLE, mesh)
+    assert made.files == ("m-a.safetensors", "m-b.safetensors")
+    for name, array in load_arrays(made).items():
+      assert_same(array, tensors[name])
+
+  def test_files_without_a_tensor_of_the_plan_are_not_opened(self, save_sharded, plan, toy, tensors):
+    directory = save_sharded({f"m-{name}.safetensors": {name: x} for name, x in tensors.items()})
+    checkpoint = read_safetensors(LocalFiles(str(directory)))
+    table = WeightTable(("a", "a", "v d"))
+    only = dataclasses.replace(checkpoint, tensors={"a": checkpoint.tensors["a"]})
+    os.remove(directory / "m-b.safetensors")
+    made = plan_load(only, abstract_model(toy, {"a": ((4, 6), P())}), table)
+    assert_same(load_arrays(made)["a"], tensors["a"])
+
+  def test_a_truncated_file_is_an_error(self, made):
+    path = os.path.join(made.checkpoint.files.path, "model.safetensors")
+    os.truncate(path, os.path.getsize(path) - 1)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*\n.*changed meanwhile"):
+      load(made)
+
+  def test_a_file_that_shrinks_while_it_is_read_is_an_error(self, made):
+    path = os.path.join(made.checkpoint.files.path, "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*\n.*ended early"):
+      load(made, on_bytes=lambda count: os.truncate(path, 8))
+
+  @pytest.mark.parametrize("change", ["renamed", "reordered", "reshaped", "retyped", "longer header"])
+  def test_a_file_that_was_replaced_by_another_is_an_error(self, change, made, save, tensors):
+    a, b = tensors.values()
+    save(
+      *{
+        "renamed": [{"x": a, "b": b}],
+        "reordered": [{"b": b, "a": a}],
+        "reshaped": [{"a": a.reshape(6, 4), "b": b}],
+        "retyped": [{"a": a.view(np.int32), "b": b}],
+        "longer header": [{"a": a, "b": b, "c": a}],
+      }[change]
+    )
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*\n.*changed meanwhile"):
+      load(made)
+
+  def test_a_file_that_is_gone_is_an_error_that_names_it(self, made):
+    os.remove(os.path.join(made.checkpoint.files.path, "model.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+      load(made)
+
+  def test_every_stored_byte_is_counted_once(self, save, plan, tensors, mesh, tiny_chunks):
+    counts, lock = [], threading.Lock()
+
+    def on_bytes(count):
+      with lock:
+        counts.append(count)
+
+    tensors["c"] = tensors["a"].astype(BF16)
+    table = WeightTable(*((name, name, "v d") for name in "ab"), ("c", "c", "d v -> v d"))
+    made = plan(
+      save(tensors), self.PARAMETERS | {"c": ((6, 4), P("tp"))}, table, mesh, dtype=np.dtype(np.float16)
+    )
+    load(made, on_bytes=on_bytes)
+    assert sum(counts) == made.stored_nbytes == sum(x.nbytes for x in tensors.values())
+    assert min(counts) > 0
+
+  def test_an_error_of_the_callback_ends_the_load(self, made):
+    def on_bytes(count):
+      raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+      load(made, on_bytes=on_bytes)
+
+  def test_a_plan_may_be_loaded_twice_and_by_many_threads(self, made, tensors):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      loads = list(pool.map(lambda _: load_arrays(made), range(16)))
+    for arrays in loads:
+      for name, array in arrays.items():
+        assert_same(array, tensors[name])
+
+  def test_no_file_stays_open_also_after_errors(self, save, plan, tensors, mesh, tiny_chunks):
+    made = plan(save(tensors), self.PARAMETERS, self.TABLE, mesh)
+
+    def fail(count):
+      raise ZeroDivisionError
+
+    load(made)  # What JAX opens once and for all.
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+      load(made)
+      with pytest.raises(ZeroDivisionError):
+        load(made, on_bytes=fail)
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.truncate(os.path.join(made.checkpoint.files.path, "model.safetensors"), 100)
+    for _ in range(5):
+      with pytest.raises(CheckpointError):
+        load(made)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+  def test_files_are_closed_only_after_the_last_read(self, save, plan, rng, monkeypatch, tiny_chunks):
+    closed, reads_after = [], []
+    preadv, close = os.preadv, os.close
+    x = rng.normal(size=(200, 32)).astype(np.float32)
+    made = plan(save({"x": x}), {"x": ((200, 32), P())}, WeightTable(("x", "x", "v d")))
+
+    def slow_preadv(descriptor, *args):
+      threading.Event().wait(0.002)
+      if descriptor in closed:
+        reads_after.append(descriptor)
+      return preadv(descriptor, *args)
+
+    def fail(count):
+      raise ZeroDivisionError
+
+    monkeypatch.setattr(reader.os, "preadv", slow_preadv)
+    monkeypatch.setattr(reader.os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+    with pytest.raises(ZeroDivisionError):
+      load(made, on_bytes=fail)
+    assert closed
+    assert not reads_after
+
+
+class TestMemory:
+  def test_arrays_alias_aligned_memory_and_outlive_the_plan(self, save, plan, rng, mesh):
+    x = rng.normal(size=(64, 64)).astype(np.float32)
+    directory = save({"x": x, "y": x})
+    parameters = {"x": ((64, 64), P("fsdp", "tp")), "y": ((64, 64), P())}
+    made = plan(directory, parameters, WeightTable(("x", "x", "v d"), ("y", "y", "v d")), mesh)
+    model = load(made)
+    pointers = [shard.data.unsafe_buffer_pointer() for shard in model.x[...].addressable_shards]
+    assert all(pointer % 64 == 0 for pointer in pointers)
+    # One host copy serves all devices that hold the same part.
+    assert len({shard.data.unsafe_buffer_pointer() for shard in model.y[...].addressable_shards}) == 1
+    os.remove(directory / "model.safetensors")
+    del made
+    gc.collect()
+    clutter = [np.full((64, 64), np.nan, np.float32) for _ in range(50)]
+    assert_same(model.x[...], x)
+    assert_same(model.y[...], x)
+    assert len(clutter) == 50
+
+  @pytest.mark.parametrize("data_start", [0, 8, 32])
+  @pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "tp"), P("fsdp", "tp")], ids=str)
+  def test_only_aligned_runs_of_the_file_are_mapped(self, save, plan, rng, mesh, spec, data_start):
+    x = rng.normal(size=(16, 32)).astype(np.float32)
+    directory = save({"x": x}, data_start=data_start)
+    array = load(plan(directory, {"x": (x.shape, spec)}, WeightTable(("x", "x", "v d")), mesh)).x[...]
+    assert_same(array, x)
+    whole_rows = "tp" not in spec
+    where = f"{directory.name}/model.safetensors"
+    maps = [
+      line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if where in line
+    ]
+    bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for shard in array.addressable_shards:
+      pointer = shard.data.unsafe_buffer_pointer()
+      assert any(low <= pointer < high for low, high in bounds) == (whole_rows and data_start == 0)
+
+  def test_a_mapped_file_may_be_removed_and_its_arrays_donated(self, save, plan, rng, mesh):
+    x = rng.normal(size=(16, 32)).astype(np.float32)
+    directory = save({"x": x}, data_start=0)
+    before = (directory / "model.safetensors").read_bytes()
+    made = plan(directory, {"x": (x.shape, P("fsdp"))}, WeightTable(("x", "x", "v d")), mesh)
+    array, kept = load(made).x[...], load(made).x[...]
+    doubled = jax.jit(lambda a: a * 2, donate_argnums=0)(array)
+    np.testing.assert_array_equal(doubled, 2 * x)
+    assert (directory / "model.safetensors").read_bytes() == before
+    (directory / "model.safetensors").unlink()
+    gc.collect()
+    assert_same(kept, x)
+
+  @pytest.mark.parametrize("dtype", [None, np.dtype(np.float16)], ids=["as stored", "cast"])
+  def test_a_cast_never_maps(self, save, plan, rng, dtype):
+    x = rng.normal(size=(4, 16)).astype(np.float32)
+    directory = save({"x": x}, data_start=0)
+    array = load(plan(directory, {"x": (x.shape, P())}, WeightTable(("x", "x", "v d")), dtype=dtype)).x[...]
+    np.testing.assert_array_equal(array, x if dtype is None else x.astype(dtype))
+
+  @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7)])
+  def test_aligned_memory_is_aligned(self, shape):
+    for dtype in DTYPES.values():
+      memory = aligned_empty(shape, dtype)
+      assert (memory.shape, memory.dtype) == (shape, dtype)
+      assert memory.ctypes.data % 64 == 0 if memory.size else True
+      assert memory.flags.c_contiguous
+
+  def test_loaded_parameters_may_be_donated(self, save, plan, rng, mesh):
+    x = rng.normal(size=(8, 8)).astype(np.float32)
+    made = plan(save({"x": x}), {"x": ((8, 8), P())}, WeightTable(("x", "x", "v d")), mesh)
+    first, second = load(made), load(made)
+    graphdef, state = nnx.split(first)
+    step = jax.jit(lambda state: jax.tree.map(lambda w: w * 2 + 1, state), donate_argnums=0)
+    for _ in range(3):
+      state = step(state)
+    np.testing.assert_allclose(nnx.merge(graphdef, state).x[...], x * 8 + 7, rtol=1e-6)
+    assert_same(second.x[...], x)
+
+
+class TestTies:
+  TABLE = WeightTable(("emb", "embed", "v d"), tied=[Tied("head", "embed")])
+  PARAMETERS = {"emb": ((8, 4), P("tp"))}
+
+  def test_an_equal_head_is_left_out(self, save, plan, rng, mesh, tiny_chunks):
+    x = rng.normal(size=(8, 4)).astype(np.float32)
+    x[0, 0] = np.nan  # Bytes are compared, not numbers.
+    arrays = load_arrays(plan(save({"embed": x, "head": x}), self.PARAMETERS, self.TABLE, mesh))
+    assert list(arrays) == ["emb"]
+    assert_same(arrays["emb"], x)
+
+  @pytest.mark.parametrize("change", ["last element", "sign of zero", "dtype", "shape"])
+  def test_a_different_head_is_an_error_with_both_remedies(self, change, save, plan, rng, tiny_chunks):
+    x = np.zeros((8, 4), np.float32)
+    y = x.copy()
+    match change:
+      case "last element":
+        y[-1, -1] = 1
+      case "sign of zero":
+        y[3, 3] = -0.0
+      case "dtype":
+        y = y.view(np.int32)
+      case "shape":
+        y = y.reshape(4, 8)
+    with pytest.raises(CheckpointError, match=r"untie it in the config.*or remove head"):
+      load(plan(save({"embed": x, "head": y}), self.PARAMETERS, self.TABLE))
+
+
+class TestModel:
+  def test_the_metadata_is_the_sharding_that_the_mesh_holds(self, save, plan, rng, mesh):
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    model = load(plan(save({"x": x}), {"x": ((3, 4), P("fsdp", "tp"))}, WeightTable(("x", "x", "v d")), mesh))
+    assert model.x.get_metadata()["out_sharding"] == (None, "tp")
+    sharding = nnx.get_named_sharding(nnx.state(model), mesh)["x"].get_value()
+    assert sharding == model.x[...].sharding == NamedSharding(mesh, P(None, "tp"))
+
+  def test_layers_of_a_list_get_their_own_numbers(self, save, plan, rng, mesh):
+    tensors = {f"m.{i}.w": rng.normal(size=4).astype(np.float32) for i in range(12)}
+    parameters = {f"layers.{i}.w": ((4,), P("tp")) for i in range(12)}
+    model = load(plan(save(tensors), parameters, WeightTable(("layers.{i}.w", "m.{i}.w", "d")), mesh))
+    for i in range(12):
+      assert_same(model.layers[i]["w"][...], tensors[f"m.{i}.w"])
+    assert not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+
+  def test_files_of_a_store_are_fetched_by_name_and_read_where_they_lie(
+    self, save, save_sharded, plan, rng, tmp_path
+  ):
+    x = rng.normal(size=(4, 6)).astype(np.float32)
+    remote = save_sharded({"m-1.safetensors": {"a": x}, "m-2.safetensors": {"unused": x}})
+    index = json.loads((remote / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {"a", "unused"}
+
+    class Store(LocalFiles):
+      fetched = ()
+
+      def fetch(self, names):
+        type(self).fetched += tuple(names)
+        for name in names:
+          (tmp_path / "local").mkdir(exist_ok=True)
+          (tmp_path / "local" / name).write_bytes((remote / name).read_bytes())
+        return str(tmp_path / "local")
+
+    table = WeightTable(("a", "a", "v d"), ignored=[Ignored("unused", "a test")])
+    made = plan(Store(str(remote)), {"a": ((4, 6), P())}, table)
+    assert_same(load_arrays(made)["a"], x)
+    assert Store.fetched == ("m-1.safetensors",)
