@@ -87,7 +87,7 @@ def load_model(place: pathlib.Path) -> int:
   """Loads a model and says how many bytes it has."""
   files = LocalFiles(str(place))
   checkpoint = read_safetensors(files) if place.name == "safetensors" else read_orbax(files)
-  plan = plan_load(checkpoint, abstract_model(Gemma, config()), FAMILY.weights[checkpoint.dialect])
+  plan = plan_load(checkpoint, abstract_model(Gemma, config()), FAMILY.weights[checkpoint.format.naming])
   jax.block_until_ready(jax.tree.leaves(nnx.state(load(plan))))
   return sum(planned.nbytes for planned in plan.parameters)
 
@@ -95,7 +95,7 @@ def load_model(place: pathlib.Path) -> int:
 def read_arrays(place: pathlib.Path) -> int:
   """Has TensorStore read a tree's arrays, several at a time, and says how many bytes they have."""
   checkpoint = read_orbax(LocalFiles(str(place)))
-  reader = checkpoint.open_reader(checkpoint, (), lambda count: None)
+  reader = checkpoint.open(())
 
   def one(info: TensorInfo) -> int:
     return reader.read_box(info, tuple(slice(0, size) for size in info.shape)).nbytes

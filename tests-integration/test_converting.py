@@ -68,7 +68,7 @@ def test_to_an_orbax_tree_and_back(name, tmp_path):
   model_class, config = MODELS[name]
   model = create_dummy_model(model_class, config, dtype="bfloat16")
   AutoModel.save_pretrained(model, tmp_path / "first", progress=False)
-  convert(str(tmp_path / "first"), tmp_path / "tree", dialect="orbax", progress=False)
+  convert(str(tmp_path / "first"), tmp_path / "tree", to="orbax", progress=False)
   convert(str(tmp_path / "tree"), tmp_path / "last", progress=False)
   files = sorted(path.name for path in (tmp_path / "first").iterdir())
   assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files

@@ -47,23 +47,22 @@ def test_converting_to_another_dtype(checkpoint, tmp_path, capsys):
 
 
 def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
-  from models_automodel import convert as module
-
   asked = []
+  read_all = loader.OpenedPlan.read_all
 
-  def counted(plan):
-    asked.append([planned.parameter.name for planned in plan.parameters])
-    return loader.load_arrays(plan)
+  def counted(opened, names=None):
+    asked.append(list(names))
+    return read_all(opened, asked[-1])
 
-  monkeypatch.setattr(module, "load_arrays", counted)
+  monkeypatch.setattr(loader.OpenedPlan, "read_all", counted)
   convert(str(checkpoint[0]), tmp_path / "out", progress=False)
   assert all(len(names) == 1 for names in asked)
   assert len(asked) == len(checkpoint[1])
 
 
-def test_an_unknown_dialect_is_an_error(checkpoint, tmp_path):
-  with pytest.raises(ConfigError, match="nothing writes the dialect 'onnx'; known are huggingface"):
-    convert(str(checkpoint[0]), tmp_path / "out", dialect="onnx")
+def test_an_unknown_naming_scheme_is_an_error(checkpoint, tmp_path):
+  with pytest.raises(ConfigError, match="nothing writes the naming scheme 'onnx'; known are huggingface"):
+    convert(str(checkpoint[0]), tmp_path / "out", to="onnx")
   with pytest.raises(SaveError):
     convert(str(checkpoint[0]), checkpoint[0], progress=False)
 

@@ -68,7 +68,7 @@ def test_and_back(checkpoint, tree, tmp_path):
   for name in ("model.safetensors", "config.json"):
     assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
   assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
-  convert(str(tree), tmp_path / "again", dialect="orbax", progress=False)
+  convert(str(tree), tmp_path / "again", to="orbax", progress=False)
   assert digest(str(tmp_path / "again"), progress=False) == digest(str(tree), progress=False)
 
 
@@ -97,7 +97,7 @@ def test_what_orbax_saved_of_a_model_of_ours(checkpoint, wrap, tmp_path):
   (tmp_path / "tree" / "config.json").write_bytes((checkpoint[0] / "config.json").read_bytes())
   again, _ = AutoModel.from_pretrained(str(tmp_path / "tree"), progress=False)
   assert bits(again) == bits(model)
-  convert(str(tmp_path / "tree"), tmp_path / "out", dialect="orbax", progress=False)
+  convert(str(tmp_path / "tree"), tmp_path / "out", to="orbax", progress=False)
   assert digest(str(tmp_path / "out"), progress=False) == digest(model)
   assert not {"step", "opt_state", "params"} & ocp.StandardCheckpointer().restore(tmp_path / "out").keys()
 
@@ -125,7 +125,7 @@ def test_from_a_store(checkpoint, tree, monkeypatch, tmp_path):
       if path.is_file():
         store.put(f"bucket/tree/{path.relative_to(tree).as_posix()}", path.read_bytes())
     for dialect in ("huggingface", "orbax"):
-      convert("gs://bucket/tree", tmp_path / dialect, dialect=dialect, progress=False)
+      convert("gs://bucket/tree", tmp_path / dialect, to=dialect, progress=False)
   for dialect in ("huggingface", "orbax"):
     found = digest(str(tmp_path / dialect), progress=False)
     assert found == digest(str(checkpoint[0]), progress=False)
@@ -151,25 +151,24 @@ def test_a_tree_that_does_not_fit_is_named(tree, tmp_path):
 
 
 def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
-  from models_automodel import convert as module
-
   asked = []
+  read_all = loader.OpenedPlan.read_all
 
-  def counted(plan):
-    asked.append(([planned.parameter.name for planned in plan.parameters], len(plan.checkpoint.tensors)))
-    return loader.load_arrays(plan)
+  def counted(opened, names=None):
+    asked.append(list(names))
+    return read_all(opened, asked[-1])
 
-  monkeypatch.setattr(module, "load_arrays", counted)
-  convert(str(checkpoint[0]), tmp_path / "out", dialect="orbax", progress=False)
-  assert all((len(names), count) == (1, 1) for names, count in asked)
+  monkeypatch.setattr(loader.OpenedPlan, "read_all", counted)
+  convert(str(checkpoint[0]), tmp_path / "out", to="orbax", progress=False)
+  assert all(len(names) == 1 for names in asked)
   assert len(asked) == len(checkpoint[1])
 
 
 def test_refusals(checkpoint, tree, tmp_path, capsys):
   with pytest.raises(ConfigError, match="max_shard_size is '1GB', but orbax has no such files: leave it out"):
-    convert(str(checkpoint[0]), tmp_path / "out", dialect="orbax", max_shard_size="1GB")
+    convert(str(checkpoint[0]), tmp_path / "out", to="orbax", max_shard_size="1GB")
   with pytest.raises(SaveError, match="overwrite=True"):
-    convert(str(checkpoint[0]), tree, dialect="orbax", progress=False)
+    convert(str(checkpoint[0]), tree, to="orbax", progress=False)
   assert main(["convert", str(tree), str(tree), "--to", "gguf"]) == 1
   assert "known are huggingface, orbax" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
@@ -181,14 +180,14 @@ def test_what_has_no_place_in_the_tree_is_said(edit_config, checkpoint, tmp_path
   safetensors.numpy.save_file(checkpoint[1] | more, directory / "model.safetensors")
   convert(str(directory), tmp_path / "same", progress=False)
   assert not caplog.messages
-  convert(str(directory), tmp_path / "out", dialect="orbax", progress=False)
+  convert(str(directory), tmp_path / "out", to="orbax", progress=False)
   assert "left out: 1 tensor: the frequencies follow from the configuration" in caplog.text
 
 
 def test_in_the_place_of_its_source(checkpoint, tmp_path):
   shutil.copytree(checkpoint[0], tmp_path / "model")
   before = digest(str(checkpoint[0]), progress=False)
-  convert(str(tmp_path / "model"), tmp_path / "model", dialect="orbax", overwrite=True, progress=False)
+  convert(str(tmp_path / "model"), tmp_path / "model", to="orbax", overwrite=True, progress=False)
   assert not (tmp_path / "model" / "model.safetensors").exists()
   assert digest(str(tmp_path / "model"), progress=False) == before
   convert(str(tmp_path / "model"), tmp_path / "model", overwrite=True, progress=False)
@@ -206,7 +205,7 @@ def test_verify_reads_all_numbers(checkpoint, tree, tmp_path, capsys):
   safetensors.numpy.save_file(
     checkpoint[1] | {"model.layers.0.mlp.up_proj.weight": broken}, source / "model.safetensors"
   )
-  convert(str(source), tmp_path / "out", dialect="orbax", progress=False)
+  convert(str(source), tmp_path / "out", to="orbax", progress=False)
   verify(tmp_path / "out")
   with pytest.raises(
     CheckpointError, match=r"layers\.0\.mlp\.up_proj\.w: 1 of \d+ numbers are NaN or infinite"

@@ -108,7 +108,7 @@ def test_a_fine_tuned_model_is_recognised_by_its_shapes(tmp_path):
   write_shapes(tmp_path / "my-own", Gemma3, small, FAMILY_3.weights["orbax"])
   plan = AutoModel.plan(str(tmp_path / "my-own"))
   assert plan.num_parameters == 268_098_176
-  assert plan.checkpoint.dialect == "orbax"
+  assert plan.checkpoint.format.naming == "orbax"
   assert len(plan.model.parameters) == 3 + small.num_layers * 13 - 1
 
 

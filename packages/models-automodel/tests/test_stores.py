@@ -14,8 +14,8 @@ from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.tokenizer import load_tokenizer
 from models_core.extras import MissingExtraError
-from models_core.formats import reader
-from models_core.loading import loader
+from models_core.formats import byte_reader
+from models_core.loading import fill, loader
 from models_sources import object_store
 from models_sources.testing import StoreServer
 
@@ -46,9 +46,9 @@ def store(monkeypatch, tmp_path, checkpoint):
 @pytest.fixture
 def small_ranges(monkeypatch):
   """As many requests as a large model takes."""
-  monkeypatch.setattr(reader, "RANGE", 512)
-  monkeypatch.setattr(reader.RangeReader, "chunk", 512)
-  monkeypatch.setattr(loader, "_TASK", 2048)
+  monkeypatch.setattr(byte_reader, "RANGE", 512)
+  monkeypatch.setattr(byte_reader.RangeReader, "chunk", 512)
+  monkeypatch.setattr(fill, "_TASK", 2048)
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def test_rows_that_are_not_asked_for_do_not_travel(store, checkpoint, small_rang
   plan = AutoModel.plan(ADDRESS)
   store.requests.clear()
   wanted = plan.checkpoint.tensors["model.embed_tokens.weight"]
-  opened = reader.open_reader(plan.checkpoint, plan.files, lambda count: None)
+  opened = plan.checkpoint.open(plan.files)
   rows = np.empty((10, wanted.shape[1]), wanted.dtype)
-  opened.read_into(wanted, 20 * wanted.shape[1], rows)
+  opened.runs.read_into(wanted, 20 * wanted.shape[1], rows)
   opened.close()
   np.testing.assert_array_equal(rows, checkpoint[1]["model.embed_tokens.weight"][20:30])
   assert store.received(WEIGHTS) == rows.nbytes
@@ -123,7 +123,7 @@ def test_a_plan_takes_headers_and_config_alone(store, checkpoint):
 
 @pytest.mark.parametrize("dialect", ["huggingface", "orbax"])
 def test_a_conversion_streams(store, checkpoint, dialect, tmp_path):
-  convert(ADDRESS, tmp_path / "out", dialect=dialect, progress=False)
+  convert(ADDRESS, tmp_path / "out", to=dialect, progress=False)
   model, _ = AutoModel.from_pretrained(str(tmp_path / "out"), progress=False)
   check(model, checkpoint)
   assert not (tmp_path / "user-cache").exists()

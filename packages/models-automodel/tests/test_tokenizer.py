@@ -13,7 +13,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from models_automodel.chat_template import render
 from models_automodel.tokenizer import load_tokenizer
 from models_core.errors import CheckpointError, ConfigError, ModelsError
-from models_core.formats import Checkpoint, LocalFiles, as_files, read_gguf
+from models_core.formats import GgufCheckpoint, LocalFiles, SafetensorsCheckpoint, as_files, read_gguf
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 CORPUS = [
@@ -372,7 +372,7 @@ def metadata(vocabulary, **keys):
 
 
 def from_metadata(values):
-  return load_tokenizer(Checkpoint(LocalFiles("m.gguf"), "gguf", {}, values))
+  return load_tokenizer(GgufCheckpoint(LocalFiles("m.gguf"), {}, values))
 
 
 def merge_by_score(text, vocabulary):
@@ -492,7 +492,7 @@ def test_nothing_there(tmp_path):
 def test_places(engine, tmp_path):
   path = write_gguf(tmp_path / "m.gguf", engine, "smollm")
   expected = engine.encode("hello", add_special_tokens=False).ids
-  checkpoint = Checkpoint(as_files(write_json(tmp_path / "json", engine)), "huggingface", {})
+  checkpoint = SafetensorsCheckpoint(as_files(write_json(tmp_path / "json", engine)), {})
   for place in (tmp_path, path, str(path), as_files(path), read_gguf(as_files(path)), checkpoint):
     assert load_tokenizer(place).encode("hello") == expected
 

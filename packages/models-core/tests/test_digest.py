@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models_core.digest import Digest, _sum_elements, _sum_shards, digest, digest_arrays, digest_plan
 from models_core.errors import ModelsError
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.safetensors import read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.loader import load

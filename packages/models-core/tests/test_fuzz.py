@@ -13,7 +13,7 @@ import pytest
 
 from models_core.config.gguf import gguf_config
 from models_core.errors import CheckpointError
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.gguf import read_gguf
 from models_core.formats.safetensors import INDEX, read_safetensors
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError, ConfigError, SaveError
 from models_core.family import Family
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.safetensors import INDEX, read_safetensors
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.saving import safetensors_writer

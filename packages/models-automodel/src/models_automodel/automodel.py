@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -16,14 +17,13 @@ from models_automodel.families import family_of_config
 from models_automodel.finding import Found, ModelSource, find, is_companion, source_name
 from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
-from models_automodel.saving import save
+from models_automodel.saving import companions_of, weights_bar
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
-from models_core.family import table_of
-from models_core.formats import RangeFiles, read_safetensors
+from models_core.formats import SAFETENSORS, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, files_of_process, load, plan_load
 from models_core.processes import together
-from models_core.saving import flatten
+from models_core.saving import Base, flatten, save_parameters_to_safetensors
 from models_core.sharding import check_mesh
 
 
@@ -151,8 +151,22 @@ class AutoModel:
       raise ModelsError(f"{type(model).__name__} has no config: save_pretrained() takes models of a family")
     arrays = flatten(nnx.state(model, nnx.Param))
     family = family_of_config(config, type(model).__name__)
-    save(arrays, arrays.__getitem__, save_dir, family=family, config=config, base=base,
-         max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress)  # fmt: skip
+    came_from = None if base is None else Base.of(base, SAFETENSORS)
+    with weights_bar(progress) as bar:
+      save_parameters_to_safetensors(
+        arrays,
+        arrays.__getitem__,
+        save_dir,
+        family=family,
+        config=config,
+        base=came_from,
+        companions=() if came_from is None else companions_of(came_from.files),
+        dtype=as_dtype(dtype),
+        overwrite=overwrite,
+        on_total=bar.reset,
+        on_bytes=bar.update,
+        max_shard_size=max_shard_size,
+      )
 
   @classmethod
   def plan(
@@ -211,9 +225,13 @@ class AutoModel:
     final = cut(override(found.config, fields, known), layers)
     model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
-      checkpoint = found.checkpoint or read_safetensors(found.files)
+      checkpoint = found.checkpoint
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
-    table = table_of(found.family, checkpoint.dialect, shapes)
-    return plan_load(
-      checkpoint, model, table, dtype=as_dtype(dtype), layers=None if layers is None else len(layers)
+    plan = plan_load(
+      checkpoint,
+      model,
+      found.family.table_of(checkpoint.format, shapes),
+      dtype=as_dtype(dtype),
+      layers=None if layers is None else len(layers),
     )
+    return dataclasses.replace(plan, family=found.family, config=final)

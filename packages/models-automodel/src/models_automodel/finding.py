@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fnmatch
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from models_automodel.errors import name_errors, source_errors
 from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
 from models_automodel.presets import by_name, preset_of
 from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from models_core.config import gguf_config
+from models_core.config import HEADER_CONFIGS
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.formats import Checkpoint, Files, find_orbax, parse_json, read_gguf, read_orbax
+from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, parse_json, weight_files
 from models_core.saving import recover
+
+CONFIG = "config.json"
 
 
 class ModelSource(enum.Enum):
@@ -51,12 +54,30 @@ def is_companion(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint that was identified, of which at most the configuration and a GGUF's or Orbax tree's headers were read."""
+  """A checkpoint that was identified. Its headers are read when they are wanted, unless its configuration is in them.
+
+  Attributes:
+    files: of the checkpoint.
+    family: that reads it.
+    config: of the model.
+    format: of the files; None where no format recognises them.
+    read: what its headers say, where they were read.
+  """
 
   files: Files
   family: Family
   config: Any
-  checkpoint: Checkpoint | None
+  format: Format | None
+  read: Checkpoint | None = None
+
+  @functools.cached_property
+  def checkpoint(self) -> Checkpoint:
+    """What the headers say.
+
+    Raises:
+      CheckpointError: if there are none, or they are broken.
+    """
+    return self.read or (self.format or SAFETENSORS).read(self.files)
 
 
 def find(
@@ -79,32 +100,26 @@ def find(
     files = _open_files(name, model_source, model_path, model_download_path, revision, token, progress)
     names = set(files.names())
     refuse_adapter(files, names)
-    checkpoint = None
-    if "config.json" in names:
-      raw = read_json(files, "config.json")
-    elif any(file.endswith(".gguf") for file in names):
-      checkpoint = read_gguf(files)
-      raw = gguf_config(checkpoint)
-    else:
-      raw = None
-    if (
-      checkpoint is None
-      and not any(file.endswith(".safetensors") for file in names)
-      and find_orbax(files) is not None
-    ):
-      checkpoint = read_orbax(files)
+    format, read, raw = next(formats_in(files), None), None, None
+    if CONFIG in names:
+      raw = read_json(files, CONFIG)
+    elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
+      format, read = described, described.read(files)
+      raw = HEADER_CONFIGS[format.name](read)
+    elif format not in (None, SAFETENSORS):
+      read = format.read(files)
   if config is not None:
-    return Found(files, family_of_config(config, name), config, checkpoint)
-  if raw is None and checkpoint is not None:
-    return Found(files, *preset_of(name, checkpoint), checkpoint)
+    return Found(files, family_of_config(config, name), config, format, read)
+  if raw is None and read is not None:
+    return Found(files, *preset_of(name, read), format, read)
   if raw is None:
     category, config = by_name(name, files.path)
-    return Found(files, load_family(category, name), config, None)
+    return Found(files, load_family(category, name), config, format)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
-    raise ConfigError(f"{files.path}/config.json has no model_type: add it, or pass config=")
+    raise ConfigError(f"{files.path}/{CONFIG} has no model_type: add it, or pass config=")
   family = family_of_model_type(model_type, name)
-  return Found(files, family, family.read_config(raw), checkpoint)
+  return Found(files, family, family.read_config(raw), format, read)
 
 
 def refuse_adapter(files: Files, names: set[str]) -> None:
@@ -113,15 +128,14 @@ def refuse_adapter(files: Files, names: set[str]) -> None:
   Raises:
     CheckpointError: if there is an adapter and no model.
   """
-  weights = {name for name in names if name.endswith((".safetensors", ".gguf"))}
-  if ADAPTER_CONFIG not in names or weights - {ADAPTER_WEIGHTS}:
+  if ADAPTER_CONFIG not in names or set(weight_files(files)) - {ADAPTER_WEIGHTS}:
     return
   base = read_json(files, ADAPTER_CONFIG).get("base_model_name_or_path") or "another model"
   raise CheckpointError(
     files.path,
     [
       f"it is an adapter of {base}, no model: load that one, then the adapter with "
-      "models_core.adapters.peft.load_peft_adapter, and put them together with models_core.adapters.lora.merge_into"
+      "models_core.adapters.load_peft_adapter, and put them together with models_core.adapters.merge_into"
     ],
   )
 

@@ -99,7 +99,7 @@ def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
   tried: list[str] = []
   for category in installed():
     family = load_family(category, model_id)
-    for name in presets(family.config_class) if checkpoint.dialect in family.weights else ():
+    for name in presets(family.config_class) if checkpoint.format.naming in family.weights else ():
       config = _fit(family, getattr(family.config_class, name)(), checkpoint)
       tried.append(name)
       if config is None or any(config == known for _, _, known in fitting):
@@ -123,7 +123,9 @@ def _fit(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
 
 def _fits(family: Family, config: Any, checkpoint: Checkpoint) -> bool:
   try:
-    plan_load(checkpoint, abstract_model(family.model_class, config), family.weights[checkpoint.dialect])
+    plan_load(
+      checkpoint, abstract_model(family.model_class, config), family.weights[checkpoint.format.naming]
+    )
   except CheckpointError:
     return False
   return True

@@ -14,7 +14,7 @@ from models_automodel.errors import source_errors
 from models_automodel.gguf_tokenizer import read_gguf_tokenizer
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import Checkpoint, Files, as_files, read_gguf
+from models_core.formats import GGUF, Checkpoint, Files, as_files
 
 TOKENIZER = "tokenizer.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -122,15 +122,15 @@ def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
     with source_errors():
       return load_tokenizer(models_sources.get_source(source).open_files(place))
   if isinstance(place, Checkpoint):
-    if place.dialect == "gguf":
+    if place.format is GGUF:
       return _from_gguf(place)
     place = place.files
   files = as_files(place)
   names = frozenset(files.names())
   if TOKENIZER in names:
     return _from_json(files, names)
-  if any(name.endswith(".gguf") for name in names):
-    return _from_gguf(read_gguf(files))
+  if GGUF.is_in(files):
+    return _from_gguf(GGUF.read(files))
   raise CheckpointError(
     files.path,
     [

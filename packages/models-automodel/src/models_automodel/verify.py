@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -14,11 +13,8 @@ import numpy as np
 
 from models_automodel.automodel import AutoModel
 from models_core.errors import CheckpointError
-from models_core.formats import BoxReader, TensorInfo, TensorReader, cells, open_reader, tree_entries
+from models_core.formats import TensorInfo, TensorReader, checkpoint_entries
 from models_core.loading import LoadPlan
-
-# Elements that are looked at in one go, a multiple of every codec's block.
-_CHUNK = 1 << 22
 
 
 def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
@@ -38,32 +34,21 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
   """
   plan = AutoModel.plan(os.fspath(path), model_source="local", progress=False)
   if values:
-    checkpoint = plan.checkpoint
-    files = sorted({info.file for info in checkpoint.tensors.values()})
-    with contextlib.closing(open_reader(checkpoint, files, lambda count: None)) as reader:
-      problems = [problem for info in checkpoint.tensors.values() for problem in _not_finite(reader, info)]
+    with plan.open() as opened:
+      problems = [
+        problem for info in plan.checkpoint.tensors.values() for problem in _not_finite(opened.reader, info)
+      ]
     if problems:
-      raise CheckpointError(checkpoint.files.path, problems)
+      raise CheckpointError(plan.checkpoint.files.path, problems)
   return plan
 
 
 def _not_finite(reader: TensorReader, info: TensorInfo) -> Iterator[str]:
   if info.codec is None and not jnp.issubdtype(info.dtype, jnp.inexact):
     return
-  wrong = sum(numbers.size - int(np.isfinite(numbers).sum()) for numbers in _numbers(reader, info))
+  wrong = sum(numbers.size - int(np.isfinite(numbers).sum()) for numbers in reader.parts(info))
   if wrong:
     yield f"{info.name}: {wrong} of {math.prod(info.shape)} numbers are NaN or infinite"
-
-
-def _numbers(reader: TensorReader, info: TensorInfo) -> Iterator[np.ndarray]:
-  """All numbers of a tensor, in parts: its cells, or runs of elements."""
-  if isinstance(reader, BoxReader):
-    for index in cells(info.shape, info.cell or info.shape):
-      yield reader.read_box(info, index)
-    return
-  count = math.prod(info.shape)
-  for element in range(0, count, _CHUNK):
-    yield reader.read_elements(info, element, min(_CHUNK, count - element))
 
 
 def checksums(path: str | os.PathLike) -> dict[str, str]:
@@ -72,7 +57,7 @@ def checksums(path: str | os.PathLike) -> dict[str, str]:
   Files in folders below it don't count, but for those of an Orbax tree.
   """
   root = pathlib.Path(path)
-  folders = [root / name for name in tree_entries(str(root))]
+  folders = [root / name for name in checkpoint_entries(str(root))]
   entries = {*root.iterdir(), *(entry for folder in folders for entry in folder.rglob("*"))}
   result = {}
   for entry in sorted(entry for entry in entries if entry.is_file()):

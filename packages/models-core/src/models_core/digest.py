@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import ModelsError
 from models_core.layers import dotted
-from models_core.loading import LoadPlan, PlannedParameter, load_arrays
+from models_core.loading import LoadPlan, PlannedParameter
 
 # Parameters that are in memory at a time while a checkpoint is read, in bytes.
 _GROUP = 1 << 30
@@ -95,11 +95,10 @@ def digest_plan(plan: LoadPlan) -> Digest:
     CheckpointError: as `load`.
   """
   numbers: dict[str, int] = {}
-  ties = plan.ties
-  for group in _groups(plan.parameters):
-    part = dataclasses.replace(plan, parameters=group, ties=ties)
-    numbers |= digest_arrays(load_arrays(part)).parameters
-    ties = ()
+  with plan.open() as opened:
+    for group in _groups(plan.parameters):
+      names = [planned.parameter.name for planned in group]
+      numbers |= digest_arrays(opened.read_all(names)).parameters
   return Digest(numbers)
 
 

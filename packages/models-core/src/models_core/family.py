@@ -9,14 +9,11 @@ from typing import Any, Generic, TypeVar
 from flax import nnx
 
 from models_core.errors import ConfigError
-from models_core.formats import TensorInfo
+from models_core.formats import SAFETENSORS, Format, TensorInfo
 from models_core.weights import WeightTable, own_names
 
 # The major contract. AutoModel refuses a family of another one.
 FAMILY_API_VERSION = 1
-
-# Dialects that are no convention of names: where a family has no table, parameters keep their own.
-_NAMELESS = frozenset({"orbax"})
 
 # A configuration and its model.
 C = TypeVar("C")
@@ -38,8 +35,8 @@ class Family(Generic[C, M]):
     read_config: config.json -> configuration. Raises ConfigError on a key that it neither uses nor knows to be
       harmless, and where two spellings differ.
     write_config: configuration -> config.json, in the spellings of old and new transformers.
-    weights: a weight table for each dialect: "huggingface" always; "gguf" where it exists; "orbax" where somebody
-      else writes such trees: without it they hold parameters under their own names (`table_of`).
+    weights: a weight table for each naming scheme: "huggingface" always; "gguf" where it exists; "orbax" where
+      somebody else writes such trees: without it they hold parameters under their own names.
     fit_config: `(preset, tensors by name) -> configuration` of a checkpoint without config.json, which may decide some
       of it, such as the rows of the embedding; None where the two are plainly of different sizes.
     api_version: the contract that it was written against.
@@ -55,23 +52,26 @@ class Family(Generic[C, M]):
   fit_config: Callable[[C, Mapping[str, TensorInfo]], C | None] | None = None
   api_version: int = FAMILY_API_VERSION
 
+  @property
+  def huggingface(self) -> WeightTable:
+    """The weight table of Hugging Face's names."""
+    return self.weights[SAFETENSORS.naming]
 
-def table_of(family: Family, dialect: str, shapes: Mapping[str, Sequence[int]]) -> WeightTable:
-  """The weight table of a dialect.
+  def table_of(self, format: Format, shapes: Mapping[str, Sequence[int]]) -> WeightTable:
+    """The weight table of a format's naming scheme.
 
-  Args:
-    family: of the model.
-    dialect: such as "huggingface".
-    shapes: of the model's parameters, by name.
+    Args:
+      format: of a checkpoint.
+      shapes: of the model's parameters, by name.
 
-  Raises:
-    ConfigError: if the family knows nothing of the dialect.
-  """
-  if (table := family.weights.get(dialect)) is not None:
-    return table
-  if dialect in _NAMELESS:
-    return own_names(shapes)
-  raise ConfigError(f"the family {family.name} does not read the {dialect} dialect")
+    Raises:
+      ConfigError: if the family has no table for it.
+    """
+    if (table := self.weights.get(format.naming)) is not None:
+      return table
+    if format.keeps_own_names:
+      return own_names(shapes)
+    raise ConfigError(f"the family {self.name} has no weight table for the naming scheme {format.naming!r}")
 
 
 def adopt(function: Callable[..., Any], family: Family, contract: type) -> None:

@@ -62,7 +62,7 @@ def safe_tensors_creator(family: Family[C, M]) -> SafeTensorsCreator[C, M]:
   def create_model_from_safe_tensors(
     file_dir: str | os.PathLike, config: C, mesh: Mesh | None = None, dtype: Any = None
   ) -> M:
-    table = family.weights["huggingface"]
+    table = family.huggingface
     return load_and_create_model(file_dir, family.model_class, config, table, mesh, dtype=dtype)
 
   adopt(create_model_from_safe_tensors, family, SafeTensorsCreator)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models_core.family import Family
-from models_core.formats import Files, OnBytes
-from models_core.saving import flatten, save_parameters
+from models_core.formats import SAFETENSORS, Files, OnBytes
+from models_core.saving import Base, flatten, save_parameters_to_safetensors
 
 
 def save_model_to_safetensors(
@@ -54,17 +54,17 @@ def save_model_to_safetensors(
     ValueError: if `max_shard_size` is no size.
   """
   arrays = flatten(state_dict)
-  save_parameters(
+  save_parameters_to_safetensors(
     arrays,
     arrays.__getitem__,
     save_dir,
-    max_shard_size,
     family=family,
     config=config,
-    base=base,
+    base=None if base is None else Base.of(base, SAFETENSORS),
     companions=companions,
     dtype=dtype,
     overwrite=overwrite,
     on_total=on_total,
     on_bytes=on_bytes,
+    max_shard_size=max_shard_size,
   )

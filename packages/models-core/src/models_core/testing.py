@@ -62,7 +62,7 @@ def write_checkpoint(
   directory: pathlib.Path, family: Family, config: Any, model: nnx.Module
 ) -> dict[str, np.ndarray]:
   """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
-  tensors = to_tensors(model, family.weights["huggingface"])
+  tensors = to_tensors(model, family.huggingface)
   header, end = {}, 0
   codes = {dtype: code for code, dtype in DTYPES.items()}
   for name, array in tensors.items():
@@ -201,9 +201,7 @@ class FamilyContract:
     write_checkpoint(tmp_path, self.family, self.config, model)
     config = self.family.read_config(json.loads((tmp_path / "config.json").read_text()))
     abstract = abstract_model(self.family.model_class, config, mesh)
-    loaded = load(
-      plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.weights["huggingface"])
-    )
+    loaded = load(plan_load(read_safetensors(LocalFiles(str(tmp_path))), abstract, self.family.huggingface))
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
     assert ours.keys() == theirs.keys()
     for path, variable in ours.items():

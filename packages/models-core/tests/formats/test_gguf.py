@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from models_core import extras
 from models_core.config.gguf import gguf_config
 from models_core.errors import CheckpointError, ModelsError
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.gguf import _PLAIN, _QUANTISED, read_gguf
 
 
@@ -136,7 +136,7 @@ def assert_equals_reference(checkpoint, paths):
 def test_tensors_are_those_of_the_reference_reader(tmp_path, alignment):
   path = write(tmp_path / "m.gguf", tensors=some_tensors(np.random.default_rng(0)), alignment=alignment)
   checkpoint = read_gguf(LocalFiles(str(tmp_path)))
-  assert checkpoint.dialect == "gguf"
+  assert checkpoint.format.naming == "gguf"
   assert_equals_reference(checkpoint, [path])
   assert all(info.start % (alignment or 32) == 0 for info in checkpoint.tensors.values())
   dtypes = {name: info.dtype for name, info in checkpoint.tensors.items() if info.codec is None}

@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models_core.errors import CheckpointError
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.orbax import find_orbax, read_orbax
 
 KEY = "transformer/layer_0/attn/q_einsum"
@@ -28,14 +28,14 @@ def read(directory):
 
 def values(checkpoint):
   assert not checkpoint.problems
-  reader = checkpoint.open_reader(checkpoint, (), lambda count: None)
+  reader = checkpoint.open(())
   return {n: reader.read_box(i, tuple(slice(0, s) for s in i.shape)) for n, i in checkpoint.tensors.items()}
 
 
 @pytest.mark.parametrize("database", [True, False])
 def test_names_shapes_and_numbers(save, database):
   checkpoint = read(save(TREE, use_ocdbt=database))
-  assert checkpoint.dialect == "orbax"
+  assert checkpoint.format.naming == "orbax"
   assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
     f"{KEY}.w": (2, 3, 4),
     "scale": (3,),

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError
-from models_core.formats import reader
-from models_core.formats.checkpoint import LocalFiles, RangeFiles
-from models_core.formats.reader import LocalReader, RangeReader, open_reader
+from models_core.formats import byte_reader
+from models_core.formats.byte_reader import LocalReader, RangeReader
+from models_core.formats.files import LocalFiles, RangeFiles
 from models_core.formats.safetensors import read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.loader import load_arrays
@@ -41,7 +41,7 @@ class Remote:
 
 @pytest.fixture
 def small_ranges(monkeypatch):
-  monkeypatch.setattr(reader, "RANGE", 64)
+  monkeypatch.setattr(byte_reader, "RANGE", 64)
   monkeypatch.setattr(RangeReader, "chunk", 64)
 
 
@@ -69,7 +69,7 @@ def test_files_that_offer_ranges_are_read_by_ranges(remote, save, rng):
   files = remote({"x": x})
   assert isinstance(files, RangeFiles)
   for place, kind in ((files, RangeReader), (LocalFiles(files.path), LocalReader)):
-    opened = open_reader(read_safetensors(place), ["model.safetensors"], lambda count: None)
+    opened = read_safetensors(place).open(["model.safetensors"])
     assert type(opened) is kind
     opened.close()
 
@@ -90,7 +90,7 @@ def test_what_is_not_wanted_is_not_asked_for(toy, remote, rng, small_ranges):
   x = rng.normal(size=(40, 8)).astype(np.float32)
   files = remote({"a": x, "unused": x, "b": x})
   checkpoint = read_safetensors(files)
-  opened = open_reader(checkpoint, ["model.safetensors"], lambda count: None)
+  opened = checkpoint.open(["model.safetensors"])
   part = np.empty((10, 8), np.float32)
   opened.read_into(checkpoint.tensors["b"], 20 * 8, part)
   opened.close()
@@ -102,7 +102,7 @@ def test_a_large_read_is_many_ranges_at_a_time(remote, rng, small_ranges):
   x = rng.integers(0, 255, 64 * 8, np.uint8)
   files = remote({"x": x})
   checkpoint = read_safetensors(files)
-  opened = open_reader(checkpoint, ["model.safetensors"], lambda count: None)
+  opened = checkpoint.open(["model.safetensors"])
   together = threading.Barrier(8)  # Broken, unless all eight are under way at a time.
   files.before = lambda start: together.wait(10)
   target = np.empty_like(x)
@@ -126,7 +126,7 @@ def test_a_failed_range_fails_the_read_after_the_others_are_done(remote, rng, sm
     ended.append(start)
 
   files.before = before
-  opened = open_reader(checkpoint, ["model.safetensors"], lambda count: None)
+  opened = checkpoint.open(["model.safetensors"])
   with pytest.raises(ConnectionError, match="cut"):
     opened.read_into(checkpoint.tensors["x"], 0, np.empty_like(x))
   assert sorted(begun) == sorted(ended)

@@ -9,9 +9,9 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from models_core.errors import CheckpointError
-from models_core.formats.checkpoint import LocalFiles, as_files
+from models_core.formats.files import LocalFiles, as_files
 from models_core.formats.json_files import parse_json
-from models_core.formats.safetensors import DTYPES, INDEX, is_inside, read_header, read_safetensors
+from models_core.formats.safetensors import DTYPES, INDEX, is_inside, read_safetensors, read_safetensors_file
 
 
 def raw(header, data=b"", length=None):
@@ -51,7 +51,7 @@ def test_every_dtype_of_the_format_that_jax_has_is_read(save, kinds):
   checkpoint = read_safetensors(LocalFiles(str(directory)))
   content = (directory / "model.safetensors").read_bytes()
   assert checkpoint.problems == ()
-  assert checkpoint.dialect == "huggingface"
+  assert checkpoint.format.naming == "huggingface"
   for kind, info in checkpoint.tensors.items():
     assert (info.name, info.dtype, info.shape, info.file) == (kind, DTYPES[kind], (2, 3), "model.safetensors")
     assert content[info.start : info.stop] == tensors[kind].tobytes()
@@ -300,8 +300,8 @@ def test_tensors_may_be_empty_scalar_and_in_any_order(tmp_path):
     "none": entry(shape=[0], offsets=[0, 0]),
   }
   (tmp_path / "model.safetensors").write_bytes(raw(header, bytes(12)))
-  infos, _ = read_header(LocalFiles(str(tmp_path)), "model.safetensors")
-  assert [info.name for info in infos] == ["none", "first", "empty", "later"]
+  checkpoint = read_safetensors_file(LocalFiles(str(tmp_path)), "model.safetensors")
+  assert list(checkpoint.tensors) == ["none", "first", "empty", "later"]
 
 
 @pytest.mark.parametrize("text", [b'{"a": 1, "b": {"a": 1}}', b"[1]", b"null"])
@@ -349,7 +349,7 @@ def test_a_mutated_file_is_read_consistently_or_refused_as_a_checkpoint_error(sa
       mutant[:8] = struct.pack("<Q", len(mutant) - 8 - (len(good) - header))
     content = bytes(mutant)
     try:
-      infos, _ = read_header(Memory(), "model.safetensors")
+      infos = read_safetensors_file(Memory(), "model.safetensors").tensors.values()
     except CheckpointError as error:
       refused += error.where == "memory/model.safetensors"
       continue

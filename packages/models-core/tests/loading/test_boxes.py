@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from models_core.formats.checkpoint import TensorInfo
+from models_core.formats.tensors import TensorInfo
 from models_core.loading import boxes
 from models_core.weights.layout import arrange, part_shape, pieces
 from models_core.weights.table import WeightTable

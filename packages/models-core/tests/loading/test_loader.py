@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError
-from models_core.formats import reader
-from models_core.formats.checkpoint import LocalFiles
-from models_core.formats.reader import aligned_empty
+from models_core.formats import byte_reader
+from models_core.formats.files import LocalFiles
+from models_core.formats.memory import aligned_empty
 from models_core.formats.safetensors import DTYPES, read_safetensors
-from models_core.loading import loader
+from models_core.loading import fill
 from models_core.loading.abstract import abstract_model
-from models_core.loading.loader import cast_into, load, load_arrays
+from models_core.loading.fill import cast_into
+from models_core.loading.loader import load, load_arrays
 from models_core.loading.plan import plan_load
 from models_core.weights.table import Ignored, Tied, Values, WeightTable
 
@@ -54,8 +55,8 @@ def plan(toy):
 @pytest.fixture
 def tiny_chunks(monkeypatch):
   """Every tensor takes several chunks and several tasks."""
-  monkeypatch.setattr(reader.LocalReader, "chunk", 64)
-  monkeypatch.setattr(loader, "_TASK", 256)
+  monkeypatch.setattr(byte_reader.LocalReader, "chunk", 64)
+  monkeypatch.setattr(fill, "_TASK", 256)
 
 
 def random_bits(rng, shape, dtype):
@@ -400,8 +401,10 @@ class TestFiles:
     def fail(count):
       raise ZeroDivisionError
 
-    monkeypatch.setattr(reader.os, "preadv", slow_preadv)
-    monkeypatch.setattr(reader.os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+    monkeypatch.setattr(byte_reader.os, "preadv", slow_preadv)
+    monkeypatch.setattr(
+      byte_reader.os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor))
+    )
     with pytest.raises(ZeroDivisionError):
       load(made, on_bytes=fail)
     assert closed

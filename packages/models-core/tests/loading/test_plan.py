@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError, ModelsError, ShardingError
-from models_core.formats.checkpoint import LocalFiles
+from models_core.formats.files import LocalFiles
 from models_core.formats.safetensors import read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.plan import loaded_dtype, plan_load

@@ -13,10 +13,11 @@ import zstandard
 from models_core.errors import CheckpointError
 from models_core.formats import orbax as orbax_checkpoint
 from models_core.formats import orbax_cells
-from models_core.formats.checkpoint import LocalFiles, TensorInfo
+from models_core.formats.files import LocalFiles
 from models_core.formats.orbax import read_orbax
+from models_core.formats.tensors import TensorInfo
 from models_core.loading import boxes, streams
-from models_core.loading.loader import cast_into
+from models_core.loading.fill import cast_into
 from models_core.weights.layout import arrange, part_shape, pieces
 from models_core.weights.table import WeightTable
 
@@ -53,7 +54,7 @@ def write(directory, cell, *, database=True, **metadata):
 def open_tree(directory):
   checkpoint = read_orbax(LocalFiles(str(directory)))
   assert not checkpoint.problems
-  return checkpoint.tensors["w"], checkpoint.open_reader(checkpoint, (), lambda count: None)
+  return checkpoint.tensors["w"], checkpoint.open(())
 
 
 def read(info, reader, shares, most):

@@ -19,11 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError, ConfigError, SaveError
 from models_core.extras import MissingExtraError
-from models_core.family import Family, table_of
-from models_core.formats.checkpoint import LocalFiles
-from models_core.formats.orbax import read_orbax
+from models_core.family import Family
+from models_core.formats.files import LocalFiles
+from models_core.formats.gguf import GGUF
+from models_core.formats.orbax import ORBAX, read_orbax
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.saving import orbax_writer
+from models_core.saving.base import Base
 from models_core.saving.orbax_saver import save_parameters_to_orbax
 from models_core.saving.orbax_writer import cell_shape
 from models_core.weights.table import Form, Ignored, WeightTable
@@ -101,7 +103,7 @@ def read(directory):
   """By our own reader."""
   checkpoint = read_orbax(LocalFiles(str(directory)))
   assert not checkpoint.problems
-  reader = checkpoint.open_reader(checkpoint, (), lambda count: None)
+  reader = checkpoint.open(())
   return {n: reader.read_box(i, tuple(slice(0, s) for s in i.shape)) for n, i in checkpoint.tensors.items()}
 
 
@@ -137,7 +139,7 @@ def test_config_and_companions_lie_beside_it(tmp_path):
   (tmp_path / "base" / "config.json").write_text('{"model_type": "tiny", "wide": false, "more": [1]}')
   (tmp_path / "base" / "tokenizer.json").write_text("{}")
   save(FLAT, tmp_path / "base", overwrite=True)
-  base = read_orbax(LocalFiles(str(tmp_path / "base")))
+  base = Base.of(tmp_path / "base", ORBAX)
   save(FLAT, tmp_path / "tree", base=base, companions=["tokenizer.json", "merges.txt"])
   config = json.loads((tmp_path / "tree" / "config.json").read_text())
   assert (config["model_type"], config["wide"], config["dtype"]) == ("tiny", False, "bfloat16")
@@ -197,7 +199,7 @@ def test_a_base_decides_the_form_and_gives_what_the_model_has_not(wide, tmp_path
   tree["top/out"], tree["top/rows"] = {"w": random(3, 5, 6)}, {"w": random(15, 6)}
   ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(tmp_path / "base", tree)
   checkpoint = read_orbax(LocalFiles(str(tmp_path / "base")))
-  save(PARAMETERS, tmp_path / "tree", FUSED, Config(not wide), base=checkpoint)
+  save(PARAMETERS, tmp_path / "tree", FUSED, Config(not wide), base=Base(checkpoint.files, checkpoint))
   found = restored(tmp_path / "tree")
   assert found.keys() == {"layer_0/gating.w", "top/out.w", "top/rows.w", "tower.k"}
   assert found["layer_0/gating.w"].shape == gating.shape
@@ -295,11 +297,11 @@ import os, signal, numpy as np
 from models_core.saving import orbax_writer
 from models_core.saving.atomic import replace_directory
 from models_core.saving.plan import plan_state
-from models_core.saving.directory import weight_files
+from models_core.formats import checkpoint_entries
 orbax_writer._BATCH = 1000
 state = {"a": np.zeros(3000), "b": np.zeros(3000)}
 kill = lambda count: os.kill(os.getpid(), signal.SIGKILL)
-with replace_directory(TARGET, overwrite=True, outdated=weight_files) as directory:
+with replace_directory(TARGET, overwrite=True, outdated=checkpoint_entries) as directory:
   orbax_writer.write_tree(directory, plan_state(state), state.__getitem__, on_bytes=kill)
 """
 
@@ -350,13 +352,13 @@ def test_without_tensorstore(tmp_path, monkeypatch):
 
 def test_a_family_without_a_table_keeps_its_names():
   shapes = {"layers.0.q": (2, 3), "layers.11.q": (2, 3), "blocks.1.experts.2.w": (4,), "steps": ()}
-  table = table_of(family(), "orbax", shapes)
+  table = family().table_of(ORBAX, shapes)
   assert [(row.ours, row.forms[0].name, row.forms[0].layout) for row in table.rows] == [
     ("layers.{i}.q", "layers.{i}.q", "a b"),
     ("blocks.{i}.experts.{j}.w", "blocks.{i}.experts.{j}.w", "a"),
     ("steps", "steps", ""),
   ]
   assert table.layer_of("layers.11.q") == 11
-  assert table_of(family(orbax=FUSED), "orbax", shapes) is FUSED
-  with pytest.raises(ConfigError, match="the family tiny does not read the gguf dialect"):
-    table_of(family(), "gguf", shapes)
+  assert family(orbax=FUSED).table_of(ORBAX, shapes) is FUSED
+  with pytest.raises(ConfigError, match="the family tiny has no weight table for the naming scheme 'gguf'"):
+    family().table_of(GGUF, shapes)

@@ -51,7 +51,11 @@ _SCHEMES = {"gs": "gcs", "s3": "s3"}
 
 
 class Files(Protocol):
-  """The files of one version of one checkpoint, wherever they lie. Safe to use from several threads."""
+  """The files of one version of one checkpoint, wherever they lie. Safe to use from several threads.
+
+  A method `locate(name) -> str | None` is optional: the path of a file on this machine, None where it lies elsewhere.
+  Then a header is read through one descriptor.
+  """
 
   @property
   def path(self) -> str:

@@ -236,9 +236,13 @@ class KaggleFiles:
     self._check([name])
     return self.sizes[name]
 
+  def locate(self, name: str) -> str:
+    """The path of a file, which is fetched first: Kaggle serves whole files."""
+    return os.path.join(self.fetch([name]), name)
+
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file, which is fetched first: Kaggle serves whole files."""
-    with open(os.path.join(self.fetch([name]), name), "rb") as file:
+    with open(self.locate(name), "rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 

@@ -30,7 +30,8 @@ class LocalFiles:
       # Of a loop of links, the entry itself would raise.
       return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
-  def _locate(self, name: str) -> str:
+  def locate(self, name: str) -> str:
+    """The path of a file."""
     check_name(name)
     place = os.path.join(self._directory(), name)
     known = name == os.path.basename(self.path) if os.path.isfile(self.path) else os.path.isfile(place)
@@ -43,11 +44,11 @@ class LocalFiles:
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
-    return os.stat(self._locate(name)).st_size
+    return os.stat(self.locate(name)).st_size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
-    with open(self._locate(name), "rb") as file:
+    with open(self.locate(name), "rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 

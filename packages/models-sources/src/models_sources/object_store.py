@@ -333,6 +333,11 @@ class CachedFiles:
     """Bytes of an object."""
     return self.store.size(name)
 
+  def locate(self, name: str) -> str | None:
+    """The path of an object on the disk; None where it lies in the store alone."""
+    path = self.cache.file(name)
+    return None if path is None else str(path)
+
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of an object, from the disk if it is there, fewer where it ends before `stop`."""
     self.store.entry(name)

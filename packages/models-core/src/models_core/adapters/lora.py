@@ -24,8 +24,8 @@ from models_core.errors import AdapterError
 from models_core.family import Family, adopt
 from models_core.formats import as_files, read_safetensors
 from models_core.layers import dotted
-from models_core.loading import abstract_model, load_arrays, plan_load
-from models_core.saving import save_parameters, whole
+from models_core.loading import abstract_model, plan_load
+from models_core.saving import Base, save_parameters_to_safetensors, whole
 from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
@@ -175,7 +175,7 @@ def check_factors(
 
   Args:
     adapter: to check.
-    table: "huggingface" of the family.
+    table: of the family's Hugging Face names.
     parameters: shapes by name.
 
   Raises:
@@ -242,7 +242,7 @@ def merge_adapter(
   Args:
     arrays: by parameter name, of any dtype and sharding; the merged ones have the same.
     adapter: of the model, or read from a file.
-    table: "huggingface" of the family.
+    table: of the family's Hugging Face names.
 
   Raises:
     AdapterError: if it does not fit.
@@ -286,7 +286,7 @@ def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Modul
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if not isinstance(variable, nnx.LoRAParam):
       arrays[dotted(path)] = variable.get_value()
-  merged = merge_adapter(arrays, adapter, family.weights["huggingface"])
+  merged = merge_adapter(arrays, adapter, family.huggingface)
   meshes = (array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, NamedSharding))
   mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
   return abstract_model(family.model_class, model.config, mesh).fill(merged)  # type: ignore[attr-defined]
@@ -381,23 +381,23 @@ def save_merged(
     CheckpointError: if the base is broken or of another architecture.
     SaveError: if `save_dir` holds something, or the file system refuses.
   """
-  files = as_files(base)
-  table = family.weights["huggingface"]
-  model = abstract_model(family.model_class, config)
-  plan = plan_load(read_safetensors(files), model, table)
+  files, table = as_files(base), family.huggingface
+  plan = plan_load(read_safetensors(files), abstract_model(family.model_class, config), table)
   planned = {one.parameter.name: one for one in plan.parameters}
   own = check_factors(adapter, table, {name: one.parameter.shape for name, one in planned.items()})
 
-  def get(name: str) -> jax.Array:
-    array = load_arrays(dataclasses.replace(plan, parameters=(planned[name],), ties=()))[name]
-    return merge_parameter(array, adapter, name, own[name]) if name in own else array
+  with plan.open() as opened:
 
-  save_parameters(
-    {name: jax.ShapeDtypeStruct(one.parameter.shape, one.dtype) for name, one in planned.items()},
-    get,
-    save_dir,
-    family=family,
-    config=config,
-    base=files,
-    companions=[name for name in files.names() if not name.endswith(_WEIGHTS) and name != "config.json"],
-  )
+    def get(name: str) -> jax.Array:
+      array = opened.read(name)
+      return merge_parameter(array, adapter, name, own[name]) if name in own else array
+
+    save_parameters_to_safetensors(
+      {name: jax.ShapeDtypeStruct(one.parameter.shape, one.dtype) for name, one in planned.items()},
+      get,
+      save_dir,
+      family=family,
+      config=config,
+      base=Base(files, plan.checkpoint, lambda: opened.reader),
+      companions=[name for name in files.names() if not name.endswith(_WEIGHTS) and name != "config.json"],
+    )

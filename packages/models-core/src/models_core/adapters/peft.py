@@ -9,11 +9,12 @@ trained on fused experts is read, too: A [E * r, in] and B [out, r * E] of one t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from models_core.adapters.lora import Adapter, Factors, Roles, check_factors, find_row, roles
 from models_core.errors import AdapterError, CheckpointError
 from models_core.family import Family
-from models_core.formats import Files, TensorInfo, as_files, parse_json, read_header
+from models_core.formats import Files, as_files, parse_json, read_safetensors_file
 from models_core.loading import abstract_model
 from models_core.saving import SavedFile, plan_state, replace_directory, write_files
 from models_core.weights import Form, Piece, WeightTable, pieces
@@ -72,7 +73,7 @@ def save_peft_adapter(
     AdapterError: if the adapter does not fit the model.
     SaveError: if `save_dir` holds something, or the file system refuses.
   """
-  table, shapes = family.weights["huggingface"], _shapes(family, config)
+  table, shapes = family.huggingface, _shapes(family, config)
   own = check_factors(adapter, table, shapes)
   tensors: dict[str, np.ndarray] = {}
   for name, factors in adapter.factors.items():
@@ -107,8 +108,8 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
   if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]:
     raise CheckpointError(files.path, [f"{name} is missing: this is no adapter of peft" for name in missing])
   rank, alpha = _read_config(files)
-  infos = {info.name.removeprefix(_PREFIX): info for info in read_header(files, ADAPTER_WEIGHTS)[0]}
-  table, shapes = family.weights["huggingface"], _shapes(family, config)
+  arrays = _read_arrays(files)
+  table, shapes = family.huggingface, _shapes(family, config)
   factors: dict[str, Factors] = {}
   used: set[str] = set()
   for name, shape in shapes.items():
@@ -118,28 +119,38 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
         continue
       if not _is_split(form, placeholders, own):
         fused = pieces(row, form, placeholders, shape)[0]
-        if module := _module_of_fused(infos, fused, rank):
+        if module := _module_of_fused(arrays, fused, rank):
           wanted = [module + side for side in _SIDES]
           used.update(wanted)
-          factors[name] = _from_fused(files, [infos[tensor] for tensor in wanted], fused, own, shape, rank)
+          factors[name] = _from_fused([arrays[tensor] for tensor in wanted], fused, own, shape, rank)
         continue
       modules = list(_modules(form, placeholders, own, shape))
       wanted = [module + side for _, module in modules for side in _SIDES]
-      if not any(tensor in infos for tensor in wanted):
+      if not any(tensor in arrays for tensor in wanted):
         continue
-      if absent := [tensor for tensor in wanted if tensor not in infos]:
+      if absent := [tensor for tensor in wanted if tensor not in arrays]:
         raise AdapterError(
           f"{files.path}: {absent[0]} is missing: the adapter changes a part of {name} alone"
         )
       used.update(wanted)
-      factors[name] = _from_peft(files, [infos[tensor] for tensor in wanted], own, shape, rank)
-  if left := sorted(infos.keys() - used):
+      factors[name] = _from_peft(files.path, {tensor: arrays[tensor] for tensor in wanted}, own, shape, rank)
+  if left := sorted(arrays.keys() - used):
     raise AdapterError(
       f"{files.path}: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}: the model has no matrix for it"
     )
   adapter = Adapter(factors, alpha, rank)
   check_factors(adapter, table, shapes)
   return adapter
+
+
+def _read_arrays(files: Files) -> dict[str, np.ndarray]:
+  """All tensors by name, without the prefix that peft gives them."""
+  checkpoint = read_safetensors_file(files, ADAPTER_WEIGHTS)
+  with contextlib.closing(checkpoint.open([ADAPTER_WEIGHTS])) as reader:
+    return {
+      info.name.removeprefix(_PREFIX): np.array(reader.read_box(info, info.everything))
+      for info in checkpoint.tensors.values()
+    }
 
 
 def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
@@ -186,27 +197,26 @@ def _to_peft(factors: Factors, own: Roles, index: tuple[int, ...]) -> tuple[np.n
 
 
 def _from_peft(
-  files: Files, infos: list[TensorInfo], own: Roles, shape: tuple[int, ...], rank: int
+  where: str, tensors: Mapping[str, np.ndarray], own: Roles, shape: tuple[int, ...], rank: int
 ) -> Factors:
   """The factors of a parameter from A and B of each of its matrices."""
   sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
   ends = len(own.experts)
   sides = (("r" + own.inputs, own.a[ends:]), (own.outputs + "r", own.b[ends:]))
   found: list[list[np.ndarray]] = [[], []]
-  for number, info in enumerate(infos):
+  for number, (name, data) in enumerate(tensors.items()):
     theirs, ours = sides[number % 2]
     full = tuple(sizes[axis] for axis in theirs)
     flat = (rank, math.prod(full[1:])) if number % 2 == 0 else (math.prod(full[:-1]), rank)
-    if info.shape != flat:
-      raise AdapterError(f"{files.path}: {info.name} has shape {info.shape}, but the model needs {flat}")
-    data = np.frombuffer(files.read(ADAPTER_WEIGHTS, info.start, info.stop), info.dtype)
+    if data.shape != flat:
+      raise AdapterError(f"{where}: {name} has shape {data.shape}, but the model needs {flat}")
     found[number % 2].append(_transposed(data.reshape(full), theirs, ours))
   experts = tuple(sizes[axis] for axis in own.experts)
   a, b = (np.stack(parts).reshape(*experts, *parts[0].shape) for parts in found)
   return Factors(a, b)
 
 
-def _module_of_fused(infos: Mapping[str, TensorInfo], fused: Piece, rank: int) -> str | None:
+def _module_of_fused(arrays: Mapping[str, np.ndarray], fused: Piece, rank: int) -> str | None:
   """The module under whose name peft keeps the factors of a tensor that holds all experts; None where it has none.
 
   They are at the module that the tensor belongs to, those of the module's other tensors deeper in: the shapes tell.
@@ -215,19 +225,19 @@ def _module_of_fused(infos: Mapping[str, TensorInfo], fused: Piece, rank: int) -
     return None
   E, out, into = fused.shape
   module = fused.tensor.rpartition(".")[0]
-  while all(module + side in infos for side in _SIDES):
-    if [infos[module + side].shape for side in _SIDES] == [(E * rank, into), (out, rank * E)]:
+  while all(module + side in arrays for side in _SIDES):
+    if [arrays[module + side].shape for side in _SIDES] == [(E * rank, into), (out, rank * E)]:
       return module
     module += ".base_layer"
   return None
 
 
 def _from_fused(
-  files: Files, infos: list[TensorInfo], fused: Piece, own: Roles, shape: tuple[int, ...], rank: int
+  tensors: Sequence[np.ndarray], fused: Piece, own: Roles, shape: tuple[int, ...], rank: int
 ) -> Factors:
   """The factors of a parameter that is a part of a tensor [E, out, in]: that part of B's rows, and all of A."""
   sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
-  a, b = (np.frombuffer(files.read(ADAPTER_WEIGHTS, info.start, info.stop), info.dtype) for info in infos)
+  a, b = tensors
   # The tensor's first axis are the experts, its last one is the input.
   outputs = slice(1, len(fused.split) - len(own.inputs))
   b = b.reshape(*fused.split[outputs], rank, -1)[fused.select[outputs]]

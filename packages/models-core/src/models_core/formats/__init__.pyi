@@ -1,49 +1,56 @@
-from .checkpoint import Checkpoint, Codec, Files, LocalFiles, RangeFiles, TensorInfo, as_files
-from .gguf import read_gguf
+from .checkpoint import Checkpoint, Format, Header
+from .files import Files, LocalFiles, RangeFiles, as_files
+from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import parse_json
-from .orbax import METADATA, find_orbax, read_orbax, tree_entries
-from .reader import (
-  ALIGNMENT,
-  BoxReader,
-  Index,
-  OnBytes,
-  RunReader,
-  TensorReader,
-  aligned_empty,
-  cells,
-  open_reader,
-  read_box,
+from .memory import ALIGNMENT, aligned_empty
+from .orbax import METADATA, ORBAX, read_orbax
+from .reader import CellReader, OnBytes, RunReader, TensorReader
+from .registry import FORMATS, checkpoint_entries, formats_in, weight_files
+from .safetensors import (
+  DTYPES,
+  INDEX,
+  SAFETENSORS,
+  SINGLE,
+  SafetensorsCheckpoint,
+  read_safetensors,
+  read_safetensors_file,
 )
-from .safetensors import DTYPES, INDEX, SINGLE, is_inside, read_header, read_safetensors
+from .tensors import Codec, Index, TensorInfo, cells_of
 
 __all__ = [
   "ALIGNMENT",
   "DTYPES",
+  "FORMATS",
+  "GGUF",
   "INDEX",
   "METADATA",
+  "ORBAX",
+  "SAFETENSORS",
   "SINGLE",
-  "BoxReader",
+  "CellReader",
   "Checkpoint",
   "Codec",
   "Files",
+  "Format",
+  "GgufCheckpoint",
+  "Header",
   "Index",
   "LocalFiles",
   "OnBytes",
   "RangeFiles",
   "RunReader",
+  "SafetensorsCheckpoint",
   "TensorInfo",
   "TensorReader",
   "aligned_empty",
   "as_files",
-  "cells",
-  "find_orbax",
-  "is_inside",
-  "open_reader",
+  "cells_of",
+  "checkpoint_entries",
+  "formats_in",
   "parse_json",
-  "read_box",
   "read_gguf",
-  "read_header",
   "read_orbax",
   "read_safetensors",
-  "tree_entries",
+  "read_safetensors_file",
+  "weight_files",
 ]

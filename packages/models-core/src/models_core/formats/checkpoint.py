@@ -1,147 +1,90 @@
-"""What a checkpoint is to the rest of the house: named tensors, each a byte range of a file."""
+"""What a checkpoint is to the rest of the house: named tensors in files of one format, and a reader of them."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import os
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence, Set
 
-import numpy as np
-
-from models_core.errors import CheckpointError
-
-
-class Files(Protocol):
-  """The files of one checkpoint, wherever they lie."""
-
-  @property
-  def path(self) -> str:
-    """Where the files are: a directory, or the address of a store."""
-
-  def names(self) -> Sequence[str]:
-    """Names of all files, relative to the root."""
-
-  def size(self, name: str) -> int:
-    """Bytes of a file."""
-
-  def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
-
-  def fetch(self, names: Sequence[str]) -> str:
-    """Makes the named files local, complete or not at all. Returns the directory that holds them."""
-
-
-@runtime_checkable
-class RangeFiles(Files, Protocol):
-  """Files that are read where they lie, range by range, by many threads at once. All ranges are of one version."""
-
-  def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-    """Fills a buffer with a file's bytes from `start` on, or raises."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalFiles:
-  """A directory, or one file, of this machine."""
-
-  path: str
-
-  def names(self) -> Sequence[str]:
-    """Names of the regular files in the directory, sorted."""
-    if os.path.isfile(self.path):
-      return [os.path.basename(self.path)]
-    if not os.path.isdir(self.path):
-      raise CheckpointError(self.path, ["there is no such file or directory"])
-    # Of a loop of links, the entry itself would raise.
-    return sorted(entry.name for entry in os.scandir(self.path) if os.path.isfile(entry.path))
-
-  def locate(self, name: str) -> str:
-    """The path of a file by its name."""
-    return self.path if os.path.isfile(self.path) else os.path.join(self.path, name)
-
-  def size(self, name: str) -> int:
-    """Bytes of a file."""
-    return os.stat(self.locate(name)).st_size
-
-  def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file."""
-    with open(self.locate(name), "rb") as file:
-      file.seek(start)
-      return file.read(stop - start)
-
-  def fetch(self, names: Sequence[str]) -> str:
-    """They are here already."""
-    return self.path
+from models_core.formats.files import Files
+from models_core.formats.reader import OnBytes, TensorReader
+from models_core.formats.tensors import TensorInfo
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Codec:
-  """How a file stores numbers that are no array: blocks along the last axis.
+class Header:
+  """What identifies a header that was read, so that a file which was replaced meanwhile is found out.
 
   Attributes:
-    name: of the encoding, such as "Q4_1".
-    block_size: elements of a block.
-    block_bytes: bytes of a block.
-    decode: uint8 [n * block_bytes] -> float32 [n * block_size].
+    nbytes: of the header, from the file's first byte on.
+    digest: of these bytes.
   """
 
-  name: str
-  block_size: int
-  block_bytes: int
-  decode: Callable[[np.ndarray], np.ndarray]
+  nbytes: int
+  digest: bytes
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TensorInfo:
-  """A tensor of a checkpoint, as its header tells it.
-
-  Attributes:
-    name: as the file spells it.
-    dtype: of the elements; of a quantised tensor, what decoding gives.
-    shape: slowest axis first.
-    file: the file's name.
-    start: first byte of its data within the file.
-    stop: one past the last byte.
-    codec: set where the bytes are not the elements themselves.
-    cell: shape of the parts that are stored as one each; None where the elements are a run of bytes.
-  """
-
-  name: str
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  file: str
-  start: int
-  stop: int
-  codec: Codec | None = None
-  cell: tuple[int, ...] | None = None
+  @classmethod
+  def of(cls, data: bytes) -> Header:
+    """Of a file's first bytes."""
+    return cls(len(data), hashlib.blake2b(data, digest_size=16).digest())
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Format:
+  """A kind of files that hold checkpoints.
+
+  Attributes:
+    name: such as "safetensors".
+    naming: the naming scheme of its tensors, the key of a family's weight table.
+    keeps_own_names: a family without a table for the naming scheme has its parameters' own names in such files.
+    owns: whether a file of this name holds weights in this format.
+    is_in: whether files hold a checkpoint of this format. May read the first bytes of some.
+    read: reads the headers.
+    entries: a directory -> names of the files and folders in it that make up its checkpoint: those that a new one
+      takes the place of.
+  """
+
+  name: str
+  naming: str
+  owns: Callable[[str], bool]
+  is_in: Callable[[Files], bool]
+  read: Callable[[Files], Checkpoint]
+  entries: Callable[[str], Set[str]]
+  keeps_own_names: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(abc.ABC):
   """All that the headers of a checkpoint say. No tensor data has been read.
 
   Attributes:
     files: where the bytes come from.
-    dialect: which of a family's weight tables its names follow ("huggingface", "gguf", "orbax").
     tensors: by name.
     metadata: what the headers hold besides tensors.
     problems: what is wrong with the headers themselves; reported together with what doesn't fit a model.
     shared_files: names of files that are needed whichever tensors are read.
-    open_reader: `(checkpoint, names of files, on_bytes) -> reader`, where tensors are no runs of bytes.
   """
 
   files: Files
-  dialect: str
   tensors: Mapping[str, TensorInfo]
   metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
   problems: tuple[str, ...] = ()
   shared_files: tuple[str, ...] = ()
-  open_reader: Callable[..., Any] | None = None
 
+  @property
+  @abc.abstractmethod
+  def format(self) -> Format:
+    """What kind of files these are."""
 
-def as_files(place: str | os.PathLike | Files) -> Files:
-  """A path of this machine, or files as they are."""
-  if isinstance(place, (str, os.PathLike)):
-    return LocalFiles(str(pathlib.Path(place).expanduser()))
-  return place
+  @abc.abstractmethod
+  def open(self, names: Sequence[str], on_bytes: OnBytes = lambda count: None) -> TensorReader:
+    """A reader of the tensors, for many threads at once.
+
+    Args:
+      names: of the files that will be read. They are fetched where they lie elsewhere and cannot be read there.
+      on_bytes: called with the number of bytes that were read, from several threads.
+
+    Raises:
+      CheckpointError: if a file is not what its header described.
+    """

@@ -18,7 +18,10 @@ import numpy as np
 
 from models_core.errors import CheckpointError
 from models_core.extras import require
-from models_core.formats.checkpoint import Checkpoint, Codec, Files, TensorInfo
+from models_core.formats.byte_reader import BytesCheckpoint
+from models_core.formats.checkpoint import Format, Header
+from models_core.formats.files import Files, ReadRange, reading
+from models_core.formats.tensors import Codec, TensorInfo
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -75,7 +78,16 @@ _QUANTISED = {
 }
 
 
-def read_gguf(files: Files) -> Checkpoint:
+class GgufCheckpoint(BytesCheckpoint):
+  """The tensors of GGUF files, whose metadata hold the configuration and the tokenizer."""
+
+  @property
+  def format(self) -> Format:
+    """GGUF."""
+    return GGUF
+
+
+def read_gguf(files: Files) -> GgufCheckpoint:
   """Reads the headers of a GGUF checkpoint: one file, or all parts of a split one.
 
   Shapes are slowest axis first. A quantised tensor has dtype float32 and a codec. Metadata holds every key: numbers,
@@ -91,9 +103,10 @@ def read_gguf(files: Files) -> Checkpoint:
   parts = _parts(files)
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
+  headers: dict[str, Header] = {}
   problems: list[str] = []
   for number, name in enumerate(parts):
-    keys, found = _read_header(files, name)
+    keys, found, headers[name] = _read_header(files, name)
     problems += _split_problems(name, keys, number, len(parts))
     metadata = keys | metadata
     for info in found:
@@ -106,13 +119,13 @@ def read_gguf(files: Files) -> Checkpoint:
     )
   if problems:
     raise CheckpointError(files.path, problems)
-  return Checkpoint(files=files, dialect="gguf", tensors=tensors, metadata=metadata)
+  return GgufCheckpoint(files, tensors, metadata, headers=headers)
 
 
 def _parts(files: Files) -> Sequence[str]:
   """The names of the one checkpoint's files, in order."""
   checkpoints: dict[tuple[str, int], dict[int, str]] = {}
-  for name in sorted(n for n in files.names() if n.endswith(".gguf")):
+  for name in sorted(filter(_is_gguf, files.names())):
     part = _PART.fullmatch(name)
     key = (part["stem"], int(part["count"])) if part else (name, 0)
     checkpoints.setdefault(key, {})[int(part["number"]) if part else 0] = name
@@ -152,14 +165,13 @@ def _split_problems(name: str, metadata: dict[str, object], number: int, count: 
 class _Cursor:
   """A position in a file's header; bytes are fetched in chunks that grow."""
 
-  def __init__(self, files: Files, name: str):
-    self.files, self.name = files, name
-    self.size = files.size(name)
+  def __init__(self, read: ReadRange, size: int, name: str, where: str):
+    self.read, self.size, self.name, self.where = read, size, name, where
     self.buffer = b""
     self.position = 0
 
   def fail(self, problem: str) -> NoReturn:
-    raise CheckpointError(self.files.path, [f"{self.name}: {problem}"])
+    raise CheckpointError(self.where, [f"{self.name}: {problem}"])
 
   def need(self, count: int, what: str) -> None:
     """Makes `count` bytes from the position on available."""
@@ -173,7 +185,7 @@ class _Cursor:
     if stop > _MAX_HEADER:
       self.fail(f"malformed: {what} at byte {self.position} makes the header longer than {_MAX_HEADER} bytes")
     target = min(max(stop, 2 * len(self.buffer), _FIRST_READ), self.size)
-    self.buffer += self.files.read(self.name, len(self.buffer), target)
+    self.buffer += self.read(len(self.buffer), target)
     if len(self.buffer) < stop:
       self.fail(f"cut off: its size is {self.size} bytes, reading ends at byte {len(self.buffer)}")
 
@@ -254,9 +266,13 @@ class _Cursor:
     return data
 
 
-def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[TensorInfo]]:
-  """Metadata and tensors of one file."""
-  cursor = _Cursor(files, name)
+def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[TensorInfo], Header]:
+  """Metadata and tensors of one file, and what its header is recognised by."""
+  with reading(files, name) as read:
+    return _parse(_Cursor(read, files.size(name), name, files.path))
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, object], list[TensorInfo], Header]:
   _check_version(cursor)
   tensor_count = cursor.count(24, "tensors")
   key_count = cursor.count(13, "keys")
@@ -279,13 +295,13 @@ def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[Tenso
   problems, tensors = [], []
   for tensor, shape, kind, offset in raw:
     try:
-      tensors.append(_locate(name, tensor, shape, kind, data_start, offset, alignment, cursor.size))
+      tensors.append(_locate(cursor.name, tensor, shape, kind, data_start, offset, alignment, cursor.size))
     except ValueError as error:
-      problems.append(f"{name}: the tensor {tensor} {error}")
-  problems += [f"{name}: {problem}" for problem in _clashes(tensors)]
+      problems.append(f"{cursor.name}: the tensor {tensor} {error}")
+  problems += [f"{cursor.name}: {problem}" for problem in _clashes(tensors)]
   if problems:
-    raise CheckpointError(files.path, problems)
-  return metadata, tensors
+    raise CheckpointError(cursor.where, problems)
+  return metadata, tensors, Header.of(cursor.buffer[: cursor.position])
 
 
 def _check_version(cursor: _Cursor) -> None:
@@ -385,3 +401,18 @@ def _decoder(kind: int, name: str, block_size: int, block_bytes: int) -> Callabl
     return out
 
   return decode
+
+
+def _is_gguf(name: str) -> bool:
+  return name.endswith(".gguf")
+
+
+GGUF = Format(
+  name="gguf",
+  naming="gguf",
+  owns=_is_gguf,
+  is_in=lambda files: any(map(_is_gguf, files.names())),
+  read=read_gguf,
+  # Files of whatever name, which no saver writes: a checkpoint in another format lies beside them.
+  entries=lambda directory: frozenset(),
+)

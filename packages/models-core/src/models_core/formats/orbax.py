@@ -28,10 +28,12 @@ import numpy as np
 
 from models_core.errors import CheckpointError
 from models_core.extras import require
-from models_core.formats.checkpoint import Checkpoint, Files, LocalFiles, TensorInfo
+from models_core.formats.checkpoint import Checkpoint, Format
+from models_core.formats.files import Files, LocalFiles
 from models_core.formats.json_files import parse_json
 from models_core.formats.orbax_cells import CellStream, Values, cell_key, is_stream
-from models_core.formats.reader import Index, OnBytes
+from models_core.formats.reader import OnBytes
+from models_core.formats.tensors import Index, TensorInfo, cells_of
 
 DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
@@ -109,7 +111,35 @@ def tree_entries(directory: str) -> set[str]:
   return own
 
 
-def read_orbax(files: Files) -> Checkpoint:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrbaxCheckpoint(Checkpoint):
+  """The arrays of an Orbax tree.
+
+  Attributes:
+    store: that holds the arrays.
+    places: of the tensors in it, by name.
+    drivers: TensorStore's, by the array's name.
+    keys: of the store's values.
+  """
+
+  store: _Store = dataclasses.field(repr=False)
+  places: Mapping[str, _Place] = dataclasses.field(repr=False)
+  drivers: Mapping[str, str] = dataclasses.field(repr=False)
+  keys: frozenset[str] = dataclasses.field(repr=False)
+
+  @property
+  def format(self) -> Format:
+    """ORBAX."""
+    return ORBAX
+
+  def open(self, names: Sequence[str], on_bytes: OnBytes = lambda count: None) -> OrbaxReader:
+    """A reader of all arrays, whatever files are named: the store finds its own."""
+    largest = max(map(_cell_bytes, self.tensors.values()), default=0)
+    arrays = self.store.open(self.drivers, _CACHE + largest)
+    return OrbaxReader(self, arrays, on_bytes)
+
+
+def read_orbax(files: Files) -> OrbaxCheckpoint:
   """The tensors of an Orbax tree, which lies in a directory, or in a folder of it.
 
   Files whose `path` is an address, such as `gs://bucket/tree`, are read where they lie, all others are fetched first.
@@ -148,9 +178,15 @@ def read_orbax(files: Files) -> Checkpoint:
       math.prod(shape) * dtype.itemsize, cell=cell,
     )  # fmt: skip
     places[name] = place
-  opener = functools.partial(_open_reader, store=store, places=places, drivers=drivers, keys=frozenset(keys))
-  return Checkpoint(
-    files, "orbax", tensors, problems=tuple(problems), shared_files=() if stays else own, open_reader=opener
+  return OrbaxCheckpoint(
+    files,
+    tensors,
+    problems=tuple(problems),
+    shared_files=() if stays else own,
+    store=store,
+    places=places,
+    drivers=drivers,
+    keys=frozenset(keys),
   )
 
 
@@ -351,35 +387,13 @@ def _places(arrays: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:
       yield tensor.removeprefix(_WRAPPING) if wrapped else tensor, _Place(name, layer)
 
 
-def _open_reader(
-  checkpoint: Checkpoint,
-  names: Sequence[str],
-  on_bytes: OnBytes,
-  *,
-  store: _Store,
-  places: Mapping[str, _Place],
-  drivers: Mapping[str, str],
-  keys: frozenset[str],
-) -> OrbaxReader:
-  infos = checkpoint.tensors.values()
-  wanted = {places[info.name].array for info in infos}
-  arrays = store.open(
-    {name: drivers[name] for name in sorted(wanted)}, _CACHE + max(map(_cell_bytes, infos), default=0)
-  )
-  return OrbaxReader(checkpoint.tensors, store, places, arrays, store.values(), keys, on_bytes)
-
-
 @final
 class OrbaxReader:
   """The tensors of an Orbax tree, for many threads at once.
 
   Args:
-    tensors: as the metadata described them, by name.
-    store: that holds them.
-    places: of the tensors.
-    arrays: of the store.
-    values: of the store.
-    keys: of the store's values.
+    checkpoint: as its metadata described it.
+    arrays: of its store, by name.
     on_bytes: called with the number of bytes that were read.
 
   Raises:
@@ -389,36 +403,34 @@ class OrbaxReader:
   chunk = _CHUNK
   run = _RUN
   threads = max(2, min(os.cpu_count() or 1, 16))
+  # The elements of an array lie in cells.
+  runs = None
 
-  def __init__(
-    self,
-    tensors: Mapping[str, TensorInfo],
-    store: _Store,
-    places: Mapping[str, _Place],
-    arrays: Mapping[str, Any],
-    values: Values,
-    keys: frozenset[str],
-    on_bytes: OnBytes,
-  ):
-    self.tensors = tensors
-    self._store = store
-    self._places = places
+  def __init__(self, checkpoint: OrbaxCheckpoint, arrays: Mapping[str, Any], on_bytes: OnBytes):
+    self.tensors = checkpoint.tensors
+    self._store = checkpoint.store
+    self._places = checkpoint.places
     self._arrays = dict(arrays)
-    self._values = values
-    self._keys = keys
+    self._values = self._store.values()
+    self._keys = checkpoint.keys
     self._on_bytes = on_bytes
     specs = {name: array.spec().to_json() for name, array in arrays.items()}
     self._metadata = {
       name: spec["metadata"] for name, spec in specs.items() if is_stream(spec["driver"], spec["metadata"])
     }
-    for info in tensors.values():
-      place = places[info.name]
+    for info in self.tensors.values():
+      place = self._places[info.name]
       array = self._arrays[place.array]
       shape = tuple(array.shape)[place.layer is not None :]
       if (shape, np.dtype(array.dtype.numpy_dtype)) != (info.shape, info.dtype):
         raise CheckpointError(
-          store.where, [f"{info.name} is not what it was described as: it changed meanwhile"]
+          self._store.where, [f"{info.name} is not what it was described as: it changed meanwhile"]
         )
+
+  @property
+  def cells(self) -> OrbaxReader:
+    """Itself: arrays are stored in cells."""
+    return self
 
   def read_box(self, info: TensorInfo, index: Index) -> np.ndarray:
     """The elements of a tensor within an index of one slice an axis."""
@@ -428,6 +440,11 @@ class OrbaxReader:
       data = self._arrays[place.array][whole].read().result()
     self._on_bytes(data.nbytes)
     return data
+
+  def parts(self, info: TensorInfo) -> Iterator[np.ndarray]:
+    """All elements of a tensor, cell by cell."""
+    for index in cells_of(info.shape, info.cell or info.shape):
+      yield self.read_box(info, index)
 
   def has_streams(self, info: TensorInfo) -> bool:
     """Whether each cell is large, of this tensor alone, and stored so that it can be decoded front to back."""
@@ -469,3 +486,15 @@ class OrbaxReader:
   def close(self) -> None:
     """Lets go of the arrays and of what is cached of them."""
     self._arrays.clear()
+
+
+ORBAX = Format(
+  name="orbax",
+  naming="orbax",
+  keeps_own_names=True,
+  # Its files have the names of arrays and of a database, which are none of a format's own.
+  owns=lambda name: False,
+  is_in=lambda files: find_orbax(files) is not None,
+  read=read_orbax,
+  entries=tree_entries,
+)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import math
+import os
 import posixpath
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +17,15 @@ import ml_dtypes
 import numpy as np
 
 from models_core.errors import CheckpointError
-from models_core.formats.checkpoint import Checkpoint, Files, TensorInfo
+from models_core.formats.byte_reader import BytesCheckpoint
+from models_core.formats.checkpoint import Format, Header
+from models_core.formats.files import Files, ReadRange, reading
 from models_core.formats.json_files import parse_json
+from models_core.formats.tensors import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # Three times what the largest published checkpoint has in all, in bytes. Millions of made-up tensors would take minutes
 # and gigabytes to refuse.
@@ -49,7 +57,16 @@ DTYPES = {
 }
 
 
-def read_safetensors(files: Files) -> Checkpoint:
+class SafetensorsCheckpoint(BytesCheckpoint):
+  """The tensors of safetensors files."""
+
+  @property
+  def format(self) -> Format:
+    """SAFETENSORS."""
+    return SAFETENSORS
+
+
+def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   """The tensors of a safetensors checkpoint, of one file or of many.
 
   Where there is an index, it decides which files count; else `model.safetensors` alone, else all of them.
@@ -68,12 +85,12 @@ def read_safetensors(files: Files) -> Checkpoint:
   elif SINGLE in names:
     wanted = [SINGLE]
   else:
-    wanted = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    wanted = sorted(name for name in names if _is_safetensors(name) and "/" not in name)
   if not wanted and not problems:
     raise CheckpointError(files.path, [_nothing_found(names)])
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
-  read: set[str] = set()
+  headers: dict[str, Header] = {}
   problems += [
     f"{name} is missing, but {INDEX} names it: the download or copy is incomplete"
     for name in wanted
@@ -81,16 +98,16 @@ def read_safetensors(files: Files) -> Checkpoint:
   ]
   present = [name for name in wanted if name in names]
   with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    headers = [pool.submit(read_header, files, name) for name in present]
-  for name, header in zip(present, headers, strict=True):
+    read = [pool.submit(_read_file, files, name) for name in present]
+  for name, under_way in zip(present, read, strict=True):
     try:
-      found, extra = header.result()
+      file = under_way.result()
     except CheckpointError as error:
       problems += [f"{name}: {problem}" for problem in error.problems]
       continue
-    read.add(name)
-    metadata |= extra
-    for info in found:
+    headers[name] = file.header
+    metadata |= file.metadata
+    for info in file.tensors:
       if (twin := tensors.get(info.name)) is not None:
         problems.append(f"{info.name} is doubled: in {twin.file} and in {info.file}; remove one")
       else:
@@ -99,9 +116,20 @@ def read_safetensors(files: Files) -> Checkpoint:
     problems += [
       f"{tensor} is missing: {INDEX} says that {file} holds it"
       for tensor, file in index.items()
-      if tensor not in tensors and file in read
+      if tensor not in tensors and file in headers
     ]
-  return Checkpoint(files, "huggingface", tensors, metadata, tuple(problems))
+  return SafetensorsCheckpoint(files, tensors, metadata, tuple(problems), headers=headers)
+
+
+def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
+  """The tensors of one file among others.
+
+  Raises:
+    CheckpointError: if its header is broken or doesn't describe the file's bytes one to one.
+  """
+  file = _read_file(files, name)
+  tensors = {info.name: info for info in file.tensors}
+  return SafetensorsCheckpoint(files, tensors, file.metadata, headers={name: file.header})
 
 
 def _nothing_found(names: set[str]) -> str:
@@ -144,15 +172,33 @@ def is_inside(name: str) -> bool:
   )
 
 
-def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, object]]:
-  """The tensors of one file and its metadata.
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """What the header of a file says.
+
+  Attributes:
+    tensors: in the order of their bytes.
+    metadata: texts by name.
+    header: to recognise it by.
+  """
+
+  tensors: list[TensorInfo]
+  metadata: dict[str, object]
+  header: Header
+
+
+def _read_file(files: Files, name: str) -> _File:
+  """Reads the header of one file.
 
   Raises:
     CheckpointError: if the header is broken or doesn't describe the file's bytes one to one.
   """
-  where = f"{files.path}/{name}"
-  size = files.size(name)
-  start = files.read(name, 0, min(size, _FIRST_READ))
+  with reading(files, name) as read:
+    return _parse(read, files.size(name), name, f"{files.path}/{name}")
+
+
+def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
+  start = read(0, min(size, _FIRST_READ))
   if len(start) < 8:
     raise CheckpointError(where, [f"{size} bytes are no safetensors file"])
   (length,) = struct.unpack("<Q", start[:8])
@@ -165,7 +211,7 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
       where, [f"its header of {length} bytes is longer than the {_MAX_HEADER} that are read"]
     )
   if len(start) < 8 + length:
-    start += files.read(name, len(start), 8 + length)
+    start += read(len(start), 8 + length)
   try:
     header = parse_json(start[8 : 8 + length])
   except (ValueError, RecursionError) as error:
@@ -199,7 +245,7 @@ def read_header(files: Files, name: str) -> tuple[list[TensorInfo], dict[str, ob
         )
   if problems:
     raise CheckpointError(where, problems)
-  return infos, metadata
+  return _File(infos, metadata, Header.of(start[: 8 + length]))
 
 
 def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
@@ -217,3 +263,28 @@ def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
     raise ValueError(f"{kind} {tuple(shape)} does not take the {stop - start} bytes of its data_offsets")
   return TensorInfo(name, DTYPES[kind], tuple(shape), file, data + start, data + stop)
+
+
+def _is_safetensors(name: str) -> bool:
+  return name.endswith(".safetensors")
+
+
+def _entries(directory: str) -> set[str]:
+  """The index, the files that it names, and files of the names that savers give."""
+  names = set(os.listdir(directory))
+  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
+  with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+    with open(os.path.join(directory, INDEX), "rb") as file:
+      weight_map = parse_json(file.read()).get("weight_map", {})
+    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
+  return found
+
+
+SAFETENSORS = Format(
+  name="safetensors",
+  naming="huggingface",
+  owns=_is_safetensors,
+  is_in=lambda files: any(map(_is_safetensors, files.names())),
+  read=read_safetensors,
+  entries=_entries,
+)

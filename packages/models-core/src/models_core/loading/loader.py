@@ -1,60 +1,35 @@
 """Executing a load plan: every byte is read once and lands in the buffer that a device keeps.
 
-A run of bytes that a shard takes as it is goes from the file, or its decoder, straight into that shard's buffer. What
-must be cast, decoded by blocks, split over columns or reordered passes through a scratch buffer of a few MB that stays
-in the processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned;
-elsewhere they are transferred and let go.
+On a CPU the arrays alias the buffers that were filled; elsewhere the buffers are transferred and let go.
 
-Over several processes each reads its own part (`models_core.loading.process_split`), and after every batch they make sure that
-all succeeded before the devices exchange what they hold.
+Over several processes each reads its own part (`models_core.loading.process_split`), and after every batch they make
+sure that all succeeded before the devices exchange what they hold.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
-import functools
 import hashlib
-import itertools
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
 
 import jax
-import ml_dtypes
-import numpy as np
 from flax import nnx
 
-from models_core.formats import (
-  BoxReader,
-  Index,
-  OnBytes,
-  RunReader,
-  TensorInfo,
-  TensorReader,
-  aligned_empty,
-  open_reader,
-  read_box,
-)
-from models_core.loading import boxes, streams
+from models_core.formats import OnBytes, TensorReader
+from models_core.loading.fill import Shard, shards_of, tasks
 from models_core.loading.plan import LoadPlan, PlannedParameter
 from models_core.loading.process_split import files_of_process, reading, redistribute
 from models_core.processes import check_same, processes_of, together
-from models_core.weights import Piece, arrange, part_shape
 
 _log = logging.getLogger(__name__)
 
-# The unit of parallel work, in bytes.
-_TASK = 32 << 20
 # What a process reads before it meets the others, in bytes.
 _BATCH = 1 << 30
 # Host memory of transfers under way to an accelerator, in bytes.
 _IN_FLIGHT = 2 << 30
-
-# Which part of a piece, and the view of a shard's buffer that gets it.
-_Target = tuple[Index, np.ndarray]
 
 
 def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
@@ -77,34 +52,78 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
   """The arrays of a plan by parameter name. As `load`."""
-  mesh = plan.mesh
-  processes = processes_of(mesh)
-  check_same(mesh, "checkpoint", _fingerprint(plan))
-  with together(mesh):
-    reader = open_reader(plan.checkpoint, files_of_process(plan), on_bytes or (lambda count: None))
-  arrays: dict[str, jax.Array] = {}
-  try:
-    # Leaving the pool waits for its threads: no file is closed under a read.
-    with concurrent.futures.ThreadPoolExecutor(reader.threads) as pool:
-      try:
-        with together(mesh):
-          for tie in plan.ties:
-            reader.check_equal(tie.tensor, tie.twin, processes.index(jax.process_index()), len(processes))
-        for batch in _batches(plan):
-          with together(mesh):
-            ways = [reading(planned, reader.tensors) for planned in batch]
-            read = _place(ways, reader, pool, on_cpu=_is_cpu(plan))
-          for planned in batch:
-            parameter = planned.parameter
-            arrays[parameter.name] = redistribute(
-              read.pop(parameter.name), parameter.shape, parameter.sharding
-            )
-        return arrays
-      except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-  finally:
-    reader.close()
+  with OpenedPlan(plan, on_bytes) as opened:
+    return opened.read_all()
+
+
+class OpenedPlan:
+  """A plan whose parameters are read as they are asked for, through one reader: `with plan.open() as opened`.
+
+  The files are opened, and tied tensors compared, by the first read. Under several processes all of them make the same
+  reads in the same order.
+
+  Args:
+    plan: made by `plan_load`.
+    on_bytes: called with the number of bytes that were read, from several threads.
+  """
+
+  def __init__(self, plan: LoadPlan, on_bytes: OnBytes | None = None):
+    self.plan = plan
+    self._on_bytes = on_bytes or (lambda count: None)
+    self._parameters = {planned.parameter.name: planned for planned in plan.parameters}
+    self._processes = processes_of(plan.mesh)
+    self._reader: TensorReader | None = None
+    self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+  def __enter__(self) -> OpenedPlan:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    # No file is closed under a read.
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+    if self._reader is not None:
+      self._reader.close()
+
+  @property
+  def reader(self) -> TensorReader:
+    """The reader of the checkpoint, for tensors that no parameter takes."""
+    if self._reader is None:
+      mesh = self.plan.mesh
+      check_same(mesh, "checkpoint", _fingerprint(self.plan))
+      with together(mesh):
+        self._reader = self.plan.checkpoint.open(files_of_process(self.plan), self._on_bytes)
+      self._pool = concurrent.futures.ThreadPoolExecutor(self._reader.threads)
+      with together(mesh):
+        at = self._processes.index(jax.process_index())
+        for tie in self.plan.ties:
+          self._reader.check_equal(tie.tensor, tie.twin, at, len(self._processes))
+    return self._reader
+
+  def read(self, name: str) -> jax.Array:
+    """One parameter.
+
+    Raises:
+      CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
+    """
+    return self.read_all([name])[name]
+
+  def read_all(self, names: Iterable[str] | None = None) -> dict[str, jax.Array]:
+    """Parameters by name; all of them where no names are given. As `read`."""
+    chosen = self._parameters.values() if names is None else [self._parameters[name] for name in names]
+    reader, mesh = self.reader, self.plan.mesh
+    assert self._pool is not None
+    arrays: dict[str, jax.Array] = {}
+    for batch in _batches(chosen, len(self._processes)):
+      with together(mesh):
+        ways = [reading(planned, reader.tensors) for planned in batch]
+        read = _place(ways, reader, self._pool, on_cpu=_is_cpu(batch))
+      for planned in batch:
+        parameter = planned.parameter
+        arrays[parameter.name] = redistribute(read.pop(parameter.name), parameter.shape, parameter.sharding)
+    return arrays
 
 
 def _fingerprint(plan: LoadPlan) -> bytes:
@@ -114,35 +133,17 @@ def _fingerprint(plan: LoadPlan) -> bytes:
   return hashlib.sha256("\n".join(said).encode()).digest()
 
 
-def _batches(plan: LoadPlan) -> Iterator[list[PlannedParameter]]:
+def _batches(parameters: Iterable[PlannedParameter], processes: int) -> Iterator[list[PlannedParameter]]:
   """Parameters that are read before the processes meet; all of them where there is one process."""
-  processes = len(processes_of(plan.mesh))
   batch: list[PlannedParameter] = []
   size = 0
-  for planned in plan.parameters:
+  for planned in parameters:
     batch.append(planned)
     size += planned.nbytes // processes
     if size > _BATCH and processes > 1:
       yield batch
       batch, size = [], 0
   yield batch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-  """A part of a parameter.
-
-  Attributes:
-    index: bounds along each axis.
-    devices: that hold it.
-    buffer: host memory of its shape.
-    filled: the buffer is the mapped file; nothing is to be read.
-  """
-
-  index: Index
-  devices: tuple[jax.Device, ...]
-  buffer: np.ndarray
-  filled: bool
 
 
 def _place(
@@ -154,13 +155,13 @@ def _place(
 ) -> dict[str, jax.Array]:
   arrays: dict[str, jax.Array] = {}
   # Parameters whose bytes are being read, first in first placed.
-  reading: collections.deque = collections.deque()
+  under_way: collections.deque = collections.deque()
   in_flight = 0
 
   def place_first() -> None:
     nonlocal in_flight
-    planned, shards, tasks = reading.popleft()
-    for task in tasks:
+    planned, shards, submitted = under_way.popleft()
+    for task in submitted:
       task.result()
     arrays[planned.parameter.name] = _assemble(planned, shards)
     if not on_cpu:
@@ -169,14 +170,14 @@ def _place(
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
   for group in _groups(parameters, reader):
-    filled = [(planned, _shards(planned, reader, alias=on_cpu)) for planned in group]
+    filled = [(planned, shards_of(planned, reader, alias=on_cpu)) for planned in group]
     size = sum(shard.buffer.nbytes for _, shards in filled for shard in shards)
-    while reading and not on_cpu and in_flight + size > _IN_FLIGHT:
+    while under_way and not on_cpu and in_flight + size > _IN_FLIGHT:
       place_first()
-    tasks = [pool.submit(task) for task in _tasks(filled, reader)]
-    reading.extend((planned, shards, tasks) for planned, shards in filled)
+    submitted = [pool.submit(task) for task in tasks(filled, reader)]
+    under_way.extend((planned, shards, submitted) for planned, shards in filled)
     in_flight += size
-  while reading:
+  while under_way:
     place_first()
   return arrays
 
@@ -185,234 +186,22 @@ def _groups(parameters: Sequence[PlannedParameter], reader: TensorReader) -> lis
   """Parameters that are read together: those of one tensor, where it is read cell by cell."""
   groups: dict[str, list[PlannedParameter]] = {}
   for planned in parameters:
-    is_fused = isinstance(reader, BoxReader) and len(planned.pieces) == 1
+    is_fused = reader.cells is not None and len(planned.pieces) == 1
     groups.setdefault(planned.pieces[0].tensor if is_fused else planned.parameter.name, []).append(planned)
   return list(groups.values())
 
 
-def _is_cpu(plan: LoadPlan) -> bool:
+def _is_cpu(parameters: Iterable[PlannedParameter]) -> bool:
   devices: set[jax.Device] = set()
-  for planned in plan.parameters:
+  for planned in parameters:
     devices |= planned.parameter.sharding.device_set
   return all(device.platform == "cpu" for device in devices)
 
 
-def _shards(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[_Shard]:
-  """The parts that this process's devices hold, each once."""
-  shape, sharding = planned.parameter.shape, planned.parameter.sharding
-  holders: dict[tuple, list[jax.Device]] = {}
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
-    holders.setdefault(bounds, []).append(device)
-  shards = []
-  for bounds, devices in holders.items():
-    index = tuple(slice(*bound) for bound in bounds)
-    mapped = _mapped(planned, index, reader) if alias else None
-    shard_shape = tuple(stop - start for start, stop in bounds)
-    buffer = aligned_empty(shard_shape, planned.dtype) if mapped is None else mapped.reshape(shard_shape)
-    shards.append(_Shard(index, tuple(devices), buffer, mapped is not None))
-  return shards
-
-
-def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np.ndarray | None:
-  """A shard's elements in the mapped file, if they lie there as the device wants them."""
-  piece, shape = planned.pieces[0], planned.parameter.shape
-  info = reader.tensors[piece.tensor]
-  rows = index[0] if index else slice(0, 1)
-  if isinstance(reader, BoxReader) or len(planned.pieces) > 1 or piece.run is None:
-    return None
-  if info.dtype != planned.dtype or not _is_whole(index, shape):
-    return None
-  row = math.prod(shape[1:])
-  return reader.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
-
-
-def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:
-  """Whether an index takes rows and nothing less, so that its elements are one run."""
-  return all(s.stop - s.start == size for s, size in zip(index[1:], shape[1:], strict=True))
-
-
-def _assemble(planned: PlannedParameter, shards: list[_Shard]) -> jax.Array:
+def _assemble(planned: PlannedParameter, shards: list[Shard]) -> jax.Array:
   """The global array of this process's shards. Never `device_put` to a sharding of several processes: it compares."""
   parts = [jax.device_put(shard.buffer, device) for shard in shards for device in shard.devices]
   parameter = planned.parameter
   return jax.make_array_from_single_device_arrays(
     parameter.shape, parameter.sharding, parts, dtype=planned.dtype
   )
-
-
-def _tasks(
-  filled: Sequence[tuple[PlannedParameter, list[_Shard]]], reader: TensorReader
-) -> Iterator[Callable[[], None]]:
-  """The work of filling some parameters' shards, in units that threads share."""
-  streamed: dict[str, list[streams.Share]] = {}
-  boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
-  for planned, shards in filled:
-    for piece in planned.pieces:
-      info = reader.tensors[piece.tensor]
-      shape = part_shape(piece, planned.parameter.shape)
-      targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
-      if not targets:
-        continue
-      if (share := _streamed(piece, info, shape, targets, reader)) is not None:
-        streamed.setdefault(piece.tensor, []).append(share)
-        continue
-      if (run := piece.run) is None or isinstance(reader, BoxReader):
-        boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
-        continue
-      if not shape:  # A scalar is one row of one element.
-        shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
-      step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
-      last = max(index[0].stop for index, _ in targets)
-      for start in range(min(index[0].start for index, _ in targets), last, step):
-        yield functools.partial(_fill_rows, run, info, shape, targets, start, min(start + step, last), reader)
-  for several in boxed.values():
-    # Of parameters that share a tensor in turns: a cell that they share is decoded once and soon let go.
-    for turn in itertools.zip_longest(*several):
-      yield from filter(None, turn)
-  for name, wanted in streamed.items():
-    info = reader.tensors[name]
-    for position in streams.wanted(info, wanted):
-      yield functools.partial(_fill_from_cell, info, position, wanted, reader)
-
-
-def _target(piece: Piece, shard: _Shard) -> _Target | None:
-  """Which part of a piece a shard takes, and the view of its buffer that gets it."""
-  index: list[slice] = []
-  at: list[int | slice] = []
-  for bounds, position in zip(shard.index, piece.target, strict=True):
-    if isinstance(position, int):
-      if not bounds.start <= position < bounds.stop:
-        return None
-      at.append(position - bounds.start)
-    else:
-      index.append(bounds)
-      at.append(slice(None))
-  # The ellipsis makes a view also of a single element.
-  return tuple(index), shard.buffer[(*at, ...)]
-
-
-def _fill_rows(
-  base: int,
-  info: TensorInfo,
-  shape: tuple[int, ...],
-  targets: list[_Target],
-  start: int,
-  stop: int,
-  reader: RunReader,
-) -> None:
-  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
-  row = math.prod(shape[1:])
-  straight: list[_Target] = []
-  through: list[_Target] = []
-  for index, target in targets:
-    as_it_is = info.codec is None and target.dtype == info.dtype and target.flags.c_contiguous
-    (straight if as_it_is and _is_whole(index, shape) else through).append((index, target))
-  for index, target in straight:
-    low, high = max(start, index[0].start), min(stop, index[0].stop)
-    if low < high:
-      part = target[low - index[0].start : high - index[0].start]
-      reader.read_into(info, base + low * row, part)
-  if not through:
-    return
-  step = max(1, reader.chunk // max(1, row * info.dtype.itemsize))
-  for low in range(start, stop, step):
-    high = min(low + step, stop)
-    wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]
-    if not wanted:
-      continue
-    data = reader.read_elements(info, base + low * row, (high - low) * row).reshape(high - low, *shape[1:])
-    for index, target in wanted:
-      first, last = max(low, index[0].start), min(high, index[0].stop)
-      part = target[first - index[0].start : last - index[0].start]
-      cast_into(part, data[first - low : last - low][(slice(None), *index[1:])])
-
-
-def _box_tasks(
-  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
-) -> Iterator[Callable[[], None]]:
-  """The work of filling shards whose axes lie in another order than the tensor's, or that is stored in cells."""
-  if 0 in shape:
-    return
-  grid = boxes.grid(piece, shape) if piece.values is None else None
-  faces = [boxes.face(grid, index, target) for index, target in targets] if grid else []
-  seen = [face for face in faces if face is not None]
-  if grid is None or len(seen) < len(targets):
-    yield functools.partial(_fill_whole, piece, info, shape, targets, reader)
-    return
-  for box, copies in boxes.cut(grid, info, seen, reader.chunk):
-    yield functools.partial(_fill_box, grid, info, box, copies, reader)
-
-
-def _streamed(
-  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
-) -> streams.Share | None:
-  """What shards take of a tensor, if its cells can be decoded front to back into them; None where they cannot."""
-  if not isinstance(reader, BoxReader) or not reader.has_streams(info):
-    return None
-  if 0 in shape or piece.values is not None:
-    return None
-  if (grid := boxes.grid(piece, shape)) is None:
-    return None
-  faces = [face for index, target in targets if (face := boxes.face(grid, index, target)) is not None]
-  share = streams.Share(grid, tuple(faces))
-  return share if len(faces) == len(targets) and streams.is_aligned(share, info) else None
-
-
-def _fill_from_cell(
-  info: TensorInfo, position: tuple[int, ...], shares: list[streams.Share], reader: TensorReader
-) -> None:
-  """What all shards want of one cell, which is decoded once, as far as it is wanted."""
-  assert isinstance(reader, BoxReader)
-  cell = reader.open_cell(info, position)
-  for run in streams.runs(info, position, shares, reader.run):
-    data = streams.scratch(run, info.dtype)
-    copies = list(streams.copies(run, data, shares))
-    if len(copies) == 1 and streams.is_as_it_is(*copies[0], data):
-      cell.read_into(run.start, copies[0][0])
-    elif copies:
-      cell.read_into(run.start, data)
-      for target, source in copies:
-        cast_into(target, source)
-
-
-def _fill_box(
-  grid: boxes.Grid,
-  info: TensorInfo,
-  box: Index,
-  copies: list[tuple[np.ndarray, Index]],
-  reader: TensorReader,
-) -> None:
-  """One box of a tensor, read once, for all shards that want some of it."""
-  data = boxes.shares(grid, box, read_box(reader, info, box))
-  for target, index in copies:
-    within: tuple[Any, ...] = index
-    cast_into(target, data[(*within, ...)])
-
-
-def _fill_whole(
-  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
-) -> None:
-  """A tensor whose numbers differ from the parameter's, or whose axes cannot be told apart in it."""
-  everything = tuple(slice(0, size) for size in info.shape)
-  part = arrange(read_box(reader, info, everything), piece, shape)
-  for index, target in targets:
-    cast_into(target, part[index])
-
-
-_BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-_INTEGERS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64)}
-
-
-def cast_into(target: np.ndarray, source: np.ndarray) -> None:
-  """Copies with a cast, rounding to nearest even."""
-  if source.dtype == _BF16 and target.dtype == _F32 and target.flags.c_contiguous:
-    # A bfloat16 is the upper half of a float32: integer moves are several times faster than the cast.
-    bits = target.view(np.uint32)
-    np.copyto(bits, source.view(np.uint16))
-    np.left_shift(bits, np.uint32(16), out=bits)
-  elif source.dtype == target.dtype and (plain := _INTEGERS.get(target.dtype.itemsize)) is not None:
-    # numpy copies types that are not its own, such as bfloat16, element by element through a function.
-    np.copyto(target.view(plain), source.view(plain))
-  else:
-    np.copyto(target, source, casting="unsafe")

@@ -8,7 +8,7 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -16,9 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
-from models_core.formats import Checkpoint, TensorInfo
+from models_core.family import Family
+from models_core.formats import Checkpoint, OnBytes, TensorInfo
 from models_core.loading.abstract import AbstractModel, AbstractParameter, misfit_notes
 from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
+
+if TYPE_CHECKING:
+  from models_core.loading.loader import OpenedPlan
 
 # An error lists so many problems; the rest is counted.
 _MOST = 40
@@ -59,6 +63,8 @@ class LoadPlan:
     parameters: what fills each parameter, in the model's order.
     ignored: tensors that are left out, with the reason.
     ties: pairs of tensors whose bytes must be equal.
+    family: of the model, where it belongs to one.
+    config: of the model, where it belongs to a family.
   """
 
   checkpoint: Checkpoint
@@ -66,6 +72,14 @@ class LoadPlan:
   parameters: tuple[PlannedParameter, ...]
   ignored: tuple[tuple[str, str], ...] = ()
   ties: tuple[Tied, ...] = ()
+  family: Family | None = None
+  config: Any = None
+
+  def open(self, on_bytes: OnBytes | None = None) -> OpenedPlan:
+    """The plan with its files open, for parameters that are read one by one: `with plan.open() as opened`."""
+    from models_core.loading.loader import OpenedPlan  # which executes plans
+
+    return OpenedPlan(self, on_bytes)
 
   @property
   def files(self) -> tuple[str, ...]:
@@ -161,7 +175,7 @@ def plan_load(
   Args:
     checkpoint: whose headers were read.
     model: to fill.
-    table: of the checkpoint's dialect.
+    table: of the checkpoint's naming scheme.
     dtype: of the loaded floating-point parameters; None keeps each as it is stored.
     layers: how many the model was cut to; the checkpoint may hold more. None is no cut.
 

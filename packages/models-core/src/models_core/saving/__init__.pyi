@@ -1,20 +1,25 @@
 from .atomic import recover, replace_directory
+from .base import Base
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
-from .parameters import flatten, save_parameters
+from .parameters import flatten, save_parameters_to_safetensors
 from .plan import SavedFile, Shaped, parse_size, plan_state
 from .safetensors_writer import write_files
+from .writers import WRITERS, Writer
 
 __all__ = [
+  "WRITERS",
+  "Base",
   "SavedFile",
   "Shaped",
+  "Writer",
   "flatten",
   "parse_size",
   "plan_state",
   "recover",
   "replace_directory",
-  "save_parameters",
   "save_parameters_to_orbax",
+  "save_parameters_to_safetensors",
   "whole",
   "write_files",
 ]

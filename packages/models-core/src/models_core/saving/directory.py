@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
-from models_core.formats import INDEX, SINGLE, Files, is_inside, parse_json, tree_entries
+from models_core.formats import Files, checkpoint_entries, parse_json
 from models_core.saving.atomic import replace_directory, save_errors
 from models_core.saving.plan import SavedTensor, Shaped
 
@@ -25,25 +24,12 @@ CONFIG = "config.json"
 # Of this process, not of the checkpoint.
 _NOT_IN_CONFIG_JSON = ("shd_config", "remat_config")
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-
-def weight_files(directory: str) -> Collection[str]:
-  """Names of the files in a directory that a new checkpoint takes the place of."""
-  names = set(os.listdir(directory))
-  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
-  with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-    with open(os.path.join(directory, INDEX), "rb") as file:
-      weight_map = parse_json(file.read()).get("weight_map", {})
-    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
-  return found | tree_entries(directory)
-
 
 @contextlib.contextmanager
 def shared_directory(save_dir: str, overwrite: bool) -> Iterator[str]:
   """One directory that all processes fill, and which becomes `save_dir` if none of them failed."""
   if jax.process_count() == 1:
-    with replace_directory(save_dir, overwrite=overwrite, outdated=weight_files) as directory:
+    with replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries) as directory:
       yield directory
     return
   # All processes take every step, so that none waits for one that failed.
@@ -54,7 +40,7 @@ def shared_directory(save_dir: str, overwrite: bool) -> Iterator[str]:
       try:
         if jax.process_index() == 0:
           directory = stack.enter_context(
-            replace_directory(save_dir, overwrite=overwrite, outdated=weight_files)
+            replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries)
           )
       except SaveError as error:
         failure = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 
 from models_core.errors import SaveError
-from models_core.family import Family, table_of
-from models_core.formats import Checkpoint, OnBytes
+from models_core.family import Family
+from models_core.formats import ORBAX, OnBytes
+from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
 from models_core.saving.orbax_writer import write_tree
 from models_core.saving.plan import Shaped, plan_save
@@ -24,7 +26,7 @@ def save_parameters_to_orbax(
   *,
   family: Family,
   config: Any,
-  base: Checkpoint | None = None,
+  base: Base | None = None,
   companions: Collection[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
@@ -43,8 +45,8 @@ def save_parameters_to_orbax(
     save_dir: may be missing or empty.
     family: of the model.
     config: of the model.
-    base: the checkpoint that the model came from. What is open without it is as an Orbax tree has it: the forms of
-      fused arrays, parts that the model has not; and the fields of config.json that are no part of `config`.
+    base: that the model came from. What is open without it is as an Orbax tree has it: the forms of fused arrays,
+      parts that the model lacks; and the fields of config.json that are no part of `config`.
     companions: names of files of `base` that are copied, where they are there.
     dtype: that floating-point parameters are written in; None keeps each as it is.
     overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
@@ -59,14 +61,16 @@ def save_parameters_to_orbax(
   """
   if jax.process_count() > 1:
     raise SaveError(f"{os.fspath(save_dir)}: one process writes an Orbax tree, not {jax.process_count()}")
-  table = table_of(family, "orbax", {name: shaped.shape for name, shaped in parameters.items()})
-  tree = base if base is not None and base.dialect == "orbax" else None
+  table = family.table_of(ORBAX, {name: shaped.shape for name, shaped in parameters.items()})
+  tree = None if base is None else base.in_format(ORBAX)
   tensors = plan_save(
     parameters, table, config=config, base=tree, dtype=None if dtype is None else np.dtype(dtype)
   )
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
-  with shared_directory(os.fspath(save_dir), overwrite) as directory:
-    write_tree(directory, tensors, get, base=tree, on_total=on_total, on_bytes=on_bytes)
+  with contextlib.ExitStack() as stack:
+    directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
+    reader = None if base is None else stack.enter_context(base.reading(tensors))
+    write_tree(directory, tensors, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     copy_companions(directory, files, set(companions) - texts.keys())
     write_texts(directory, texts)

@@ -19,16 +19,7 @@ from typing import Any
 import numpy as np
 
 from models_core.extras import require
-from models_core.formats import (
-  METADATA,
-  Checkpoint,
-  OnBytes,
-  TensorInfo,
-  TensorReader,
-  cells,
-  open_reader,
-  read_box,
-)
+from models_core.formats import METADATA, OnBytes, TensorInfo, TensorReader, cells_of
 from models_core.saving.atomic import sync_directory
 from models_core.saving.directory import write_texts
 from models_core.saving.host_arrays import Bounds, HostArray, assemble, cast, with_arrays
@@ -56,7 +47,7 @@ def write_tree(
   tensors: Sequence[SavedTensor],
   get: Callable[[str], Any],
   *,
-  base: Checkpoint | None = None,
+  reader: TensorReader | None = None,
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
@@ -66,7 +57,7 @@ def write_tree(
     directory: to write into; holds no tree.
     tensors: of the whole checkpoint. A dot in a name separates keys.
     get: a parameter's name -> its array, on whatever sharding. Asked when it is needed.
-    base: that copied tensors are read from.
+    reader: of the checkpoint that copied tensors come from.
     on_total: called once with the number of bytes that are going to be written.
     on_bytes: called with the number of bytes that were written.
 
@@ -91,12 +82,6 @@ def write_tree(
     # Nothing may be written any more when the directory is given up.
     stack.callback(lambda: [commit.exception() for commit, _ in under_way])
     stack.enter_context(_system_errors())
-    reader = None
-    if base is not None and (
-      files := {tensor.copied.file for tensor in tensors if tensor.copied is not None}
-    ):
-      reader = open_reader(base, sorted(files), lambda count: None)
-      stack.callback(reader.close)
     for batch in _commits(ts, directory, tensors, get, reader):
       under_way.append(batch)
       if len(under_way) > 1:
@@ -178,7 +163,7 @@ def _cells(
   """A tensor's cells, each with its elements."""
   make = _maker(tensor, held, reader)
   cell = cell_shape(tensor.shape, tensor.dtype.itemsize)
-  for box in cells(tensor.shape, cell):
+  for box in cells_of(tensor.shape, cell):
     yield box, make(box)
 
 
@@ -200,7 +185,7 @@ def _maker(
 
 def _copied(reader: TensorReader, info: TensorInfo, box: Bounds) -> np.ndarray:
   # What a reader of bytes gives is overwritten by its next call.
-  return np.array(read_box(reader, info, box))
+  return np.array(reader.read_box(info, box))
 
 
 def _is_plain(piece: Piece) -> bool:

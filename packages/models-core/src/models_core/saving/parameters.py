@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,27 +13,28 @@ from flax import nnx
 
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.formats import Files, OnBytes, as_files, read_safetensors
+from models_core.formats import SAFETENSORS, OnBytes
 from models_core.layers import dotted
+from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
 from models_core.saving.plan import Shaped, index_json, parse_size, plan_save, plan_state, split_files
 from models_core.saving.safetensors_writer import write_files
 
 
-def save_parameters(
+def save_parameters_to_safetensors(
   parameters: Mapping[str, Shaped],
   get: Callable[[str], Any],
   save_dir: str | os.PathLike,
-  max_shard_size: int | str = "5GB",
   *,
   family: Family | None = None,
   config: Any = None,
-  base: str | os.PathLike | Files | None = None,
-  companions: Sequence[str] = (),
+  base: Base | None = None,
+  companions: Collection[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
+  max_shard_size: int | str = "5GB",
 ) -> None:
   """As `save_model_to_safetensors`, of parameters that are made when they are needed.
 
@@ -46,23 +48,20 @@ def save_parameters(
   if family is None and base is not None:
     raise ConfigError("a base needs the family that reads it: give family= and config=")
   limit, dtype = parse_size(max_shard_size), None if dtype is None else np.dtype(dtype)
-  files = as_files(base) if base is not None else None
-  names = set(files.names()) if files is not None else set()
-  checkpoint = None
-  if files is not None and any(name.endswith(".safetensors") for name in names):
-    checkpoint = read_safetensors(files)
   if family is None:
     tensors = plan_state(parameters, dtype=dtype)
   else:
-    tensors = plan_save(
-      parameters, family.weights["huggingface"], config=config, base=checkpoint, dtype=dtype
-    )
+    checkpoint = None if base is None else base.in_format(SAFETENSORS)
+    tensors = plan_save(parameters, family.huggingface, config=config, base=checkpoint, dtype=dtype)
   shards = split_files(tensors, limit)
   texts = index_json(shards)
+  files = None if base is None else base.files
   if family is not None:
     texts[CONFIG] = config_text(family, config, files, parameters, tensors)
-  with shared_directory(os.fspath(save_dir), overwrite) as directory:
-    write_files(directory, shards, get, base=files, on_total=on_total, on_bytes=on_bytes)
+  with contextlib.ExitStack() as stack:
+    directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
+    reader = None if base is None else stack.enter_context(base.reading(tensors))
+    write_files(directory, shards, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     if jax.process_index() == 0:
       copy_companions(directory, files, set(companions) - texts.keys())
       write_texts(directory, texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models_core.errors import SaveError
-from models_core.formats import Files, OnBytes, TensorInfo
+from models_core.formats import OnBytes, TensorReader
 from models_core.saving.host_arrays import HostArray, assemble, with_arrays
 from models_core.saving.plan import SavedFile, SavedTensor
 from models_core.weights import Piece, part_shape
@@ -32,7 +32,7 @@ def write_files(
   files: Sequence[SavedFile],
   get: Callable[[str], Any],
   *,
-  base: Files | None = None,
+  reader: TensorReader | None = None,
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
@@ -42,7 +42,7 @@ def write_files(
     directory: to write into; holds none of the files.
     files: of the whole checkpoint.
     get: a parameter's name -> its array, on whatever sharding. Asked when it is needed, again for another file.
-    base: that copied tensors are read from.
+    reader: of the checkpoint that copied tensors come from.
     on_total: called once with the number of bytes that this process is going to write.
     on_bytes: called with the number of bytes that were written, from several threads.
 
@@ -61,7 +61,7 @@ def write_files(
       if number % jax.process_count() == jax.process_index() and failure is None:
         try:
           # The disk takes a file while the next one is being written.
-          descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, base, on_bytes)
+          descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, reader, on_bytes)
           syncing.append(pool.submit(_sync, descriptor))
         except OSError as error:
           if jax.process_count() == 1:
@@ -83,7 +83,7 @@ def _write_file(
   file: SavedFile,
   tensors: Iterator[tuple[SavedTensor, Mapping[str, HostArray]]],
   pool: concurrent.futures.Executor,
-  base: Files | None,
+  reader: TensorReader | None,
   on_bytes: OnBytes | None,
 ) -> int:
   """Writes a file. Returns its descriptor, which is still open."""
@@ -101,7 +101,7 @@ def _write_file(
   try:
     _pwrite(descriptor, memoryview(beginning), 0)
     for tensor, held in tensors:
-      for start, nbytes, make in _blocks(tensor, held, base):
+      for start, nbytes, make in _blocks(tensor, held, reader):
         while pending and waiting + nbytes > _IN_FLIGHT:
           size, task = pending.popleft()
           waiting -= size
@@ -133,13 +133,19 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
     done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _blocks(tensor: SavedTensor, held: Mapping[str, HostArray], base: Files | None) -> Iterator[_Block]:
+def _blocks(
+  tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
+) -> Iterator[_Block]:
   """A tensor's bytes in units that threads share."""
   if tensor.copied is not None:
-    assert base is not None
-    for start in range(0, tensor.nbytes, _TASK):
-      stop = min(start + _TASK, tensor.nbytes)
-      yield start, stop - start, functools.partial(_read, base, tensor.copied, start, stop)
+    assert reader is not None
+    assert reader.runs is not None
+    size = tensor.dtype.itemsize
+    count, step = math.prod(tensor.shape), _TASK // size
+    for first in range(0, count, step):
+      part = min(step, count - first)
+      make = functools.partial(reader.runs.read_elements, tensor.copied, first, part)
+      yield first * size, part * size, make
     return
   sources = [(held[name], piece) for name, piece in tensor.parts]
   for host, _ in sources:
@@ -153,13 +159,6 @@ def _blocks(tensor: SavedTensor, held: Mapping[str, HostArray], base: Files | No
   for start in range(0, rows, step):
     stop = min(start + step, rows)
     yield start * row, (stop - start) * row, functools.partial(assemble, tensor, sources, slice(start, stop))
-
-
-def _read(base: Files, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-  data = base.read(info.file, info.start + start, info.start + stop)
-  if len(data) != stop - start:
-    raise SaveError(f"{base.path}/{info.file}: {info.name}: the file ended early; it changed meanwhile")
-  return np.frombuffer(data, np.uint8)
 
 
 def _rows(sources: Sequence[tuple[HostArray, Piece]]) -> int | None:

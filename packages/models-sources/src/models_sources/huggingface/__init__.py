@@ -144,6 +144,11 @@ class HubFiles:
     """Names of all files of the commit, sorted; of those in the cache where the hub cannot be asked."""
     return self.cache.files(self.commit) if self.listing is None else sorted(self.listing)
 
+  def locate(self, name: str) -> str | None:
+    """The path of a file in the cache; None where it lies at the hub alone."""
+    path = self._cached(name)
+    return None if path is None else str(path)
+
   def size(self, name: str) -> int:
     """Bytes of a file."""
     if (path := self._cached(name)) is not None:

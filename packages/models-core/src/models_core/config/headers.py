@@ -1,0 +1,12 @@
+"""Formats whose headers hold the model's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models_core.config.gguf import gguf_config
+from models_core.formats import GGUF, Checkpoint
+
+# By the format's name: a checkpoint -> the keys of config.json.
+HEADER_CONFIGS: Mapping[str, Callable[[Checkpoint], Mapping[str, Any]]] = {GGUF.name: gguf_config}

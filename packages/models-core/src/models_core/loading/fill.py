@@ -1,0 +1,260 @@
+"""Filling the shards of parameters: which reads of which tensors give the elements that each shard holds.
+
+A run of bytes that a shard takes as it is goes from the file, or its decoder, straight into that shard's buffer. What
+must be cast, decoded by blocks, split over columns or reordered passes through a scratch buffer of a few MB that stays
+in the processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from models_core.formats import CellReader, Index, RunReader, TensorInfo, TensorReader, aligned_empty
+from models_core.loading import boxes, streams
+from models_core.loading.plan import PlannedParameter
+from models_core.weights import Piece, arrange, part_shape
+
+# The unit of parallel work, in bytes.
+_TASK = 32 << 20
+
+# Which part of a piece, and the view of a shard's buffer that gets it.
+_Target = tuple[Index, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A part of a parameter.
+
+  Attributes:
+    index: bounds along each axis.
+    devices: that hold it.
+    buffer: host memory of its shape.
+    filled: the buffer is the mapped file; nothing is to be read.
+  """
+
+  index: Index
+  devices: tuple[jax.Device, ...]
+  buffer: np.ndarray
+  filled: bool
+
+
+def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[Shard]:
+  """The parts that this process's devices hold, each once."""
+  shape, sharding = planned.parameter.shape, planned.parameter.sharding
+  holders: dict[tuple, list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
+    holders.setdefault(bounds, []).append(device)
+  shards = []
+  for bounds, devices in holders.items():
+    index = tuple(slice(*bound) for bound in bounds)
+    mapped = _mapped(planned, index, reader) if alias else None
+    shard_shape = tuple(stop - start for start, stop in bounds)
+    buffer = aligned_empty(shard_shape, planned.dtype) if mapped is None else mapped.reshape(shard_shape)
+    shards.append(Shard(index, tuple(devices), buffer, mapped is not None))
+  return shards
+
+
+def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np.ndarray | None:
+  """A shard's elements in the mapped file, if they lie there as the device wants them."""
+  piece, shape = planned.pieces[0], planned.parameter.shape
+  info = reader.tensors[piece.tensor]
+  rows = index[0] if index else slice(0, 1)
+  if reader.runs is None or len(planned.pieces) > 1 or piece.run is None:
+    return None
+  if info.dtype != planned.dtype or not _is_whole(index, shape):
+    return None
+  row = math.prod(shape[1:])
+  return reader.runs.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
+
+
+def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:
+  """Whether an index takes rows and nothing less, so that its elements are one run."""
+  return all(s.stop - s.start == size for s, size in zip(index[1:], shape[1:], strict=True))
+
+
+def tasks(
+  filled: Sequence[tuple[PlannedParameter, list[Shard]]], reader: TensorReader
+) -> Iterator[Callable[[], None]]:
+  """The work of filling some parameters' shards, in units that threads share."""
+  streamed: dict[str, list[streams.Share]] = {}
+  boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
+  for planned, shards in filled:
+    for piece in planned.pieces:
+      info = reader.tensors[piece.tensor]
+      shape = part_shape(piece, planned.parameter.shape)
+      targets = [t for shard in shards if not shard.filled and (t := _target(piece, shard)) is not None]
+      if not targets:
+        continue
+      if (share := _streamed(piece, info, shape, targets, reader)) is not None:
+        streamed.setdefault(piece.tensor, []).append(share)
+        continue
+      if (run := piece.run) is None or reader.runs is None:
+        boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
+        continue
+      if not shape:  # A scalar is one row of one element.
+        shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
+      step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
+      last = max(index[0].stop for index, _ in targets)
+      for start in range(min(index[0].start for index, _ in targets), last, step):
+        stop = min(start + step, last)
+        yield functools.partial(_fill_rows, run, info, shape, targets, start, stop, reader.chunk, reader.runs)
+  for several in boxed.values():
+    # Of parameters that share a tensor in turns: a cell that they share is decoded once and soon let go.
+    for turn in itertools.zip_longest(*several):
+      yield from filter(None, turn)
+  if (cells := reader.cells) is not None:
+    for name, wanted in streamed.items():
+      info = reader.tensors[name]
+      for position in streams.wanted(info, wanted):
+        yield functools.partial(_fill_from_cell, info, position, wanted, cells)
+
+
+def _target(piece: Piece, shard: Shard) -> _Target | None:
+  """Which part of a piece a shard takes, and the view of its buffer that gets it."""
+  index: list[slice] = []
+  at: list[int | slice] = []
+  for bounds, position in zip(shard.index, piece.target, strict=True):
+    if isinstance(position, int):
+      if not bounds.start <= position < bounds.stop:
+        return None
+      at.append(position - bounds.start)
+    else:
+      index.append(bounds)
+      at.append(slice(None))
+  # The ellipsis makes a view also of a single element.
+  return tuple(index), shard.buffer[(*at, ...)]
+
+
+def _fill_rows(
+  base: int,
+  info: TensorInfo,
+  shape: tuple[int, ...],
+  targets: list[_Target],
+  start: int,
+  stop: int,
+  chunk: int,
+  reader: RunReader,
+) -> None:
+  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
+  row = math.prod(shape[1:])
+  straight: list[_Target] = []
+  through: list[_Target] = []
+  for index, target in targets:
+    as_it_is = info.codec is None and target.dtype == info.dtype and target.flags.c_contiguous
+    (straight if as_it_is and _is_whole(index, shape) else through).append((index, target))
+  for index, target in straight:
+    low, high = max(start, index[0].start), min(stop, index[0].stop)
+    if low < high:
+      part = target[low - index[0].start : high - index[0].start]
+      reader.read_into(info, base + low * row, part)
+  if not through:
+    return
+  step = max(1, chunk // max(1, row * info.dtype.itemsize))
+  for low in range(start, stop, step):
+    high = min(low + step, stop)
+    wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]
+    if not wanted:
+      continue
+    data = reader.read_elements(info, base + low * row, (high - low) * row).reshape(high - low, *shape[1:])
+    for index, target in wanted:
+      first, last = max(low, index[0].start), min(high, index[0].stop)
+      part = target[first - index[0].start : last - index[0].start]
+      cast_into(part, data[first - low : last - low][(slice(None), *index[1:])])
+
+
+def _box_tasks(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> Iterator[Callable[[], None]]:
+  """The work of filling shards whose axes lie in another order than the tensor's, or that is stored in cells."""
+  if 0 in shape:
+    return
+  grid = boxes.grid(piece, shape) if piece.values is None else None
+  faces = [boxes.face(grid, index, target) for index, target in targets] if grid else []
+  seen = [face for face in faces if face is not None]
+  if grid is None or len(seen) < len(targets):
+    yield functools.partial(_fill_whole, piece, info, shape, targets, reader)
+    return
+  for box, copies in boxes.cut(grid, info, seen, reader.chunk):
+    yield functools.partial(_fill_box, grid, info, box, copies, reader)
+
+
+def _streamed(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> streams.Share | None:
+  """What shards take of a tensor, if its cells can be decoded front to back into them; None where they cannot."""
+  if reader.cells is None or not reader.cells.has_streams(info):
+    return None
+  if 0 in shape or piece.values is not None:
+    return None
+  if (grid := boxes.grid(piece, shape)) is None:
+    return None
+  faces = [face for index, target in targets if (face := boxes.face(grid, index, target)) is not None]
+  share = streams.Share(grid, tuple(faces))
+  return share if len(faces) == len(targets) and streams.is_aligned(share, info) else None
+
+
+def _fill_from_cell(
+  info: TensorInfo, position: tuple[int, ...], shares: list[streams.Share], reader: CellReader
+) -> None:
+  """What all shards want of one cell, which is decoded once, as far as it is wanted."""
+  cell = reader.open_cell(info, position)
+  for run in streams.runs(info, position, shares, reader.run):
+    data = streams.scratch(run, info.dtype)
+    copies = list(streams.copies(run, data, shares))
+    if len(copies) == 1 and streams.is_as_it_is(*copies[0], data):
+      cell.read_into(run.start, copies[0][0])
+    elif copies:
+      cell.read_into(run.start, data)
+      for target, source in copies:
+        cast_into(target, source)
+
+
+def _fill_box(
+  grid: boxes.Grid,
+  info: TensorInfo,
+  box: Index,
+  copies: list[tuple[np.ndarray, Index]],
+  reader: TensorReader,
+) -> None:
+  """One box of a tensor, read once, for all shards that want some of it."""
+  data = boxes.shares(grid, box, reader.read_box(info, box))
+  for target, index in copies:
+    within: tuple[Any, ...] = index
+    cast_into(target, data[(*within, ...)])
+
+
+def _fill_whole(
+  piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
+) -> None:
+  """A tensor whose numbers differ from the parameter's, or whose axes cannot be told apart in it."""
+  part = arrange(reader.read_box(info, info.everything), piece, shape)
+  for index, target in targets:
+    cast_into(target, part[index])
+
+
+_BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_INTEGERS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64)}
+
+
+def cast_into(target: np.ndarray, source: np.ndarray) -> None:
+  """Copies with a cast, rounding to nearest even."""
+  if source.dtype == _BF16 and target.dtype == _F32 and target.flags.c_contiguous:
+    # A bfloat16 is the upper half of a float32: integer moves are several times faster than the cast.
+    bits = target.view(np.uint32)
+    np.copyto(bits, source.view(np.uint16))
+    np.left_shift(bits, np.uint32(16), out=bits)
+  elif source.dtype == target.dtype and (plain := _INTEGERS.get(target.dtype.itemsize)) is not None:
+    # numpy copies types that are not its own, such as bfloat16, element by element through a function.
+    np.copyto(target.view(plain), source.view(plain))
+  else:
+    np.copyto(target, source, casting="unsafe")

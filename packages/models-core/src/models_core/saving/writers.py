@@ -1,0 +1,36 @@
+"""The formats that checkpoints are written in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from models_core.formats import ORBAX, SAFETENSORS, Format
+from models_core.saving.orbax_saver import save_parameters_to_orbax
+from models_core.saving.parameters import save_parameters_to_safetensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """How a format is written.
+
+  Attributes:
+    format: that it writes.
+    save: called as `save(parameters, get, save_dir, *, family, config, base, companions, dtype, overwrite, on_total,
+      on_bytes)`.
+    has_shards: `save` takes `max_shard_size`, too.
+  """
+
+  format: Format
+  save: Callable[..., None]
+  has_shards: bool = False
+
+
+# By the naming scheme that they write.
+WRITERS = {
+  writer.format.naming: writer
+  for writer in (
+    Writer(SAFETENSORS, save_parameters_to_safetensors, has_shards=True),
+    Writer(ORBAX, save_parameters_to_orbax),
+  )
+}
