@@ -1,4 +1,5 @@
 from .fields import SIZES, check_decoder, read_sizes, write_rope, write_sizes
+from .gguf import gguf_config
 from .headers import HEADER_CONFIGS
 from .keys import ConfigKeys, write_scaling
 
@@ -7,6 +8,7 @@ __all__ = [
   "SIZES",
   "ConfigKeys",
   "check_decoder",
+  "gguf_config",
   "read_sizes",
   "write_rope",
   "write_scaling",
