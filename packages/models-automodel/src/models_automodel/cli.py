@@ -304,8 +304,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any) -> Iterator[str]:
-  from models_automodel.generate import generate
-  from models_automodel.tokenizer import load_tokenizer
+  from models_automodel.text import generate, load_tokenizer
 
   tokenizer = load_tokenizer(path)
   chat = not raw and tokenizer.chat_template is not None

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import models_sources
-from models_automodel.chat_template import render
 from models_automodel.errors import source_errors
-from models_automodel.gguf_tokenizer import read_gguf_tokenizer
+from models_automodel.text.chat_template import render
+from models_automodel.text.gguf_tokenizer import read_gguf_tokenizer
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
 from models_core.formats import Checkpoint, Files, as_files, read_gguf
