@@ -19,7 +19,7 @@ from flax import nnx
 from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.formats import parse_json
+from models_core.formats import LocalFiles, read_json
 from models_core.safetensors_saver import save_model_to_safetensors
 
 ORIGIN = "origin.json"
@@ -37,18 +37,16 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
     return False
   remedy = "nothing in it is touched: give intermediate_ckpt_dir another directory, or remove it"
   try:
-    with open(os.path.join(directory, ORIGIN), "rb") as file:
-      found = parse_json(file.read())
-  except (OSError, ValueError):
+    found = read_json(LocalFiles(directory), ORIGIN)
+  except (OSError, ConfigError):
     raise ConfigError(
       f"{directory} is not what from_pretrained keeps: it has no readable {ORIGIN}; {remedy}"
     ) from None
   if found != json.loads(json.dumps(origin)):
-    known = found if isinstance(found, dict) else {}
     differing = [
-      f"{key}={known.get(key)!r} instead of {value!r}"
+      f"{key}={found.get(key)!r} instead of {value!r}"
       for key, value in origin.items()
-      if known.get(key) != value
+      if found.get(key) != value
     ]
     raise ConfigError(f"{directory} is of another call, with {', '.join(differing) or 'more'}; {remedy}")
   return True

@@ -158,7 +158,7 @@ def test_all_broken_shards_are_named_at_once(save_sharded):
   ("content", "message"),
   [
     ("{", "cannot be read"),
-    ("[]", "no weight_map"),
+    ("[]", "list, expected an object"),
     ("{}", "no weight_map"),
     ('{"weight_map": {}}', "no weight_map"),
     ('{"weight_map": []}', "no weight_map"),

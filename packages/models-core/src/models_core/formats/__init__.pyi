@@ -1,6 +1,6 @@
 from .checkpoint import Checkpoint, Codec, Files, LocalFiles, RangeFiles, TensorInfo, as_files
 from .gguf import read_gguf
-from .json_files import parse_json
+from .json_files import parse_json, read_json
 from .orbax import METADATA, find_orbax, read_orbax, tree_entries
 from .reader import (
   ALIGNMENT,
@@ -43,6 +43,7 @@ __all__ = [
   "read_box",
   "read_gguf",
   "read_header",
+  "read_json",
   "read_orbax",
   "read_safetensors",
   "tree_entries",

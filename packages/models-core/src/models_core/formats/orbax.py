@@ -29,7 +29,7 @@ import numpy as np
 from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.formats.checkpoint import Checkpoint, Files, LocalFiles, TensorInfo
-from models_core.formats.json_files import parse_json
+from models_core.formats.json_files import read_json
 from models_core.formats.orbax_cells import CellStream, Values, cell_key, is_stream
 from models_core.formats.reader import Index, OnBytes
 
@@ -194,7 +194,7 @@ def _listed(files: Files, name: str) -> frozenset[str]:
   """Names of the arrays that a `_METADATA` lists."""
   where = f"{files.path}/{name}"
   try:
-    tree = parse_json(files.read(name, 0, files.size(name)))["tree_metadata"]
+    tree = read_json(files, name)["tree_metadata"]
     return frozenset(
       ".".join(map(str, ast.literal_eval(key)))
       for key, entry in tree.items()

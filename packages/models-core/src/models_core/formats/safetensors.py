@@ -14,7 +14,7 @@ import numpy as np
 
 from models_core.errors import CheckpointError
 from models_core.formats.checkpoint import Checkpoint, Files, TensorInfo
-from models_core.formats.json_files import parse_json
+from models_core.formats.json_files import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -119,15 +119,14 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
   try:
     if (size := files.size(INDEX)) > _MAX_HEADER:
       raise ValueError(f"its {size} bytes are more than the {_MAX_HEADER} that are read")
-    parsed = parse_json(files.read(INDEX, 0, size))
-    weight_map = parsed.get("weight_map") if isinstance(parsed, Mapping) else None
+    weight_map = read_json(files, INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"the file name {file!r} leaves the directory")
     return weight_map
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     problems.append(f"{INDEX} cannot be read: {error}")
     return None
 

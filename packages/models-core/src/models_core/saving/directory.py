@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
-from models_core.formats import INDEX, SINGLE, Files, is_inside, parse_json, tree_entries
+from models_core.formats import INDEX, SINGLE, Files, LocalFiles, is_inside, read_json, tree_entries
 from models_core.saving.atomic import replace_directory, save_errors
 from models_core.saving.plan import SavedTensor, Shaped
 
@@ -32,9 +32,8 @@ def weight_files(directory: str) -> Collection[str]:
   """Names of the files in a directory that a new checkpoint takes the place of."""
   names = set(os.listdir(directory))
   found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
-  with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-    with open(os.path.join(directory, INDEX), "rb") as file:
-      weight_map = parse_json(file.read()).get("weight_map", {})
+  with contextlib.suppress(OSError, ConfigError, AttributeError):
+    weight_map = read_json(LocalFiles(directory), INDEX).get("weight_map", {})
     found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
   return found | tree_entries(directory)
 
@@ -123,7 +122,7 @@ def config_text(
   dtype = _main_dtype(parameters, tensors)
   own = family.write_config(config)
   names = {"torch_dtype": dtype.name, "dtype": dtype.name}
-  former = _base_config(base)
+  former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
   if isinstance(text := former.get("text_config"), Mapping):
     # The language model's fields lie one level deeper; the whole keeps its own type.
     inner = dict(text) | {k: v for k, v in own.items() if k != "architectures"}
@@ -147,12 +146,3 @@ def _main_dtype(parameters: Mapping[str, Shaped], tensors: Sequence[SavedTensor]
   for name, dtype in written.items():
     sizes[dtype] = sizes.get(dtype, 0) + math.prod(parameters[name].shape)
   return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _base_config(files: Files | None) -> dict[str, Any]:
-  if files is None or CONFIG not in files.names():
-    return {}
-  try:
-    return dict(parse_json(files.read(CONFIG, 0, files.size(CONFIG))))
-  except (ValueError, TypeError, RecursionError) as error:
-    raise ConfigError(f"{files.path}/{CONFIG} is not valid: {error}") from None
