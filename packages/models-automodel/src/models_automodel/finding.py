@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import fnmatch
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import models_naming
@@ -18,7 +17,7 @@ from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models_core.config import gguf_config
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.formats import Checkpoint, Files, find_orbax, parse_json, read_gguf, read_orbax
+from models_core.formats import Checkpoint, Files, find_orbax, read_gguf, read_json, read_orbax
 from models_core.saving import recover
 
 
@@ -151,19 +150,3 @@ def _open_files(
   return module.open_files(
     place, revision=revision, token=token, download_path=download_path, progress=progress
   )
-
-
-def read_json(files: Files, name: str) -> Mapping[str, Any]:
-  """A file of settings that lies beside weights.
-
-  Raises:
-    ConfigError: if it is no JSON object.
-  """
-  where = f"{files.path}/{name}"
-  try:
-    raw = parse_json(files.read(name, 0, files.size(name)))
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f"{where} is not valid JSON: {error}") from None
-  if not isinstance(raw, dict):
-    raise ConfigError(f"{where} is {type(raw).__name__}, expected an object")
-  return raw
