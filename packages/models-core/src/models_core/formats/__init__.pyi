@@ -1,6 +1,6 @@
 from .checkpoint import Checkpoint, Codec, Files, LocalFiles, RangeFiles, TensorInfo, as_files
 from .gguf import read_gguf
-from .json_files import parse_json, read_json
+from .json_files import read_json
 from .orbax import METADATA, find_orbax, read_orbax, tree_entries
 from .reader import (
   ALIGNMENT,
@@ -39,7 +39,6 @@ __all__ = [
   "find_orbax",
   "is_inside",
   "open_reader",
-  "parse_json",
   "read_box",
   "read_gguf",
   "read_header",
