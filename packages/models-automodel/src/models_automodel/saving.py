@@ -9,7 +9,6 @@ from typing import Any
 import tqdm
 
 from models_automodel.finding import is_companion
-from models_core.dtypes import as_dtype
 from models_core.family import Family
 from models_core.formats import Files, as_files
 from models_core.saving import Shaped, save_parameters
@@ -40,7 +39,7 @@ def save(
       config=config,
       base=files,
       companions=companions_of(files),
-      dtype=as_dtype(dtype),
+      dtype=dtype,
       overwrite=overwrite,
       on_total=bar.reset,
       on_bytes=bar.update,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.formats import Files, OnBytes, as_files, read_safetensors
@@ -45,7 +46,7 @@ def save_parameters(
     raise ConfigError("a family needs a config, and a config a family: give both, or neither")
   if family is None and base is not None:
     raise ConfigError("a base needs the family that reads it: give family= and config=")
-  limit, dtype = parse_size(max_shard_size), None if dtype is None else np.dtype(dtype)
+  limit, dtype = parse_size(max_shard_size), as_dtype(dtype)
   files = as_files(base) if base is not None else None
   names = set(files.names()) if files is not None else set()
   checkpoint = None
