@@ -32,6 +32,7 @@ from models_core.formats.checkpoint import Checkpoint, Files, LocalFiles, Tensor
 from models_core.formats.json_files import read_json
 from models_core.formats.orbax_cells import CellStream, Values, cell_key, is_stream
 from models_core.formats.reader import Index, OnBytes
+from models_core.threads import THREADS
 
 DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
@@ -388,7 +389,7 @@ class OrbaxReader:
 
   chunk = _CHUNK
   run = _RUN
-  threads = max(2, min(os.cpu_count() or 1, 16))
+  threads = THREADS
 
   def __init__(
     self,

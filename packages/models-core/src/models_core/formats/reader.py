@@ -17,6 +17,7 @@ import numpy as np
 from models_core.errors import CheckpointError
 from models_core.formats.checkpoint import Checkpoint, Files, LocalFiles, RangeFiles, TensorInfo
 from models_core.formats.safetensors import read_header
+from models_core.threads import THREADS
 
 # XLA's CPU client aliases host memory that starts at such a multiple, in bytes.
 ALIGNMENT = 64
@@ -215,7 +216,7 @@ class LocalReader(_ByteReader):
     self, files: Files, tensors: Mapping[str, TensorInfo], names: Sequence[str], on_bytes: OnBytes
   ):
     super().__init__(files.fetch(names), tensors, on_bytes)
-    self.threads = max(2, min(os.cpu_count() or 1, 16))
+    self.threads = THREADS
     self._open: dict[str, int] = {}
     self._maps: dict[str, mmap.mmap] = {}
     try:
