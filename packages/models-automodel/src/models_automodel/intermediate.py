@@ -21,6 +21,7 @@ from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.formats import LocalFiles, read_json
 from models_core.safetensors_saver import save_model_to_safetensors
+from models_core.saving import write_texts
 
 ORIGIN = "origin.json"
 # What of a call does not change the numbers of its model.
@@ -85,10 +86,7 @@ def keep(directory: str, model: nnx.Module, family: Family, config: Any, origin:
   draft = f"{directory}.{uuid.uuid4().hex}.tmp"
   try:
     save_model_to_safetensors(nnx.state(model, nnx.Param), draft, family=family, config=config)
-    with open(os.path.join(draft, ORIGIN), "w", encoding="utf-8") as file:
-      json.dump(origin, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
+    write_texts(draft, {ORIGIN: json.dumps(origin, indent=1).encode()})
     try:
       os.rename(draft, directory)
     except OSError:

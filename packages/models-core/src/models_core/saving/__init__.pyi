@@ -1,4 +1,5 @@
 from .atomic import recover, replace_directory
+from .directory import write_texts
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
 from .parameters import flatten, save_parameters
@@ -17,4 +18,5 @@ __all__ = [
   "save_parameters_to_orbax",
   "whole",
   "write_files",
+  "write_texts",
 ]

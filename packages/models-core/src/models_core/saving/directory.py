@@ -85,7 +85,15 @@ def _all_well(well: bool) -> bool:
 
 
 def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
-  """Writes new files and puts them on the disk."""
+  """Writes new files and puts them on the disk.
+
+  Args:
+    directory: that gets them; holds none of them.
+    texts: contents by name.
+
+  Raises:
+    OSError: if the file system refuses.
+  """
   for name, data in texts.items():
     with open(os.path.join(directory, name), "xb") as file:
       file.write(data)
