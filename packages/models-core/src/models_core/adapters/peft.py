@@ -23,7 +23,7 @@ from models_core.errors import AdapterError, CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import Files, TensorInfo, as_files, read_header, read_json
 from models_core.loading import abstract_model
-from models_core.saving import SavedFile, plan_state, replace_directory, write_files
+from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
 from models_core.weights import Form, Piece, WeightTable, pieces
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -84,10 +84,7 @@ def save_peft_adapter(
   text = json.dumps(_config(adapter, tensors, table, shapes, base_model), indent=2).encode() + b"\n"
   with replace_directory(os.fspath(save_dir), overwrite=overwrite) as directory:
     write_files(directory, [file], tensors.__getitem__)
-    with open(os.path.join(directory, ADAPTER_CONFIG), "xb") as out:
-      out.write(text)
-      out.flush()
-      os.fsync(out.fileno())
+    write_texts(directory, {ADAPTER_CONFIG: text})
 
 
 def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: Any) -> Adapter:
