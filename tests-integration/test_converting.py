@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from models_automodel import AutoModel
-from models_automodel.cli import _packaged_model
+from models_automodel.cli.generate import packaged_model
 from models_automodel.convert import convert
 from models_core.dummy_model_creator import create_dummy_model
 from models_gemma.gemma.model import AttentionType, Gemma
@@ -83,7 +83,7 @@ def test_to_an_orbax_tree_and_back(name, tmp_path):
 
 
 def test_a_gguf_file_becomes_a_directory(tmp_path):
-  source = _packaged_model()
+  source = packaged_model()
   convert(source, tmp_path / "out", dtype="bfloat16", progress=False)
   model, _ = AutoModel.from_pretrained(str(tmp_path / "out"), progress=False)
   again, _ = AutoModel.from_pretrained(source, dtype="bfloat16", progress=False)

@@ -11,8 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_automodel import AutoModel
-from models_automodel.generate import generate
-from models_automodel.tokenizer import load_tokenizer
+from models_automodel.text import generate, load_tokenizer
 from models_sources.testing import StoreServer
 
 MESHES = {

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from models_automodel import AutoModel
-from models_automodel.tokenizer import load_tokenizer
+from models_automodel.text import load_tokenizer
 from models_core.errors import ConfigError
 
 TEXT = {

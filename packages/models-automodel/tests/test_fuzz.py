@@ -12,7 +12,8 @@ import time
 import pytest
 
 from models_automodel import AutoModel, ModelsError, call_model_config, families
-from models_automodel.finding import find, read_json
+from models_automodel.finding import find
+from models_core.formats import read_json
 
 # A run over many more is the session `fuzz`.
 MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "400"))

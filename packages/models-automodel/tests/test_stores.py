@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from models_automodel import AutoModel, ModelSource, SourceFilesError
 from models_automodel.cli import main
 from models_automodel.convert import convert
-from models_automodel.tokenizer import load_tokenizer
+from models_automodel.text import load_tokenizer
 from models_core.extras import MissingExtraError
 from models_core.formats import byte_reader
 from models_core.loading import fill, loader

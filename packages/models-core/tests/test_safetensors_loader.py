@@ -38,6 +38,12 @@ def tensors(rng):
   return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("dtype", ["bf17", "int32", "float64"])
+def test_a_dtype_that_parameters_cannot_have_is_an_error(dtype, save, toy, tensors):
+  with pytest.raises(TypeError, match=rf"^dtype\b.*{dtype}"):
+    load_and_create_model(save(tensors), toy, PARAMETERS, lambda config: MAPPING, dtype=dtype)
+
+
 @pytest.mark.parametrize("place", ["one device", "mesh"])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, "float16"])
 def test_a_dictionary_of_patterns_permutes_and_reshapes(place, dtype, save, toy, tensors, mesh):

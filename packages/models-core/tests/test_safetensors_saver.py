@@ -340,10 +340,19 @@ def test_numbers_that_do_not_fit_are_an_error(tmp_path):
   assert np.isnan(infinite["a"][1])
 
 
-@pytest.mark.parametrize("dtype", ["int32", "bool"])
-def test_a_dtype_that_is_no_float_is_an_error(dtype, tmp_path):
-  with pytest.raises(TypeError, match="expected a floating-point type"):
+@pytest.mark.parametrize(
+  ("dtype", "message"),
+  [
+    ("int32", "expected a floating-point type"),
+    ("bool", "expected a floating-point type"),
+    ("bf17", "dtype='bf17' is no data type"),
+    ("float64", "jax_enable_x64"),
+  ],
+)
+def test_a_dtype_that_is_no_float_is_an_error(dtype, message, tmp_path):
+  with pytest.raises(TypeError, match=message):
     save_model_to_safetensors(STATE, tmp_path / "out", dtype=dtype)
+  assert not (tmp_path / "out").exists()
 
 
 def test_every_type_that_jax_has_comes_back(tmp_path):

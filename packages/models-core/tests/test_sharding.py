@@ -9,9 +9,17 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import ModelsError, ShardingError
 from models_core.rope_scaling import FrequencyFactors, LinearScaling, Llama3Scaling
-from models_core.sharding import ShardingConfig, default_sharding, fit, named
+from models_core.sharding import ShardingConfig, axis_names, default_sharding, fit, named
 
 DEFAULT = ShardingConfig.get_default_sharding()
+
+
+@pytest.mark.parametrize(
+  ("entry", "names"),
+  [(None, ()), ("tp", ("tp",)), ((), ()), (("fsdp", "tp"), ("fsdp", "tp")), (["tp"], ("tp",))],
+)
+def test_the_names_of_an_entry(entry, names):
+  assert axis_names(entry) == names
 
 
 class TestFit:

@@ -286,3 +286,13 @@ def test_factors_that_fit_no_fused_experts_are_named(fused, tmp_path):
 def test_a_directory_that_is_no_adapter_says_so(tmp_path):
   with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing"):
     load_peft_adapter(tmp_path, FAMILY, CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"), [("{", "is not valid JSON"), ("[]", "is list, expected an object")]
+)
+def test_a_broken_adapter_config_says_so(tmp_path, text, message):
+  save_peft_adapter(adapter_of(adapted(), alpha=ALPHA), tmp_path, FAMILY, CONFIG)
+  (tmp_path / "adapter_config.json").write_text(text)
+  with pytest.raises(CheckpointError, match=f"adapter_config.json {message}"):
+    load_peft_adapter(tmp_path, FAMILY, CONFIG)

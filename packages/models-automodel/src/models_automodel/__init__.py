@@ -1,29 +1,6 @@
 """Pretrained models by one call: `AutoModel.from_pretrained`."""
 
-from models_automodel.automodel import AutoModel
-from models_automodel.digest import Digest, digest
-from models_automodel.errors import MissingFamilyError, ModelNameError, SourceFilesError
-from models_automodel.finding import ModelSource
-from models_automodel.presets import ModelModule, call_model_config, get_model_module
-from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
-from models_core.loading import LoadPlan
+import lazy_loader
 
-__all__ = [
-  "AutoModel",
-  "CacheError",
-  "CheckpointError",
-  "ConfigError",
-  "Digest",
-  "LoadPlan",
-  "MissingFamilyError",
-  "ModelModule",
-  "ModelNameError",
-  "ModelSource",
-  "ModelsError",
-  "SaveError",
-  "ShardingError",
-  "SourceFilesError",
-  "call_model_config",
-  "digest",
-  "get_model_module",
-]
+# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,12 +1,26 @@
-"""Errors of names and sources, joined to the root that all others derive from."""
+"""All errors of this package: those of core, and those of names and sources, which have the same root."""
 
 import contextlib
 from collections.abc import Iterator
 
 import models_naming
 import models_sources
-from models_core.errors import ModelsError
+from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
 from models_core.extras import MissingExtraError
+
+__all__ = [
+  "CacheError",
+  "CheckpointError",
+  "ConfigError",
+  "MissingFamilyError",
+  "ModelNameError",
+  "ModelsError",
+  "SaveError",
+  "ShardingError",
+  "SourceFilesError",
+  "name_errors",
+  "source_errors",
+]
 
 
 class ModelNameError(ModelsError, ValueError):

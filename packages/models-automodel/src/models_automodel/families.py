@@ -6,12 +6,14 @@ import functools
 import importlib
 import importlib.metadata
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import models_naming
 from models_automodel.errors import MissingFamilyError, ModelNameError
 from models_core.errors import ModelsError
-from models_core.family import FAMILY_API_VERSION, Family
+
+if TYPE_CHECKING:
+  from models_core.family import Family
 
 GROUP = "models.families"
 
@@ -59,6 +61,9 @@ def family_module(category: str, wanted_by: str) -> ModuleType:
 
 def load_family(category: str, wanted_by: str) -> Family:
   """The family of a category. As `family_module`."""
+  # Lists of models do without flax.
+  from models_core.family import FAMILY_API_VERSION
+
   family = family_module(category, wanted_by).FAMILY
   if family.api_version != FAMILY_API_VERSION:
     raise MissingFamilyError(

@@ -19,7 +19,7 @@ from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models_core.config import HEADER_CONFIGS
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, parse_json, weight_files
+from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, read_json, weight_files
 from models_core.saving import recover
 
 CONFIG = "config.json"
@@ -100,7 +100,8 @@ def find(
     files = _open_files(name, model_source, model_path, model_download_path, revision, token, progress)
     names = set(files.names())
     refuse_adapter(files, names)
-    format, read, raw = next(formats_in(files), None), None, None
+    format, read = next(formats_in(files), None), None
+    raw: Mapping[str, Any] | None = None
     if CONFIG in names:
       raw = read_json(files, CONFIG)
     elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
@@ -165,19 +166,3 @@ def _open_files(
   return module.open_files(
     place, revision=revision, token=token, download_path=download_path, progress=progress
   )
-
-
-def read_json(files: Files, name: str) -> Mapping[str, Any]:
-  """A file of settings that lies beside weights.
-
-  Raises:
-    ConfigError: if it is no JSON object.
-  """
-  where = f"{files.path}/{name}"
-  try:
-    raw = parse_json(files.read(name, 0, files.size(name)))
-  except (ValueError, RecursionError) as error:
-    raise ConfigError(f"{where} is not valid JSON: {error}") from None
-  if not isinstance(raw, dict):
-    raise ConfigError(f"{where} is {type(raw).__name__}, expected an object")
-  return raw

@@ -19,8 +19,9 @@ from flax import nnx
 from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.formats import parse_json
+from models_core.formats import LocalFiles, read_json
 from models_core.safetensors_saver import save_model_to_safetensors
+from models_core.saving import write_texts
 
 ORIGIN = "origin.json"
 # What of a call does not change the numbers of its model.
@@ -37,18 +38,16 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
     return False
   remedy = "nothing in it is touched: give intermediate_ckpt_dir another directory, or remove it"
   try:
-    with open(os.path.join(directory, ORIGIN), "rb") as file:
-      found = parse_json(file.read())
-  except (OSError, ValueError):
+    found = read_json(LocalFiles(directory), ORIGIN)
+  except (OSError, ConfigError):
     raise ConfigError(
       f"{directory} is not what from_pretrained keeps: it has no readable {ORIGIN}; {remedy}"
     ) from None
   if found != json.loads(json.dumps(origin)):
-    known = found if isinstance(found, dict) else {}
     differing = [
-      f"{key}={known.get(key)!r} instead of {value!r}"
+      f"{key}={found.get(key)!r} instead of {value!r}"
       for key, value in origin.items()
-      if known.get(key) != value
+      if found.get(key) != value
     ]
     raise ConfigError(f"{directory} is of another call, with {', '.join(differing) or 'more'}; {remedy}")
   return True
@@ -87,10 +86,7 @@ def keep(directory: str, model: nnx.Module, family: Family, config: Any, origin:
   draft = f"{directory}.{uuid.uuid4().hex}.tmp"
   try:
     save_model_to_safetensors(nnx.state(model, nnx.Param), draft, family=family, config=config)
-    with open(os.path.join(draft, ORIGIN), "w", encoding="utf-8") as file:
-      json.dump(origin, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
+    write_texts(draft, {ORIGIN: json.dumps(origin, indent=1).encode()})
     try:
       os.rename(draft, directory)
     except OSError:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family, adopt
 from models_core.formats import Checkpoint, Files, TensorInfo, as_files, read_safetensors
@@ -53,6 +54,7 @@ class SafeTensorsCreator(Protocol[C, M]):
 
     Raises:
       CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+      TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
     """
 
 
@@ -94,11 +96,13 @@ def load_and_create_model(
 
   Raises:
     CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
+    TypeError: if `mesh` is neither a Mesh nor None, `dtype` is no floating-point type, or a weight table comes with a
+      `preprocess_fn`.
   """
   checkpoint = read_safetensors(as_files(file_dir))
   model = abstract_model(model_class, config, mesh)
   mapping = key_mapping if isinstance(key_mapping, WeightTable) else key_mapping(config)
-  dtype = None if dtype is None else np.dtype(dtype)
+  dtype = as_dtype(dtype)
   if isinstance(mapping, WeightTable):
     if preprocess_fn is not None:
       raise TypeError(

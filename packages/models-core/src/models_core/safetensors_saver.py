@@ -50,7 +50,7 @@ def save_model_to_safetensors(
     CheckpointError: if `base` is broken or of another architecture.
     ConfigError: if config.json cannot state the configuration, or a family has none.
     SaveError: if `save_dir` exists, is being written, or the file system refuses.
-    TypeError: if the dictionary holds something else than arrays.
+    TypeError: if the dictionary holds something else than arrays, or `dtype` is no floating-point type.
     ValueError: if `max_shard_size` is no size.
   """
   arrays = flatten(state_dict)

@@ -115,6 +115,11 @@ class Misfit:
   remedy: str
 
 
+def axis_names(entry: AxisNames) -> tuple[str, ...]:
+  """The mesh axes that an entry of a spec names: "tp" -> ("tp",), None -> ()."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def fit(
   shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh
 ) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
@@ -138,7 +143,7 @@ def fit(
   misfits: list[Misfit] = []
   used: set[str] = set()
   for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
-    names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    names = axis_names(entry)
     for name in names:
       if name in used:
         raise ShardingError(f"the spec {tuple(spec)} uses the mesh axis {name!r} twice")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol, TypeVar, cast
 
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from models_core.dtypes import as_dtype
 from models_core.formats import as_files, read_orbax
 from models_core.loading import abstract_model, load, plan_load
 from models_core.weights import WeightTable
@@ -35,6 +35,7 @@ class CheckpointCreator(Protocol[C, M]):
 
     Raises:
       CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+      TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
     """
 
 
@@ -48,7 +49,7 @@ def checkpoint_creator(
   ) -> M:
     checkpoint = read_orbax(as_files(checkpoint_path))
     model = abstract_model(model_class, fit_rows(model_config, checkpoint.tensors), mesh)
-    plan = plan_load(checkpoint, model, table, dtype=None if dtype is None else np.dtype(dtype))
+    plan = plan_load(checkpoint, model, table, dtype=as_dtype(dtype))
     return cast(M, load(plan))
 
   create_model_from_checkpoint.__doc__ = CheckpointCreator.__call__.__doc__

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from models_core.adapters.lora import Adapter, Factors, Roles, check_factors, find_row, roles
-from models_core.errors import AdapterError, CheckpointError
+from models_core.errors import AdapterError, CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.formats import Files, as_files, parse_json, read_safetensors_file
+from models_core.formats import Files, as_files, read_json, read_safetensors_file
 from models_core.loading import abstract_model
-from models_core.saving import SavedFile, plan_state, replace_directory, write_files
+from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
 from models_core.weights import Form, Piece, WeightTable, pieces
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -85,10 +85,7 @@ def save_peft_adapter(
   text = json.dumps(_config(adapter, tensors, table, shapes, base_model), indent=2).encode() + b"\n"
   with replace_directory(os.fspath(save_dir), overwrite=overwrite) as directory:
     write_files(directory, [file], tensors.__getitem__)
-    with open(os.path.join(directory, ADAPTER_CONFIG), "xb") as out:
-      out.write(text)
-      out.flush()
-      os.fsync(out.fileno())
+    write_texts(directory, {ADAPTER_CONFIG: text})
 
 
 def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: Any) -> Adapter:
@@ -290,11 +287,9 @@ def _read_config(files: Files) -> tuple[int, float]:
   """Rank and alpha."""
   where = f"{files.path}/{ADAPTER_CONFIG}"
   try:
-    raw = parse_json(files.read(ADAPTER_CONFIG, 0, files.size(ADAPTER_CONFIG)))
-  except (ValueError, RecursionError) as error:
-    raise CheckpointError(where, [f"it is not valid JSON: {error}"]) from None
-  if not isinstance(raw, dict):
-    raise CheckpointError(where, [f"it is {type(raw).__name__}, expected an object"])
+    raw = read_json(files, ADAPTER_CONFIG)
+  except ConfigError as error:
+    raise CheckpointError(files.path, [str(error)]) from None
   if odd := [key for key, values in _PLAIN.items() if raw.get(key, values[0]) not in values]:
     stated = ", ".join(f"{key}={raw[key]!r}" for key in odd)
     raise AdapterError(f"{where}: {stated}: not implemented, only plain LoRA is")

@@ -1,7 +1,7 @@
 from .checkpoint import Checkpoint, Format, Header
 from .files import Files, LocalFiles, RangeFiles, as_files
 from .gguf import GGUF, GgufCheckpoint, read_gguf
-from .json_files import parse_json
+from .json_files import read_json
 from .memory import ALIGNMENT, aligned_empty
 from .orbax import METADATA, ORBAX, read_orbax
 from .reader import CellReader, OnBytes, RunReader, TensorReader
@@ -47,8 +47,8 @@ __all__ = [
   "cells_of",
   "checkpoint_entries",
   "formats_in",
-  "parse_json",
   "read_gguf",
+  "read_json",
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",

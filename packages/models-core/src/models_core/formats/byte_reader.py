@@ -20,6 +20,7 @@ from models_core.formats.files import Files, RangeFiles
 from models_core.formats.memory import ALIGNMENT, aligned_empty
 from models_core.formats.reader import OnBytes, RunReader
 from models_core.formats.tensors import Index, TensorInfo
+from models_core.threads import THREADS
 
 # Bytes of one request to a store: large enough that its latency does not count.
 RANGE = 8 << 20
@@ -181,7 +182,7 @@ class LocalReader(ByteReader):
     on_bytes: OnBytes,
   ):
     super().__init__(files.fetch(names), tensors, on_bytes)
-    self.threads = max(2, min(os.cpu_count() or 1, 16))
+    self.threads = THREADS
     self._files = files
     self._fetched = frozenset(names)
     self._headers = headers

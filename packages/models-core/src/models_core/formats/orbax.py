@@ -30,10 +30,11 @@ from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.formats.checkpoint import Checkpoint, Format
 from models_core.formats.files import Files, LocalFiles
-from models_core.formats.json_files import parse_json
+from models_core.formats.json_files import read_json
 from models_core.formats.orbax_cells import CellStream, Values, cell_key, is_stream
 from models_core.formats.reader import OnBytes
 from models_core.formats.tensors import Index, TensorInfo, cells_of
+from models_core.threads import THREADS
 
 DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
@@ -230,7 +231,7 @@ def _listed(files: Files, name: str) -> frozenset[str]:
   """Names of the arrays that a `_METADATA` lists."""
   where = f"{files.path}/{name}"
   try:
-    tree = parse_json(files.read(name, 0, files.size(name)))["tree_metadata"]
+    tree = read_json(files, name)["tree_metadata"]
     return frozenset(
       ".".join(map(str, ast.literal_eval(key)))
       for key, entry in tree.items()
@@ -402,7 +403,7 @@ class OrbaxReader:
 
   chunk = _CHUNK
   run = _RUN
-  threads = max(2, min(os.cpu_count() or 1, 16))
+  threads = THREADS
   # The elements of an array lie in cells.
   runs = None
 

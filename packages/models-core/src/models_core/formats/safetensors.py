@@ -16,11 +16,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models_core.errors import CheckpointError
+from models_core.errors import CheckpointError, ConfigError
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, ReadRange, reading
-from models_core.formats.json_files import parse_json
+from models_core.formats.files import Files, LocalFiles, ReadRange, reading
+from models_core.formats.json_files import parse_json, read_json
 from models_core.formats.tensors import TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -147,17 +147,18 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
   try:
     if (size := files.size(INDEX)) > _MAX_HEADER:
       raise ValueError(f"its {size} bytes are more than the {_MAX_HEADER} that are read")
-    parsed = parse_json(files.read(INDEX, 0, size))
-    weight_map = parsed.get("weight_map") if isinstance(parsed, Mapping) else None
+    weight_map = read_json(files, INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"the file name {file!r} leaves the directory")
     return weight_map
-  except (ValueError, RecursionError) as error:
+  except ConfigError as error:
+    problems.append(str(error))
+  except ValueError as error:
     problems.append(f"{INDEX} cannot be read: {error}")
-    return None
+  return None
 
 
 def is_inside(name: str) -> bool:
@@ -273,9 +274,8 @@ def _entries(directory: str) -> set[str]:
   """The index, the files that it names, and files of the names that savers give."""
   names = set(os.listdir(directory))
   found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
-  with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-    with open(os.path.join(directory, INDEX), "rb") as file:
-      weight_map = parse_json(file.read()).get("weight_map", {})
+  with contextlib.suppress(OSError, ConfigError, AttributeError):
+    weight_map = read_json(LocalFiles(directory), INDEX).get("weight_map", {})
     found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
   return found
 

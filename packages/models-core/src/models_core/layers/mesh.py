@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from models_core.sharding import fit
+from models_core.sharding import axis_names, fit
 
 
 def find_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
@@ -67,9 +67,7 @@ def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
   if mesh.empty or not mesh.auto_axes:
     return PartitionSpec()
   auto = set(mesh.auto_axes)
-  own = [
-    names if set((names,) if isinstance(names, str) else names or ()) <= auto else None for names in spec
-  ]
+  own = [entry if auto.issuperset(axis_names(entry)) else None for entry in spec]
   return fit(shape, tuple(own), mesh)[0]
 
 

@@ -19,7 +19,7 @@ from models_core.dtypes import common_dtype
 from models_core.layers.mesh import fit_auto
 from models_core.layers.mlp import gated
 from models_core.layers.parameters import parameter
-from models_core.sharding import ShardingConfig
+from models_core.sharding import ShardingConfig, axis_names
 
 
 class Experts(nnx.Module):
@@ -74,8 +74,7 @@ def _axes(act: PartitionSpec, up: PartitionSpec) -> tuple[tuple[Names, Names], N
   used: set[str] = set()
 
   def take(spec: PartitionSpec, axis: int) -> Names:
-    entry = spec[axis] if axis < len(spec) else None
-    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    names = axis_names(spec[axis]) if axis < len(spec) else ()
     free = tuple(name for name in names if name not in used)
     used.update(free)
     return free

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from models_core.formats import TensorInfo
 from models_core.loading.plan import LoadPlan, PlannedParameter
+from models_core.sharding import axis_names
 from models_core.weights import Piece
 
 
@@ -138,14 +139,10 @@ def _between(shape: Sequence[int], target: Sharding) -> Sharding:
   """The target's sharding with the rows split further over the axes of the mesh that it leaves out."""
   if not isinstance(target, NamedSharding):
     return target
-  spec = [_names(entry) for entry in target.spec] + [()] * (len(shape) - len(target.spec))
+  spec = [axis_names(entry) for entry in target.spec] + [()] * (len(shape) - len(target.spec))
   used = {name for names in spec for name in names}
   for name, ways in target.mesh.shape.items():
     split = math.prod(target.mesh.shape[n] for n in spec[0])
     if name not in used and shape[0] % (split * ways) == 0:
       spec[0] = (*spec[0], name)
   return NamedSharding(target.mesh, PartitionSpec(*(names or None for names in spec)))
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

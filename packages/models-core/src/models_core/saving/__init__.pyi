@@ -1,5 +1,6 @@
 from .atomic import recover, replace_directory
 from .base import Base
+from .directory import write_texts
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
 from .parameters import flatten, save_parameters_to_safetensors
@@ -22,4 +23,5 @@ __all__ = [
   "save_parameters_to_safetensors",
   "whole",
   "write_files",
+  "write_texts",
 ]

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
-from models_core.formats import Files, checkpoint_entries, parse_json
+from models_core.formats import Files, checkpoint_entries, read_json
 from models_core.saving.atomic import replace_directory, save_errors
 from models_core.saving.plan import SavedTensor, Shaped
 
@@ -72,7 +72,15 @@ def _all_well(well: bool) -> bool:
 
 
 def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
-  """Writes new files and puts them on the disk."""
+  """Writes new files and puts them on the disk.
+
+  Args:
+    directory: that gets them; holds none of them.
+    texts: contents by name.
+
+  Raises:
+    OSError: if the file system refuses.
+  """
   for name, data in texts.items():
     with open(os.path.join(directory, name), "xb") as file:
       file.write(data)
@@ -109,7 +117,7 @@ def config_text(
   dtype = _main_dtype(parameters, tensors)
   own = family.write_config(config)
   names = {"torch_dtype": dtype.name, "dtype": dtype.name}
-  former = _base_config(base)
+  former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
   if isinstance(text := former.get("text_config"), Mapping):
     # The language model's fields lie one level deeper; the whole keeps its own type.
     inner = dict(text) | {k: v for k, v in own.items() if k != "architectures"}
@@ -133,12 +141,3 @@ def _main_dtype(parameters: Mapping[str, Shaped], tensors: Sequence[SavedTensor]
   for name, dtype in written.items():
     sizes[dtype] = sizes.get(dtype, 0) + math.prod(parameters[name].shape)
   return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _base_config(files: Files | None) -> dict[str, Any]:
-  if files is None or CONFIG not in files.names():
-    return {}
-  try:
-    return dict(parse_json(files.read(CONFIG, 0, files.size(CONFIG))))
-  except (ValueError, TypeError, RecursionError) as error:
-    raise ConfigError(f"{files.path}/{CONFIG} is not valid: {error}") from None

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
+from models_core.dtypes import as_dtype
 from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import ORBAX, OnBytes
@@ -58,14 +58,13 @@ def save_parameters_to_orbax(
     ConfigError: if config.json cannot state the configuration.
     MissingExtraError: if TensorStore is not installed.
     SaveError: if `save_dir` exists, is being written, or the file system refuses; under several processes.
+    TypeError: if `dtype` is no floating-point type.
   """
   if jax.process_count() > 1:
     raise SaveError(f"{os.fspath(save_dir)}: one process writes an Orbax tree, not {jax.process_count()}")
   table = family.table_of(ORBAX, {name: shaped.shape for name, shaped in parameters.items()})
   tree = None if base is None else base.in_format(ORBAX)
-  tensors = plan_save(
-    parameters, table, config=config, base=tree, dtype=None if dtype is None else np.dtype(dtype)
-  )
+  tensors = plan_save(parameters, table, config=config, base=tree, dtype=as_dtype(dtype))
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, OnBytes
@@ -47,7 +48,7 @@ def save_parameters_to_safetensors(
     raise ConfigError("a family needs a config, and a config a family: give both, or neither")
   if family is None and base is not None:
     raise ConfigError("a base needs the family that reads it: give family= and config=")
-  limit, dtype = parse_size(max_shard_size), None if dtype is None else np.dtype(dtype)
+  limit, dtype = parse_size(max_shard_size), as_dtype(dtype)
   if family is None:
     tensors = plan_state(parameters, dtype=dtype)
   else:

@@ -153,7 +153,7 @@ def plan_save(
 
   Raises:
     CheckpointError: if the headers of `base` are broken or hold a tensor that the table does not know.
-    TypeError: if the table does not cover a parameter, or `dtype` is no floating-point type.
+    TypeError: if the table does not cover a parameter, or safetensors files do not hold its dtype.
   """
   held = base.tensors if base is not None else {}
   parts: dict[str, list[tuple[str, Piece]]] = {}
@@ -249,10 +249,8 @@ def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTen
 
 def _saved_dtype(name: str, dtypes: Sequence[np.dtype], dtype: np.dtype | None) -> np.dtype:
   own = functools.reduce(common_dtype, map(np.dtype, dtypes))
-  if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-    raise TypeError(f"dtype is {dtype}, expected a floating-point type: it is what parameters are written in")
   if dtype is not None and jax.numpy.issubdtype(own, jax.numpy.floating):
-    own = np.dtype(dtype)
+    own = dtype
   if own not in _CODES:
     raise TypeError(
       f"{name} is {own}, which safetensors files do not hold; they hold {', '.join(_CODES.values())}"

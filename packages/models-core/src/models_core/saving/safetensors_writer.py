@@ -16,6 +16,7 @@ import numpy as np
 from models_core.formats import OnBytes, TensorReader
 from models_core.saving.host_arrays import HostArray, assemble, with_arrays
 from models_core.saving.plan import SavedFile, SavedTensor
+from models_core.threads import THREADS
 from models_core.weights import Piece, part_shape
 
 # The unit of parallel work, in bytes.
@@ -55,7 +56,7 @@ def write_files(
     on_total(sum(tensor.nbytes for file in own for tensor in file.tensors))
   failure: OSError | None = None
   syncing: list[concurrent.futures.Future] = []
-  with concurrent.futures.ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16))) as pool:
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     for number, file in enumerate(files):
       tensors = with_arrays(file.tensors, get)
       if number % jax.process_count() == jax.process_index() and failure is None:

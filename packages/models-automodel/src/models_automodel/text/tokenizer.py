@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import models_sources
-from models_automodel.chat_template import render
 from models_automodel.errors import source_errors
-from models_automodel.gguf_tokenizer import read_gguf_tokenizer
+from models_automodel.text.chat_template import render
+from models_automodel.text.gguf_tokenizer import read_gguf_tokenizer
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import GGUF, Checkpoint, Files, as_files
+from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json
 
 TOKENIZER = "tokenizer.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -255,9 +254,6 @@ def _read_json(files: Files, names: frozenset[str], name: str) -> dict[str, Any]
   if name not in names:
     return {}
   try:
-    value = json.loads(_text(files, name))
-  except (ValueError, RecursionError) as error:
-    raise CheckpointError(files.path, [f"{name} is not JSON: {error}"]) from error
-  if not isinstance(value, dict):
-    raise CheckpointError(files.path, [f"{name} holds no object"])
-  return value
+    return read_json(files, name)
+  except ConfigError as error:
+    raise CheckpointError(files.path, [str(error)]) from None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
 
 MeshShape = dict[str, int]
 
@@ -23,8 +27,10 @@ def parse_mesh(text: str) -> MeshShape:
   return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
-def make_mesh(shape: MeshShape | None) -> Any:
+def make_mesh(shape: MeshShape | None) -> Mesh | None:
   """The mesh over this process's devices; None without a shape.
+
+  A CPU stands for as many devices as the mesh has, if JAX's backend has not started.
 
   Raises:
     TypeError: if there are too few devices.
@@ -34,6 +40,8 @@ def make_mesh(shape: MeshShape | None) -> Any:
   if shape is None:
     return None
   size = math.prod(shape.values())
+  if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+    jax.config.update("jax_num_cpu_devices", size)
   if size > jax.device_count():
     raise TypeError(
       f"a mesh of {size} devices was asked for, but {jax.default_backend()} has {jax.device_count()}"

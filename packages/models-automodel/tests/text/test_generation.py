@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models_automodel import generate as generate_module
-from models_automodel.generate import generate
+from models_automodel.text import generate, generation
 from models_core.errors import CacheError, ConfigError, ModelsError
 
 V, D = 23, 8
@@ -77,7 +76,7 @@ def test_a_prompt_of_one_token(model):
 
 
 def test_steps_are_compiled_once(model):
-  generate_module._compile.cache_clear()
+  generation._compile.cache_clear()
   list(generate(model, PROMPT, max_new_tokens=20, cache_size=99))
   assert TRACES == [((1, 5), (1, 99, D)), ((1, 1), (1, 99, D))]
   list(generate(model, PROMPT, max_new_tokens=40, cache_size=99))

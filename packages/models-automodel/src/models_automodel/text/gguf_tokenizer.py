@@ -96,7 +96,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufToken
   """Builds the tokenizer that the metadata of a GGUF file describes.
 
   Args:
-    metadata: as `models_core.formats.gguf.read_gguf` gives it.
+    metadata: as `models_core.formats.read_gguf` gives it.
     where: the file, for messages.
 
   Raises:

@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from models_automodel.cli import main
-from models_automodel.mesh_argument import parse_mesh
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +94,3 @@ def test_an_error_is_one_message_without_a_traceback(directory, tmp_path):
   assert "Traceback" not in done.stderr
   assert str(tmp_path) in done.stderr
   assert "Traceback" in run("--traceback", "plan", str(tmp_path)).stderr
-
-
-@pytest.mark.parametrize("text", ["", "fsdp", "fsdp=0", "fsdp=2,fsdp=4", "2,4", "fsdp=2;tp=4"])
-def test_a_mesh_must_be_spelled_right(text, capsys):
-  with pytest.raises(SystemExit):
-    main(["plan", "x", "--mesh", text])
-  assert "write it like fsdp=2,tp=4" in capsys.readouterr().err
-
-
-def test_a_mesh_keeps_its_order():
-  assert list(parse_mesh("tp=4, fsdp=2").items()) == [("tp", 4), ("fsdp", 2)]

@@ -1,0 +1,35 @@
+from .automodel import AutoModel, LoadPlan
+from .digest import Digest, digest
+from .errors import (
+  CacheError,
+  CheckpointError,
+  ConfigError,
+  MissingFamilyError,
+  ModelNameError,
+  ModelsError,
+  SaveError,
+  ShardingError,
+  SourceFilesError,
+)
+from .finding import ModelSource
+from .presets import ModelModule, call_model_config, get_model_module
+
+__all__ = [
+  "AutoModel",
+  "CacheError",
+  "CheckpointError",
+  "ConfigError",
+  "Digest",
+  "LoadPlan",
+  "MissingFamilyError",
+  "ModelModule",
+  "ModelNameError",
+  "ModelSource",
+  "ModelsError",
+  "SaveError",
+  "ShardingError",
+  "SourceFilesError",
+  "call_model_config",
+  "digest",
+  "get_model_module",
+]

@@ -1,0 +1,43 @@
+"""`automodel convert`: a checkpoint written anew."""
+
+from __future__ import annotations
+
+import argparse
+
+from models_automodel.cli.arguments import Commands, model_arguments, source_keywords
+
+
+def add_convert(commands: Commands) -> None:
+  """Adds `automodel convert`."""
+  parser = commands.add_parser(
+    "convert",
+    parents=[model_arguments()],
+    help="write a checkpoint anew: of GGUF, as an Orbax tree, of another dtype, of other shards",
+  )
+  parser.set_defaults(run=_convert)
+  parser.add_argument("target", help="directory, missing or empty")
+  parser.add_argument(
+    "--to", default="huggingface", help="huggingface (default) or orbax, a tree that Orbax restores"
+  )
+  parser.add_argument("--max-shard-size", type=_size, help="of a safetensors file (default: 5GB)")
+  parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+
+
+def _size(text: str) -> int:
+  from models_core.saving import parse_size
+
+  return parse_size(text)
+
+
+def _convert(options: argparse.Namespace) -> None:
+  from models_automodel.convert import convert
+
+  convert(
+    options.model,
+    options.target,
+    to=options.to,
+    dtype=options.dtype,
+    max_shard_size=options.max_shard_size,
+    overwrite=options.overwrite,
+    **source_keywords(options),
+  )

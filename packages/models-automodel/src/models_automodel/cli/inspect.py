@@ -1,0 +1,177 @@
+"""Commands that say what a model or a checkpoint is: `list`, `show`, `plan`, `digest` and `verify`."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, source_keywords
+from models_automodel.cli.mesh_argument import make_mesh
+
+if TYPE_CHECKING:
+  from models_core.family import Family
+
+
+def add_list(commands: Commands) -> None:
+  """Adds `automodel list`."""
+  parser = commands.add_parser("list", help="known models, by family")
+  parser.set_defaults(run=_list)
+  parser.add_argument("--installed", action="store_true", help="only those whose family is installed")
+
+
+def _list(options: argparse.Namespace) -> None:
+  import models_naming
+  from models_automodel.families import installed
+
+  for family, ids in models_naming.known_model_ids().items():
+    category = models_naming.FAMILIES[
+      next(p for p, f in models_naming.FAMILIES.items() if f.family == family)
+    ].category
+    if category in installed():
+      note = category
+    elif options.installed:
+      continue
+    else:
+      distribution = models_naming.distribution_of(category)
+      note = f"{category}, not installed" + (f": {distribution.install_command}" if distribution else "")
+    print(f"{family} ({note})")
+    for model_id in ids:
+      print(f"  {model_id}")
+
+
+def add_show(commands: Commands) -> None:
+  """Adds `automodel show`."""
+  parser = commands.add_parser(
+    "show", parents=[model_arguments()], help="configuration, parameters and memory of a model"
+  )
+  parser.set_defaults(run=_show)
+  parser.add_argument(
+    "--context", type=int, default=8192, help="tokens of the KV cache to be sized (default: 8192)"
+  )
+
+
+def _show(options: argparse.Namespace) -> None:
+  import jax
+  from flax import nnx
+
+  from models_core.layers import shapes_only
+  from models_core.loading import abstract_model
+
+  family, config = _found(options)
+  print(f"{family.name}: {family.model_class.__module__}.{family.model_class.__name__}")
+  for field in dataclasses.fields(config):
+    print(f"  {field.name} = {getattr(config, field.name)}")
+  model = abstract_model(family.model_class, config)
+  shapes: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
+  for name, parameter in model.parameters.items():
+    shapes[".".join("*" if part.isdigit() else part for part in name.split("."))].append(parameter.shape)
+  print("parameters:")
+  for name, same in shapes.items():
+    print(f"  {len(same):4} x {name} {' or '.join(str(list(s)) for s in sorted(set(same)))}")
+  total = sum(math.prod(parameter.shape) for parameter in model.parameters.values())
+  print(f"  {total:,} in all: {_gib(2 * total)} in bfloat16, {_gib(4 * total)} in float32")
+
+  def caches() -> list[Any]:
+    model = family.model_class(config, rngs=nnx.Rngs(0))
+    return [model.init_cache(1, options.context, jax.numpy.bfloat16, ring=ring) for ring in (False, True)]
+
+  with shapes_only():
+    whole, ring = (
+      sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+      for cache in nnx.eval_shape(caches)
+    )
+  print(f"KV cache: {_gib(whole)} for a row of {options.context:,} tokens in bfloat16")
+  if ring < whole:
+    print(f"  {_gib(ring)} with ring=True: layers with a sliding window keep no more than that")
+
+
+def _found(options: argparse.Namespace) -> tuple[Family, Any]:
+  """Family and configuration; of a bare name without asking anybody."""
+  import models_naming
+  from models_automodel.families import load_family
+  from models_automodel.finding import find
+  from models_automodel.presets import call_model_config
+
+  if "/" in options.model or os.path.exists(os.path.expanduser(options.model)):
+    found = find(options.model, **source_keywords(options))
+    return found.family, found.config
+  config = call_model_config(options.model)
+  return load_family(models_naming.get_model_config_category(options.model), options.model), config
+
+
+def _gib(nbytes: int) -> str:
+  return f"{nbytes / 2**30:.2f} GiB"
+
+
+def add_plan(commands: Commands) -> None:
+  """Adds `automodel plan`."""
+  parser = commands.add_parser(
+    "plan",
+    parents=[model_arguments(), mesh_arguments()],
+    help="what loading would do; reads the configuration and headers alone",
+  )
+  parser.set_defaults(run=_plan)
+  parser.add_argument(
+    "--strict-sharding", action="store_true", help="fail where the mesh cannot hold a sharding"
+  )
+
+
+def _plan(options: argparse.Namespace) -> None:
+  from models_automodel.automodel import AutoModel
+
+  plan = AutoModel.plan(
+    options.model,
+    make_mesh(options.mesh),
+    dtype=options.dtype,
+    strict_sharding=options.strict_sharding,
+    **source_keywords(options),
+  )
+  print(plan)
+
+
+def add_digest(commands: Commands) -> None:
+  """Adds `automodel digest`."""
+  parser = commands.add_parser(
+    "digest",
+    parents=[model_arguments(), mesh_arguments()],
+    help="a number for the weights: equal bits give equal numbers on every mesh",
+  )
+  parser.set_defaults(run=_digest)
+  parser.add_argument("--parameters", action="store_true", help="also one for each parameter")
+
+
+def _digest(options: argparse.Namespace) -> None:
+  from models_automodel.digest import digest
+
+  found = digest(options.model, mesh=make_mesh(options.mesh), dtype=options.dtype, **source_keywords(options))
+  if options.parameters:
+    for name, number in found.parameters.items():
+      print(f"{number:016x}  {name}")
+  print(found)
+
+
+def add_verify(commands: Commands) -> None:
+  """Adds `automodel verify`."""
+  parser = commands.add_parser("verify", help="structure, shapes and bytes of a checkpoint on this machine")
+  parser.set_defaults(run=_verify)
+  parser.add_argument("directory")
+  parser.add_argument("--values", action="store_true", help="read all numbers, and refuse NaN and infinity")
+  parser.add_argument("--sha256", action="store_true", help="print the files' checksums as sha256sum does")
+  parser.add_argument("--checksums", metavar="FILE", help="compare the files with what --sha256 printed")
+
+
+def _verify(options: argparse.Namespace) -> None:
+  from models_automodel.verify import check_checksums, checksums, read_checksums, verify
+
+  plan = verify(options.directory, values=options.values)
+  if options.checksums:
+    check_checksums(options.directory, read_checksums(options.checksums))
+  if options.sha256:
+    for name, digest in checksums(options.directory).items():
+      print(f"{digest}  {name}")
+  else:
+    print(plan)
