@@ -94,10 +94,10 @@ def test_norms_of_gguf_hold_one_more(family):
   assert len(norms) == sum("norm" in row.ours for row in rows)
   for row in norms:
     stored = np.array([1.0, 0.25, 3.0], np.float32)
-    np.testing.assert_array_equal(row.values.load(stored), [0.0, -0.75, 2.0])
-    np.testing.assert_array_equal(row.values.save(row.values.load(stored)), stored)
-    assert row.values.load(stored.astype(np.float16)).dtype == np.float32
-  assert all(row.values is None for row in rows if row not in norms)
+    np.testing.assert_array_equal(row.conversion.load(stored), [0.0, -0.75, 2.0])
+    np.testing.assert_array_equal(row.conversion.save(row.conversion.load(stored)), stored)
+    assert row.conversion.load(stored.astype(np.float16)).dtype == np.float32
+  assert all(row.conversion is None for row in rows if row not in norms)
 
 
 def test_attention_mask_for_trainers():

@@ -43,18 +43,18 @@ def test_every_element_reaches_its_place_and_is_read_once(layout, shape, cell, m
   cells = None if cell is None else tuple(min(cell, size) for size in piece.shape)
   info = TensorInfo("w", data.dtype, piece.shape, "file", 0, data.nbytes, cell=cells)
   expected = arrange(data, piece, part_shape(piece, shape))
-  grid = boxes.grid(piece, shape)
+  factoring = boxes.factoring(piece, shape)
   for axis in range(len(shape)):
     indices = list(shards(shape, axis, 2))
     targets = [np.full([s.stop - s.start for s in index], -1, np.float32) for index in indices]
-    faces = [boxes.face(grid, index, target) for index, target in zip(indices, targets, strict=True)]
+    faces = [boxes.face(factoring, index, target) for index, target in zip(indices, targets, strict=True)]
     if None in faces:
       assert "(2 p)" in layout
       assert axis == 1
       continue
     read = 0
-    for box, copies in boxes.cut(grid, info, faces, most):
-      part = boxes.shares(grid, box, data[box])
+    for box, copies in boxes.cut(factoring, info, faces, most):
+      part = boxes.factored(factoring, box, data[box])
       read += part.size
       for view, index in copies:
         assert (view == -1).all()
@@ -71,10 +71,10 @@ def test_a_shard_alone_reads_no_more_than_its_share(axis):
   info = TensorInfo(
     "w", np.dtype(np.float32), piece.shape, "file", 0, 4 * math.prod(piece.shape), cell=(2, 1, 4, 4)
   )
-  grid = boxes.grid(piece, (8, 16, 32))
+  factoring = boxes.factoring(piece, (8, 16, 32))
   index = next(shards((8, 16, 32), axis, 4))
-  face = boxes.face(grid, index, np.empty([s.stop - s.start for s in index], np.float32))
-  boxes_read = [box for box, _ in boxes.cut(grid, info, [face], 256)]
+  face = boxes.face(factoring, index, np.empty([s.stop - s.start for s in index], np.float32))
+  boxes_read = [box for box, _ in boxes.cut(factoring, info, [face], 256)]
   sizes = [math.prod(s.stop - s.start for s in box) for box in boxes_read]
   assert sum(sizes) == 8 * 16 * 32 // 4
   assert max(sizes) * 4 <= 256
@@ -83,5 +83,5 @@ def test_a_shard_alone_reads_no_more_than_its_share(axis):
 def test_shapes_without_common_factors_have_no_grid():
   row = WeightTable(("ours", "w", "v d")).rows[0]
   (piece,) = pieces(row, row.forms[0], {}, (4, 6))
-  assert boxes.grid(piece, (6, 4)) is None
-  assert boxes.grid(piece, (2, 2, 6)) is not None
+  assert boxes.factoring(piece, (6, 4)) is None
+  assert boxes.factoring(piece, (2, 2, 6)) is not None

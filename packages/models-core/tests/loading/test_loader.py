@@ -25,7 +25,7 @@ from models_core.loading.abstract import abstract_model
 from models_core.loading.fill import cast_into
 from models_core.loading.loader import load, load_arrays
 from models_core.loading.plan import plan_load
-from models_core.weights.table import Ignored, Tied, Values, WeightTable
+from models_core.weights.table import Conversion, Ignored, Tied, WeightTable
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 WIDE = {"F64": np.float32, "I64": np.int32, "U64": np.uint32}
@@ -213,7 +213,7 @@ class TestValues:
 
   def test_values_of_a_row_are_applied(self, save, plan, rng, mesh):
     x = rng.normal(size=(4, 6)).astype(np.float32)
-    table = WeightTable(("x", "x", "d v -> v d", Values(lambda w: w - 1, lambda w: w + 1)))
+    table = WeightTable(("x", "x", "d v -> v d", Conversion(lambda w: w - 1, lambda w: w + 1)))
     assert_same(load_arrays(plan(save({"x": x}), {"x": ((6, 4), P("tp"))}, table, mesh))["x"], (x - 1).T)
 
   def test_tensors_of_two_dtypes_meet_in_one_that_holds_both(self, save, plan):

@@ -82,10 +82,10 @@ def share(layout, shape, axis, parts, tensor_shape=SHAPE):
     for n in range(parts)
   ]
   targets = [np.full([s.stop - s.start for s in index], -1, np.float32) for index in indices]
-  grid = boxes.grid(piece, shape)
-  faces = [boxes.face(grid, index, target) for index, target in zip(indices, targets, strict=True)]
+  factoring = boxes.factoring(piece, shape)
+  faces = [boxes.face(factoring, index, target) for index, target in zip(indices, targets, strict=True)]
   return (
-    streams.Share(grid, tuple(faces)),
+    streams.Share(factoring, tuple(faces)),
     targets,
     indices,
     lambda data: arrange(data, piece, part_shape(piece, shape)),

@@ -3,9 +3,9 @@
 import pytest
 
 from models_core.weights.gguf import gguf_table
-from models_core.weights.table import Form, Ignored, Values, WeightTable
+from models_core.weights.table import Conversion, Form, Ignored, WeightTable
 
-DOUBLED = Values(load=lambda x: x / 2, save=lambda x: x * 2)
+DOUBLED = Conversion(load=lambda x: x / 2, save=lambda x: x * 2)
 HUGGINGFACE = WeightTable(
   ("embedder.input_embedding", "model.embed_tokens.weight", "v d"),
   ("layers.{i}.attn.q_proj.w", "model.layers.{i}.self_attn.q_proj.weight", "(n h) d -> n h d"),
@@ -14,7 +14,7 @@ HUGGINGFACE = WeightTable(
 
 
 def rows(table):
-  return {row.ours: (row.forms, row.values) for row in table.rows}
+  return {row.ours: (row.forms, row.conversion) for row in table.rows}
 
 
 def test_names_differ_and_layouts_do_not():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from models_core.weights.layout import arrange, part_shape, pieces
-from models_core.weights.table import Form, Values, WeightTable, matches
+from models_core.weights.table import Conversion, Form, WeightTable, matches
 
 
 def assemble(layout, tensors, shape, *, name="w", placeholders=None, values=None):
@@ -93,12 +93,12 @@ def test_two_stacked_axes_and_a_shared_number_fill_their_own_places(rng):
 
 def test_values_are_applied_after_the_layout_and_make_no_run(rng):
   x = rng.normal(size=(5, 4))
-  row = WeightTable(("ours", "w", "f d", Values(lambda x: x - 1, lambda x: x + 1))).rows[0]
+  row = WeightTable(("ours", "w", "f d", Conversion(lambda x: x - 1, lambda x: x + 1))).rows[0]
   (piece,) = pieces(row, row.forms[0], {}, (5, 4))
   assert piece.run is None
   # The function sees the parameter's axes, not the tensor's.
   scale = np.arange(4.0)[:, None]
-  out = assemble("d f -> f d", {"w": x}, (4, 5), values=Values(lambda w: w * scale, lambda w: w / scale))
+  out = assemble("d f -> f d", {"w": x}, (4, 5), values=Conversion(lambda w: w * scale, lambda w: w / scale))
   np.testing.assert_array_equal(out, x.T * scale)
 
 

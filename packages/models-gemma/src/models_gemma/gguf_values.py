@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from models_core.weights import Values
+from models_core.weights import Conversion
 
 
 def _load(stored: np.ndarray) -> np.ndarray:
@@ -14,4 +14,4 @@ def _save(w: np.ndarray) -> np.ndarray:
 
 
 # Norms hold the factor 1 + w, where Hugging Face's files hold w.
-FACTOR = Values(load=_load, save=_save)
+FACTOR = Conversion(load=_load, save=_save)

@@ -86,7 +86,7 @@ def as_files(place: str | os.PathLike | Files) -> Files:
 
 
 @contextlib.contextmanager
-def reading(files: Files, name: str) -> Iterator[ReadRange]:
+def open_file(files: Files, name: str) -> Iterator[ReadRange]:
   """Reads of one file: through a single descriptor where the files have a method `locate`, which gives its path.
 
   `locate` is optional: it returns None for a file that is not on this machine.

@@ -20,7 +20,7 @@ from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, ReadRange, reading
+from models_core.formats.files import Files, ReadRange, open_file
 from models_core.formats.tensors import Codec, TensorInfo
 
 _MAGIC = b"GGUF"
@@ -268,7 +268,7 @@ class _Cursor:
 
 def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[TensorInfo], Header]:
   """Metadata and tensors of one file, and what its header is recognised by."""
-  with reading(files, name) as read:
+  with open_file(files, name) as read:
     return _parse(_Cursor(read, files.size(name), name, files.path))
 
 

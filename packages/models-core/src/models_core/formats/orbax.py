@@ -31,7 +31,7 @@ from models_core.extras import require
 from models_core.formats.checkpoint import Checkpoint, Format
 from models_core.formats.files import Files, LocalFiles
 from models_core.formats.json_files import read_json
-from models_core.formats.orbax_cells import CellStream, Values, cell_key, is_stream
+from models_core.formats.orbax_cells import CellStream, KeyValues, cell_key, is_stream
 from models_core.formats.reader import OnBytes
 from models_core.formats.tensors import Index, TensorInfo, cells_of
 from models_core.threads import THREADS
@@ -306,13 +306,13 @@ class _Store:
       }
       return {name: array.result() for name, array in opened.items()}
 
-  def values(self) -> Values:
+  def values(self) -> KeyValues:
     """All values, by key."""
     ts = _tensorstore()
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     with self.errors():
       kvstore = ts.KvStore.open(self._at(""), context=context).result()
-    return Values(kvstore, is_local="://" not in self.where)
+    return KeyValues(kvstore, is_local="://" not in self.where)
 
   @contextlib.contextmanager
   def errors(self, what: str = "") -> Iterator[None]:

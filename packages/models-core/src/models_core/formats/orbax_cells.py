@@ -52,7 +52,7 @@ def cell_key(metadata: Mapping[str, Any], position: tuple[int, ...]) -> str:
 
 
 @final
-class Values:
+class KeyValues:
   """The values of a key-value store, as they are when this is made.
 
   Args:
@@ -85,7 +85,7 @@ class CellStream:
 
   def __init__(
     self,
-    values: Values,
+    values: KeyValues,
     key: str | None,
     metadata: Mapping[str, Any],
     nbytes: int,
@@ -131,7 +131,7 @@ class _Stored:
     nbytes: that it decodes to: most values are no longer.
   """
 
-  def __init__(self, values: Values, key: str, nbytes: int):
+  def __init__(self, values: KeyValues, key: str, nbytes: int):
     self._values = values
     self._key = key
     self._at = 0

@@ -19,7 +19,7 @@ import numpy as np
 from models_core.errors import CheckpointError, ConfigError
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, LocalFiles, ReadRange, reading
+from models_core.formats.files import Files, LocalFiles, ReadRange, open_file
 from models_core.formats.json_files import parse_json, read_json
 from models_core.formats.tensors import TensorInfo
 
@@ -194,7 +194,7 @@ def _read_file(files: Files, name: str) -> _File:
   Raises:
     CheckpointError: if the header is broken or doesn't describe the file's bytes one to one.
   """
-  with reading(files, name) as read:
+  with open_file(files, name) as read:
     return _parse(read, files.size(name), name, f"{files.path}/{name}")
 
 

@@ -34,7 +34,7 @@ class _Axis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Factoring:
   """A tensor seen as the factors that its axes and the parameter's have in common.
 
   Attributes:
@@ -56,7 +56,7 @@ class Grid:
     return tuple(size for size, at in pairs if at is None)
 
 
-def grid(piece: Piece, shape: Sequence[int]) -> Grid | None:
+def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
   """The common factors of a tensor and the part of a parameter, None where they have none.
 
   Args:
@@ -95,7 +95,7 @@ def grid(piece: Piece, shape: Sequence[int]) -> Grid | None:
     for part in range(len(shape))
   )
   axes = tuple(_axis(s, f) for s, f in zip(sizes, fixed, strict=True))
-  return Grid(axes, tuple(sizes), tuple(fixed), ours)
+  return Factoring(axes, tuple(sizes), tuple(fixed), ours)
 
 
 def _groups(shape: Sequence[int], split: Sequence[int]) -> list[list[int]] | None:
@@ -158,18 +158,18 @@ class Face:
   view: np.ndarray
 
 
-def face(grid: Grid, index: Index, target: np.ndarray) -> Face | None:
+def face(factoring: Factoring, index: Index, target: np.ndarray) -> Face | None:
   """A shard seen from the tensor, None where its bounds cut through factors.
 
   Args:
-    grid: of the tensor.
+    factoring: of the tensor.
     index: the part of the parameter's part that the shard takes.
     target: the view of its buffer that gets it.
   """
-  sizes = grid.free
+  sizes = factoring.free
   bounds = [(0, size) for size in sizes]
   lengths: list[int] = []
-  for part, places in zip(index, grid.ours, strict=True):
+  for part, places in zip(index, factoring.ours, strict=True):
     inner = math.prod(sizes[place] for place in places[1:])
     if not places:
       continue
@@ -177,32 +177,32 @@ def face(grid: Grid, index: Index, target: np.ndarray) -> Face | None:
       return None
     bounds[places[0]] = (part.start // inner, part.stop // inner)
     lengths += [(part.stop - part.start) // inner, *(sizes[place] for place in places[1:])]
-  order = [place for places in grid.ours for place in places]
+  order = [place for places in factoring.ours for place in places]
   return Face(tuple(bounds), target.reshape(lengths).transpose(np.argsort(order)))
 
 
 def cut(
-  grid: Grid, info: TensorInfo, faces: Sequence[Face], most: int
+  factoring: Factoring, info: TensorInfo, faces: Sequence[Face], most: int
 ) -> Iterator[tuple[Index, list[tuple[np.ndarray, Index]]]]:
   """Boxes that together hold all that some shards want, and what of each box goes where.
 
   Args:
-    grid: of the tensor.
+    factoring: of the tensor.
     info: the tensor; boxes follow its cells.
     faces: the shards' shares.
     most: bytes that a box should not exceed.
 
   Yields:
-    The box, one slice an axis, and pairs of a view and an index of `shares(grid, data)` that goes there.
+    The box, one slice an axis, and pairs of a view and an index of `factored(factoring, box, data)` that goes there.
   """
-  spans = [range(axis.lead) for axis in grid.axes]
-  lead_of = leads(grid)
+  spans = [range(axis.lead) for axis in factoring.axes]
+  lead_of = leads(factoring)
   for position, lead in enumerate(lead_of):
     if lead is not None:
       spans[position] = range(
         min(face.bounds[lead][0] for face in faces), max(face.bounds[lead][1] for face in faces)
       )
-  steps = _steps(grid, info, spans, most)
+  steps = _steps(factoring, info, spans, most)
   starts = [
     range(span.start // step * step, span.stop, step) for span, step in zip(spans, steps, strict=True)
   ]
@@ -220,49 +220,49 @@ def cut(
         block[position] = (min(c[lead][0] for c in wanted), max(c[lead][1] for c in wanted))
     box = tuple(
       slice(axis.base + low * axis.inner, axis.base + high * axis.inner)
-      for axis, (low, high) in zip(grid.axes, block, strict=True)
+      for axis, (low, high) in zip(factoring.axes, block, strict=True)
     )
-    yield box, list(overlaps(grid, faces, block))
+    yield box, list(overlaps(factoring, faces, block))
 
 
 def overlaps(
-  grid: Grid, faces: Sequence[Face], block: Sequence[tuple[int, int]]
+  factoring: Factoring, faces: Sequence[Face], block: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[np.ndarray, Index]]:
-  """What of a block goes where: pairs of a view of a shard's buffer and an index of the block's `shares`.
+  """What of a block goes where: pairs of a view of a shard's buffer and an index of the block's `factored` elements.
 
   Args:
-    grid: of the tensor.
+    factoring: of the tensor.
     faces: the shards' shares.
     block: bounds along each axis, in steps of it.
   """
-  lead_of = leads(grid)
+  lead_of = leads(factoring)
   origin = {lead: low for lead, (low, _) in zip(lead_of, block, strict=True) if lead is not None}
   for face in faces:
     if (common := _meet(face, lead_of, block)) is not None:
       yield _copy(face, common, origin)
 
 
-def leads(grid: Grid) -> list[int | None]:
+def leads(factoring: Factoring) -> list[int | None]:
   """For each axis of the tensor, the place of its first unfixed factor, along which its boxes are cut."""
   found: list[int | None] = []
   place = 0
-  for fixed in grid.fixed:
+  for fixed in factoring.fixed:
     free = sum(at is None for at in fixed)
     found.append(place if free else None)
     place += free
   return found
 
 
-def _steps(grid: Grid, info: TensorInfo, spans: Sequence[range], most: int) -> list[int]:
+def _steps(factoring: Factoring, info: TensorInfo, spans: Sequence[range], most: int) -> list[int]:
   """Steps of a box along each axis: multiples of the tensor's cells while that is small enough, else what is."""
   steps = [len(span) for span in spans]
-  units = [1] * len(grid.axes)
+  units = [1] * len(factoring.axes)
   if info.cell is not None:
     units = [
       cell // axis.inner if cell % axis.inner == 0 and axis.base % cell == 0 else axis.lead
-      for cell, axis in zip(info.cell, grid.axes, strict=True)
+      for cell, axis in zip(info.cell, factoring.axes, strict=True)
     ]
-  nbytes = math.prod(axis.inner for axis in grid.axes) * info.dtype.itemsize
+  nbytes = math.prod(axis.inner for axis in factoring.axes) * info.dtype.itemsize
   for smallest in (units, [1] * len(units)):
     for position, unit in enumerate(smallest):
       rest = nbytes * math.prod(steps[:position] + steps[position + 1 :])
@@ -292,11 +292,11 @@ def _copy(face: Face, common: Sequence[tuple[int, int]], origin: dict[int, int])
   return face.view[(*ours, ...)], theirs
 
 
-def shares(grid: Grid, box: Index, data: np.ndarray) -> np.ndarray:
+def factored(factoring: Factoring, box: Index, data: np.ndarray) -> np.ndarray:
   """A box's elements with the unfixed factors as axes, in the tensor's order."""
   lengths: list[int] = []
   select: list[int | slice] = []
-  for axis, bounds, sizes, fixed in zip(grid.axes, box, grid.sizes, grid.fixed, strict=True):
+  for axis, bounds, sizes, fixed in zip(factoring.axes, box, factoring.sizes, factoring.fixed, strict=True):
     own = list(sizes)
     taken: list[int | slice] = [slice(None) if at is None else at for at in fixed]
     first = next((n for n, at in enumerate(fixed) if at is None), None)

@@ -178,14 +178,14 @@ def _box_tasks(
   """The work of filling shards whose axes lie in another order than the tensor's, or that is stored in cells."""
   if 0 in shape:
     return
-  grid = boxes.grid(piece, shape) if piece.values is None else None
-  faces = [boxes.face(grid, index, target) for index, target in targets] if grid else []
+  factoring = boxes.factoring(piece, shape) if piece.conversion is None else None
+  faces = [boxes.face(factoring, index, target) for index, target in targets] if factoring else []
   seen = [face for face in faces if face is not None]
-  if grid is None or len(seen) < len(targets):
+  if factoring is None or len(seen) < len(targets):
     yield functools.partial(_fill_whole, piece, info, shape, targets, reader)
     return
-  for box, copies in boxes.cut(grid, info, seen, reader.chunk):
-    yield functools.partial(_fill_box, grid, info, box, copies, reader)
+  for box, copies in boxes.cut(factoring, info, seen, reader.chunk):
+    yield functools.partial(_fill_box, factoring, info, box, copies, reader)
 
 
 def _streamed(
@@ -194,12 +194,12 @@ def _streamed(
   """What shards take of a tensor, if its cells can be decoded front to back into them; None where they cannot."""
   if reader.cells is None or not reader.cells.has_streams(info):
     return None
-  if 0 in shape or piece.values is not None:
+  if 0 in shape or piece.conversion is not None:
     return None
-  if (grid := boxes.grid(piece, shape)) is None:
+  if (factoring := boxes.factoring(piece, shape)) is None:
     return None
-  faces = [face for index, target in targets if (face := boxes.face(grid, index, target)) is not None]
-  share = streams.Share(grid, tuple(faces))
+  faces = [face for index, target in targets if (face := boxes.face(factoring, index, target)) is not None]
+  share = streams.Share(factoring, tuple(faces))
   return share if len(faces) == len(targets) and streams.is_aligned(share, info) else None
 
 
@@ -220,14 +220,14 @@ def _fill_from_cell(
 
 
 def _fill_box(
-  grid: boxes.Grid,
+  factoring: boxes.Factoring,
   info: TensorInfo,
   box: Index,
   copies: list[tuple[np.ndarray, Index]],
   reader: TensorReader,
 ) -> None:
   """One box of a tensor, read once, for all shards that want some of it."""
-  data = boxes.shares(grid, box, reader.read_box(info, box))
+  data = boxes.factored(factoring, box, reader.read_box(info, box))
   for target, index in copies:
     within: tuple[Any, ...] = index
     cast_into(target, data[(*within, ...)])

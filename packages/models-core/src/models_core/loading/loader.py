@@ -21,7 +21,7 @@ from flax import nnx
 from models_core.formats import OnBytes, TensorReader
 from models_core.loading.fill import Shard, shards_of, tasks
 from models_core.loading.plan import LoadPlan, PlannedParameter
-from models_core.loading.process_split import files_of_process, reading, redistribute
+from models_core.loading.process_split import files_of_process, part_to_read, redistribute
 from models_core.processes import check_same, processes_of, together
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class OpenedPlan:
     arrays: dict[str, jax.Array] = {}
     for batch in _batches(chosen, len(self._processes)):
       with together(mesh):
-        ways = [reading(planned, reader.tensors) for planned in batch]
+        ways = [part_to_read(planned, reader.tensors) for planned in batch]
         read = _place(ways, reader, self._pool, on_cpu=_is_cpu(batch))
       for planned in batch:
         parameter = planned.parameter

@@ -23,7 +23,7 @@ from models_core.sharding import axis_names
 from models_core.weights import Piece
 
 
-def reading(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> PlannedParameter:
+def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> PlannedParameter:
   """What is read of a parameter: of several ways the first that makes the processes read the fewest elements.
 
   Returns:
@@ -53,7 +53,7 @@ def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
   tensors = plan.checkpoint.tensors
   names = {name for tie in plan.ties for name in (tie.tensor, tie.twin)}
   for planned in plan.parameters:
-    way = reading(planned, tensors)
+    way = part_to_read(planned, tensors)
     shape, sharding = way.parameter.shape, way.parameter.sharding
     indices = sharding.addressable_devices_indices_map(shape).values()
     names |= {

@@ -24,11 +24,11 @@ class Share:
   """What one parameter's shards take of a tensor.
 
   Attributes:
-    grid: the factors that the tensor and the parameter have in common.
+    factoring: the factors that the tensor and the parameter have in common.
     faces: the shards seen from the tensor.
   """
 
-  grid: boxes.Grid
+  factoring: boxes.Factoring
   faces: tuple[boxes.Face, ...]
 
 
@@ -51,7 +51,7 @@ def is_aligned(share: Share, info: TensorInfo) -> bool:
   """Whether no cell ends within a factor that is copied as a whole."""
   return all(
     axis.base % axis.inner == 0 and cell % axis.inner == 0
-    for axis, cell in zip(share.grid.axes, info.cell or (), strict=True)
+    for axis, cell in zip(share.factoring.axes, info.cell or (), strict=True)
   )
 
 
@@ -62,15 +62,15 @@ def wanted(info: TensorInfo, shares: Sequence[Share]) -> list[tuple[int, ...]]:
     for face in share.faces:
       spans = [
         range(low // cell, -(-high // cell))
-        for (low, high), cell in zip(_bounds(share.grid, face), info.cell or (), strict=True)
+        for (low, high), cell in zip(_bounds(share.factoring, face), info.cell or (), strict=True)
       ]
       found.update(itertools.product(*spans))
   return sorted(found)
 
 
-def _bounds(grid: boxes.Grid, face: boxes.Face) -> Iterator[tuple[int, int]]:
+def _bounds(factoring: boxes.Factoring, face: boxes.Face) -> Iterator[tuple[int, int]]:
   """The elements that a shard takes along each axis of the tensor."""
-  for axis, lead in zip(grid.axes, boxes.leads(grid), strict=True):
+  for axis, lead in zip(factoring.axes, boxes.leads(factoring), strict=True):
     low, high = (0, axis.lead) if lead is None else face.bounds[lead]
     yield axis.base + low * axis.inner, axis.base + high * axis.inner
 
@@ -81,7 +81,7 @@ def runs(info: TensorInfo, position: Sequence[int], shares: Sequence[Share], mos
   if not cell:
     yield Run((), 0, ())
     return
-  units = [math.lcm(*(share.grid.axes[at].inner for share in shares)) for at in range(len(cell))]
+  units = [math.lcm(*(share.factoring.axes[at].inner for share in shares)) for at in range(len(cell))]
   sizes = [math.prod(cell[at + 1 :]) * info.dtype.itemsize for at in range(len(cell))]
   fits = (at for at in range(len(cell)) if units[at] > 1 or sizes[at] <= most)
   outer = next(fits, len(cell) - 1)
@@ -109,23 +109,23 @@ def copies(run: Run, data: np.ndarray, shares: Sequence[Share]) -> Iterator[tupl
     shares: of the tensor.
   """
   for share in shares:
-    grid = share.grid
+    factoring = share.factoring
     block = []
-    for axis, bounds in zip(grid.axes, run.box, strict=True):
+    for axis, bounds in zip(factoring.axes, run.box, strict=True):
       low = max(0, (bounds.start - axis.base) // axis.inner)
       block.append((low, min(axis.lead, (bounds.stop - axis.base) // axis.inner)))
     if any(low >= high for low, high in block):
       continue
     box = tuple(
       slice(axis.base + low * axis.inner, axis.base + high * axis.inner)
-      for axis, (low, high) in zip(grid.axes, block, strict=True)
+      for axis, (low, high) in zip(factoring.axes, block, strict=True)
     )
     within: tuple[Any, ...] = tuple(
       slice(part.start - whole.start, part.stop - whole.start)
       for part, whole in zip(box, run.box, strict=True)
     )
-    part = boxes.shares(grid, box, data[(*within, ...)])
-    for view, index in boxes.overlaps(grid, share.faces, block):
+    part = boxes.factored(factoring, box, data[(*within, ...)])
+    for view, index in boxes.overlaps(factoring, share.faces, block):
       own: tuple[Any, ...] = index
       yield view, part[(*own, ...)]
 

@@ -41,7 +41,7 @@ class Base:
     return self.checkpoint if self.checkpoint is not None and self.checkpoint.format is format else None
 
   @contextlib.contextmanager
-  def reading(self, tensors: Sequence[SavedTensor]) -> Iterator[TensorReader | None]:
+  def open_reader(self, tensors: Sequence[SavedTensor]) -> Iterator[TensorReader | None]:
     """A reader of the tensors that are copied; None where none is."""
     names = sorted({tensor.copied.file for tensor in tensors if tensor.copied is not None})
     if not names:

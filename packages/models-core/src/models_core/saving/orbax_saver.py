@@ -69,7 +69,7 @@ def save_parameters_to_orbax(
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
-    reader = None if base is None else stack.enter_context(base.reading(tensors))
+    reader = None if base is None else stack.enter_context(base.open_reader(tensors))
     write_tree(directory, tensors, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     copy_companions(directory, files, set(companions) - texts.keys())
     write_texts(directory, texts)

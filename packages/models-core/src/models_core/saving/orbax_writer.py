@@ -191,7 +191,7 @@ def _copied(reader: TensorReader, info: TensorInfo, box: Bounds) -> np.ndarray:
 def _is_plain(piece: Piece) -> bool:
   """Whether a tensor's axes are the parameter's, or fixed."""
   return (
-    piece.values is None
+    piece.conversion is None
     and piece.split == piece.shape
     and not any(isinstance(at, int) for at in piece.target)
   )

@@ -61,7 +61,7 @@ def save_parameters_to_safetensors(
     texts[CONFIG] = config_text(family, config, files, parameters, tensors)
   with contextlib.ExitStack() as stack:
     directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
-    reader = None if base is None else stack.enter_context(base.reading(tensors))
+    reader = None if base is None else stack.enter_context(base.open_reader(tensors))
     write_files(directory, shards, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     if jax.process_index() == 0:
       copy_companions(directory, files, set(companions) - texts.keys())

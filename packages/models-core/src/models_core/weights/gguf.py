@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models_core.weights.table import Ignored, Tied, Values, WeightTable
+from models_core.weights.table import Conversion, Ignored, Tied, WeightTable
 
 L, B = "layers.{i}", "blk.{i}"
 
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def gguf_table(
-  huggingface: WeightTable, *rows: tuple, norms: Values | None = None, ignored: Sequence[Ignored] = ()
+  huggingface: WeightTable, *rows: tuple, norms: Conversion | None = None, ignored: Sequence[Ignored] = ()
 ) -> WeightTable:
   """Hugging Face's rows under the names of GGUF, which has the same layouts and ties the head alike.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from models_core.weights.table import PLACEHOLDER, Form, Row, Values
+from models_core.weights.table import PLACEHOLDER, Conversion, Form, Row
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\S+)")
 
@@ -28,7 +28,7 @@ class Piece:
     select: an index into `split` that drops the axes of fused tensors, a number or a full slice each.
     order: the remaining axes in the parameter's order.
     target: position along the parameter's stacked axes, a number or a full slice each.
-    values: where the dialect stores other numbers.
+    conversion: where the naming scheme stores other numbers.
   """
 
   tensor: str
@@ -37,14 +37,14 @@ class Piece:
   select: tuple[int | slice, ...]
   order: tuple[int, ...]
   target: tuple[int | slice, ...]
-  values: Values | None = None
+  conversion: Conversion | None = None
 
   @property
   def run(self) -> int | None:
     """First element of the run of the tensor's elements that lies as the parameter's do; None where it is no run."""
     fused = [s for s in self.select if isinstance(s, int)]
     leading = all(isinstance(s, int) for s in self.select[: len(fused)])
-    if self.values is not None or not leading or self.order != tuple(sorted(self.order)):
+    if self.conversion is not None or not leading or self.order != tuple(sorted(self.order)):
       return None
     start = 0
     for index, size in zip(fused, self.split, strict=False):
@@ -97,7 +97,7 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
     at = dict(zip(stacked, index, strict=True))
     target = tuple(at.get(group[0], slice(None)) for group in ours)
     name = form.name.format(**placeholders, **at)
-    result.append(Piece(name, tensor_shape, split, select, order, target, row.values))
+    result.append(Piece(name, tensor_shape, split, select, order, target, row.conversion))
   return result
 
 
@@ -144,7 +144,7 @@ def arrange(data: np.ndarray, piece: Piece, shape: Sequence[int]) -> np.ndarray:
     shape: of the part of the parameter that it fills.
   """
   part = data.reshape(piece.split)[piece.select].transpose(piece.order).reshape(shape)
-  return part if piece.values is None else piece.values.load(part)
+  return part if piece.conversion is None else piece.conversion.load(part)
 
 
 def put_back(part: np.ndarray, piece: Piece, tensor: np.ndarray) -> None:
@@ -155,7 +155,7 @@ def put_back(part: np.ndarray, piece: Piece, tensor: np.ndarray) -> None:
     piece: that describes the tensor.
     tensor: contiguous, of `piece.shape`.
   """
-  part = part if piece.values is None else piece.values.save(part)
+  part = part if piece.conversion is None else piece.conversion.save(part)
   place = tensor.reshape(piece.split)[piece.select]
   place[...] = part.reshape([place.shape[axis] for axis in piece.order]).transpose(np.argsort(piece.order))
 

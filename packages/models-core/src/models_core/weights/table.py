@@ -25,7 +25,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Values:
+class Conversion:
   """A pair of inverse functions for a dialect that stores other numbers.
 
   Attributes:
@@ -59,12 +59,12 @@ class Row:
   Attributes:
     ours: the parameter's name.
     forms: alternatives on the checkpoint's side, of which one must be complete.
-    values: where the dialect stores other numbers.
+    conversion: where the naming scheme stores other numbers.
   """
 
   ours: str
   forms: tuple[Form, ...]
-  values: Values | None = None
+  conversion: Conversion | None = None
 
   def match(self, name: str) -> dict[str, str] | None:
     """The placeholders' values if the row is about this parameter."""
@@ -99,7 +99,7 @@ class WeightTable:
   """All rows of a dialect.
 
   Args:
-    *rows: `(ours, checkpoint, layout)` or `(ours, checkpoint, layout, Values)`; with alternatives,
+    *rows: `(ours, checkpoint, layout)` or `(ours, checkpoint, layout, Conversion)`; with alternatives,
       `(ours, (Form, ...))`.
     ignored: tensors to leave out.
     tied: tensors that must repeat another one where they are not parameters.
@@ -137,7 +137,7 @@ def _row(row: tuple) -> Row:
   match row:
     case (str(ours), str(name), str(layout)):
       return Row(ours, (Form(name, layout),))
-    case (str(ours), str(name), str(layout), Values() as values):
+    case (str(ours), str(name), str(layout), Conversion() as values):
       return Row(ours, (Form(name, layout),), values)
     case (str(ours), [*forms]):
       return Row(ours, tuple(forms))
