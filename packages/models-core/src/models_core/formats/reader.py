@@ -34,6 +34,16 @@ OnBytes = Callable[[int], None]
 Index = tuple[slice, ...]
 
 
+def bounds_of(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+  """The first element of an index and the one past its last, along each axis of an array.
+
+  Args:
+    index: without steps; `slice(None)` is the whole axis.
+    shape: of the array.
+  """
+  return tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Uninitialised memory that a CPU device can alias."""
   nbytes = math.prod(shape) * dtype.itemsize

@@ -35,6 +35,7 @@ from models_core.formats import (
   TensorInfo,
   TensorReader,
   aligned_empty,
+  bounds_of,
   open_reader,
   read_box,
 )
@@ -202,7 +203,7 @@ def _shards(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> 
   shape, sharding = planned.parameter.shape, planned.parameter.sharding
   holders: dict[tuple, list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
+    bounds = bounds_of(index or (), shape)
     holders.setdefault(bounds, []).append(device)
   shards = []
   for bounds, devices in holders.items():
