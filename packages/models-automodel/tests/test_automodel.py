@@ -81,11 +81,27 @@ def test_config_fields_are_keyword_arguments(checkpoint):
 
 
 @pytest.mark.parametrize(
-  ("keyword", "near"), [("dtpye", "dtype"), ("rope_teta", "rope_theta"), ("strict_shard", "strict_sharding")]
+  ("keyword", "near"),
+  [
+    ("dtpye", "dtype"),
+    ("strict_shard", "strict_sharding"),
+    ("model_download_pat", "model_download_path"),
+    ("intermediate_ckpt", "intermediate_ckpt_dir"),
+    ("rng_sed", "rng_seed"),
+    ("model_sorce", "model_source"),
+    ("meshes", "mesh"),
+    ("rope_teta", "rope_theta"),
+  ],
 )
 def test_an_unknown_keyword_is_a_type_error_with_the_nearest_one(checkpoint, keyword, near):
   with pytest.raises(TypeError, match=f"'{keyword}'.*did you mean '{near}'"):
     AutoModel.from_pretrained(str(checkpoint[0]), **{keyword: 1})
+
+
+def test_a_keyword_that_plan_lacks_is_no_answer_to_itself(checkpoint):
+  with pytest.raises(TypeError, match="'rng_seed'") as caught:
+    AutoModel.plan(str(checkpoint[0]), rng_seed=0)
+  assert "did you mean 'rng_seed'" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 from typing import Any
 
@@ -211,18 +212,7 @@ class AutoModel:
     strict_sharding: bool,
     fields: dict[str, Any],
   ) -> LoadPlan:
-    known = (
-      "dtype",
-      "revision",
-      "token",
-      "config",
-      "layers",
-      "strict_sharding",
-      "progress",
-      "model_path",
-      "model_source",
-    )
-    final = cut(override(found.config, fields, known), layers)
+    final = cut(override(found.config, fields, _keywords()), layers)
     model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
       checkpoint = found.checkpoint
@@ -235,3 +225,10 @@ class AutoModel:
       layers=None if layers is None else len(layers),
     )
     return dataclasses.replace(plan, family=found.family, config=final)
+
+
+def _keywords() -> tuple[str, ...]:
+  """Names of the arguments of `from_pretrained`, also of those that it hands on to `plan`; no fields."""
+  signatures = (inspect.signature(function) for function in (AutoModel.from_pretrained, AutoModel.plan))
+  parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
+  return tuple(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))

@@ -26,7 +26,8 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
   own = {field.name: field for field in dataclasses.fields(config)}
   for name in fields:
     if name not in own:
-      near = difflib.get_close_matches(name, [*own, *known], n=1)
+      # `plan` lacks some keywords of `from_pretrained`: none is the answer to itself.
+      near = difflib.get_close_matches(name, [other for other in (*own, *known) if other != name], n=1)
       hint = (
         f": did you mean {near[0]!r}?" if near else f"; fields of {type(config).__name__}: {', '.join(own)}"
       )

@@ -42,7 +42,7 @@ def create_dummy_model(
     scale: standard deviation of the random ones.
 
   Raises:
-    TypeError: if `mesh` or `dtype` is none.
+    TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
   """
   dtype = as_dtype(dtype)
   model = abstract_model(model_class, config, mesh)

@@ -6,10 +6,14 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models_core.errors import ConfigError
 from models_core.extras import require
+
+if TYPE_CHECKING:
+  from jinja2 import nodes
+  from jinja2.parser import Parser
 
 _NEEDS = ("models-automodel[generate]", "A chat template")
 
@@ -49,7 +53,7 @@ def _environment() -> Any:
 
     tags = frozenset({"generation"})
 
-    def parse(self, parser):
+    def parse(self, parser: Parser) -> nodes.Scope:
       line = next(parser.stream).lineno
       return jinja2.nodes.Scope(
         parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -16,6 +16,8 @@ from models_core.errors import CacheError, ConfigError
 _CACHE_STEP = 256
 # (float32 logits [V], key, temperature, top_p) -> token id.
 _Pick = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# Key, temperature, top_p.
+_Sampling = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def generate(
@@ -96,8 +98,8 @@ def _stream(
   count: int,
   stop_ids: Set[int],
   pick: _Pick,
-  sampling: Any,
-  make_cache: Callable,
+  sampling: _Sampling,
+  make_cache: Callable[[], Any],
 ) -> Iterator[int]:
   if not count:
     return
@@ -118,13 +120,15 @@ def _stream(
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(structure: Any, pick: _Pick) -> Callable:
+def _compile(structure: Any, pick: _Pick) -> Callable[..., tuple[jax.Array, Any]]:
   """The step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1] and the cache.
 
   It takes the model as a list of arrays: flattening a module at every step would take longer than a small model.
   """
 
-  def step(leaves, tokens, positions, cache, sampling):
+  def step(
+    leaves: list[jax.Array], tokens: jax.Array, positions: jax.Array, cache: Any, sampling: _Sampling
+  ) -> tuple[jax.Array, Any]:
     model = jax.tree.unflatten(structure, leaves)
     hidden, cache = model(tokens, positions, cache, None, skip_lm_head=True)
     # Only the last place's logits are ever made.

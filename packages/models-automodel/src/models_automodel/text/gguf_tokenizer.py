@@ -127,7 +127,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufToken
 
 def _byte_level(
   keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
-) -> tuple[dict, bool]:
+) -> tuple[dict[str, Any], bool]:
   """Byte-level BPE with merges."""
   pre = keys.choice("pre", _PRES)
   vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -150,7 +150,7 @@ def _byte_level(
 
 def _sentence_pieces(
   keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
-) -> tuple[dict, bool]:
+) -> tuple[dict[str, Any], bool]:
   """SentencePiece's BPE: of all neighbours that make a token, those whose token has the highest score merge first."""
   scores = keys.numbers("scores", len(tokens))
   vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -15,7 +15,7 @@ from .safetensors import (
   read_safetensors,
   read_safetensors_file,
 )
-from .tensors import Codec, Index, TensorInfo, cells_of
+from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 
 __all__ = [
   "ALIGNMENT",
@@ -44,6 +44,7 @@ __all__ = [
   "TensorReader",
   "aligned_empty",
   "as_files",
+  "bounds_of",
   "cells_of",
   "checkpoint_entries",
   "formats_in",

@@ -59,6 +59,16 @@ class TensorInfo:
     return tuple(slice(0, size) for size in self.shape)
 
 
+def bounds_of(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+  """The first element of an index and the one past its last, along each axis of an array.
+
+  Args:
+    index: without steps; `slice(None)` is the whole axis.
+    shape: of the array.
+  """
+  return tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
+
+
 def cells_of(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Index]:
   """The cells of a tensor, those at its ends cut off.
 

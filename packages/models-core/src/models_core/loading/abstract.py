@@ -75,7 +75,7 @@ def abstract_model(
 
   Raises:
     ShardingError: with `strict`, listing every axis that does not fit.
-    TypeError: if `mesh` is none.
+    TypeError: if `mesh` is neither a Mesh nor None.
   """
   check_mesh(mesh)
   # A module with annotated parameters would demand a mesh in context.

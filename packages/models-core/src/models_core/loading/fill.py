@@ -18,7 +18,15 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from models_core.formats import CellReader, Index, RunReader, TensorInfo, TensorReader, aligned_empty
+from models_core.formats import (
+  CellReader,
+  Index,
+  RunReader,
+  TensorInfo,
+  TensorReader,
+  aligned_empty,
+  bounds_of,
+)
 from models_core.loading import boxes, streams
 from models_core.loading.plan import PlannedParameter
 from models_core.weights import Piece, arrange, part_shape
@@ -52,7 +60,7 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
   shape, sharding = planned.parameter.shape, planned.parameter.sharding
   holders: dict[tuple, list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape, strict=True))
+    bounds = bounds_of(index or (), shape)
     holders.setdefault(bounds, []).append(device)
   shards = []
   for bounds, devices in holders.items():

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from models_core.formats import TensorInfo
+from models_core.formats import Index, TensorInfo, bounds_of
 from models_core.loading.plan import LoadPlan, PlannedParameter
 from models_core.sharding import axis_names
 from models_core.weights import Piece
@@ -62,11 +62,11 @@ def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
   return tuple(sorted({tensors[name].file for name in names}.union(plan.checkpoint.shared_files)))
 
 
-def _touches(piece: Piece, index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+def _touches(piece: Piece, index: Index, shape: tuple[int, ...]) -> bool:
   """Whether a shard takes something of a piece that fills one position along stacked axes."""
   return all(
-    not isinstance(at, int) or at in range(*bounds.indices(size))
-    for at, bounds, size in zip(piece.target, index, shape, strict=True)
+    not isinstance(at, int) or start <= at < stop
+    for at, (start, stop) in zip(piece.target, bounds_of(index, shape), strict=True)
   )
 
 
@@ -129,8 +129,7 @@ def _elements_read(shape: tuple[int, ...], sharding: Sharding) -> int:
     return 0
   rows: dict[int, set[int]] = collections.defaultdict(set)
   for device, index in sharding.devices_indices_map(shape).items():
-    start, stop, _ = index[0].indices(shape[0])
-    rows[device.process_index].update((start, stop))  # type: ignore[attr-defined]
+    rows[device.process_index].update(bounds_of(index, shape)[0])  # type: ignore[attr-defined]
   width = math.prod(shape[1:])
   return sum((max(bounds) - min(bounds)) * width for bounds in rows.values())
 

@@ -15,10 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models_core.dtypes import common_dtype
 from models_core.errors import SaveError
+from models_core.formats import Index, bounds_of
 from models_core.saving.plan import SavedTensor
 from models_core.weights import Piece, put_back
-
-Bounds = tuple[slice, ...]
 
 
 def with_arrays(
@@ -86,7 +85,7 @@ class HostArray:
 
   def __init__(self, array: Any):
     self.shape, self.dtype, self._array = tuple(array.shape), np.dtype(array.dtype), array
-    self.parts: list[tuple[Bounds, np.ndarray]] = []
+    self.parts: list[tuple[Index, np.ndarray]] = []
 
   def fetch(self) -> None:
     """Has the parts in host memory, each once: bounds and elements. On a CPU without a copy."""
@@ -97,7 +96,7 @@ class HostArray:
       return
     parts = {}
     for shard in self._array.addressable_shards:
-      bounds = _bounds(shard.index, self.shape)
+      bounds = bounds_of(shard.index, self.shape)
       if bounds not in parts:
         # A handle of its own: an array keeps what it once copied to the host.
         handle = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
@@ -116,7 +115,7 @@ class HostArray:
       dropped.append(0 if isinstance(at, int) else slice(None))
     return self.region(tuple(index))[(*dropped, ...)]
 
-  def region(self, index: Bounds) -> np.ndarray:
+  def region(self, index: Index) -> np.ndarray:
     """Elements within an index of one slice an axis: a view of one shard, or put together of several."""
     whole = None
     for bounds, data in self.parts:
@@ -134,13 +133,9 @@ class HostArray:
     return np.empty([i.stop - i.start for i in index], self.dtype) if whole is None else whole
 
 
-def _within(outer: Bounds, inner: Bounds) -> Any:
+def _within(outer: Index, inner: Index) -> Any:
   """An index of an array that covers `outer`; the ellipsis makes a view also of a single element."""
   return *(slice(i.start - o.start, i.stop - o.start) for o, i in zip(outer, inner, strict=True)), ...
-
-
-def _bounds(index: Bounds, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-  return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def _gathered(array: Any) -> Any:
@@ -162,7 +157,7 @@ def _is_everywhere(array: jax.Array) -> bool:
   held: dict[int, set] = collections.defaultdict(set)
   device: Any
   for device, index in array.sharding.devices_indices_map(array.shape).items():
-    held[device.process_index].add(_bounds(index, array.shape))
+    held[device.process_index].add(bounds_of(index, array.shape))
   return len(held) == jax.process_count() and all(
     len(parts) == len(set.union(*held.values())) for parts in held.values()
   )

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from models_core.extras import require
-from models_core.formats import METADATA, OnBytes, TensorInfo, TensorReader, cells_of
+from models_core.formats import METADATA, Index, OnBytes, TensorInfo, TensorReader, cells_of
 from models_core.saving.atomic import sync_directory
 from models_core.saving.directory import write_texts
-from models_core.saving.host_arrays import Bounds, HostArray, assemble, cast, with_arrays
+from models_core.saving.host_arrays import HostArray, assemble, cast, with_arrays
 from models_core.saving.plan import SavedTensor
 from models_core.weights import Piece
 
@@ -159,7 +159,7 @@ def cell_shape(shape: Sequence[int], itemsize: int) -> list[int]:
 
 def _cells(
   tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
-) -> Iterator[tuple[Bounds, np.ndarray]]:
+) -> Iterator[tuple[Index, np.ndarray]]:
   """A tensor's cells, each with its elements."""
   make = _maker(tensor, held, reader)
   cell = cell_shape(tensor.shape, tensor.dtype.itemsize)
@@ -169,7 +169,7 @@ def _cells(
 
 def _maker(
   tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
-) -> Callable[[Bounds], np.ndarray]:
+) -> Callable[[Index], np.ndarray]:
   """What gives the elements within a box of a tensor."""
   if (copied := tensor.copied) is not None:
     assert reader is not None
@@ -183,7 +183,7 @@ def _maker(
   return whole.__getitem__
 
 
-def _copied(reader: TensorReader, info: TensorInfo, box: Bounds) -> np.ndarray:
+def _copied(reader: TensorReader, info: TensorInfo, box: Index) -> np.ndarray:
   # What a reader of bytes gives is overwritten by its next call.
   return np.array(reader.read_box(info, box))
 
@@ -197,7 +197,7 @@ def _is_plain(piece: Piece) -> bool:
   )
 
 
-def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: Bounds) -> np.ndarray:
+def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: Index) -> np.ndarray:
   """Elements within a box of a tensor, in the dtype of the tree."""
   shape = [bounds.stop - bounds.start for bounds in box]
   data: np.ndarray | None = None
