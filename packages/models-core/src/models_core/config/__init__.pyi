@@ -1,12 +1,14 @@
 from .fields import SIZES, check_decoder, read_sizes, write_rope, write_sizes
 from .gguf import gguf_config
 from .keys import ConfigKeys, write_scaling
+from .presets import preset_rows
 
 __all__ = [
   "SIZES",
   "ConfigKeys",
   "check_decoder",
   "gguf_config",
+  "preset_rows",
   "read_sizes",
   "write_rope",
   "write_scaling",
