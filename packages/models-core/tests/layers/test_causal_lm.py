@@ -238,13 +238,13 @@ def test_each_layer_gets_the_mask_and_rope_of_its_window():
 def test_layers_run_unit_by_unit(monkeypatch):
   ran, run_unit = [], Model._run_unit
 
-  def record(self, layers, windows, *args):
-    ran.append(([layer in layers for layer in self.layers].index(True), windows))
-    return run_unit(self, layers, windows, *args)
+  def record(self, layers, *args):
+    ran.append([(list(self.layers).index(layer), window) for layer, window, _ in layers])
+    return run_unit(self, layers, *args)
 
   monkeypatch.setattr(Model, "_run_unit", record)
   make(None, Config(windows=WINDOWS))(TOKENS, POSITIONS)
-  assert ran == [(0, (2, 2, None)), (3, (2, 2))]
+  assert ran == [[(0, 2), (1, 2), (2, None)], [(3, 2), (4, 2)]]
 
 
 def test_rings_of_some_layers_change_nothing(mesh):

@@ -134,42 +134,39 @@ class CausalLM(nnx.Module):
   ) -> tuple[jax.Array, Cache | None]:
     """Normalised hidden states [B, T, D] and the cache, T slots further."""
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
-    seen = {window: (self._rotary(window), mask) for window, mask in masks.items()}
+    by_window = {window: (self._rotary(window), mask) for window, mask in masks.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
+    layers = list(zip(self.layers, windows, caches, strict=True))
     new_caches: list[Any] = []
     x, size = self._embed(tokens), _period(windows)
-    for start in range(0, len(windows), size):
-      unit = slice(start, start + size)
-      x, extended = self._run_unit(self.layers[unit], windows[unit], x, positions, caches[unit], seen)
+    for start in range(0, len(layers), size):
+      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
       new_caches += extended
     return self.final_norm(x), None if cache is None else dict(zip(names, new_caches, strict=True))
 
   def _run_unit(
     self,
-    layers: Sequence[Callable[..., Any]],
-    windows: Sequence[int | None],
+    layers: Sequence[tuple[Callable[..., Any], int | None, LayerCache | None]],
     x: jax.Array,
     positions: jax.Array,
-    caches: Sequence[LayerCache | None],
-    seen: Mapping[int | None, tuple[Rotary, jax.Array]],
+    by_window: Mapping[int | None, tuple[Rotary, jax.Array]],
   ) -> tuple[jax.Array, list[LayerCache | None]]:
     """Runs the layers after which the windows repeat.
 
     Args:
-      layers: of the unit.
-      windows: of its layers.
+      layers: of the unit, each with its window and its cache.
       x: [B, T, D].
       positions: [B, T].
-      caches: of its layers.
-      seen: RoPE and mask [B, T, S] by window.
+      by_window: RoPE and mask [B, T, S].
 
     Returns:
       x [B, T, D] and the layers' caches, T slots further.
     """
     extended = []
-    for layer, window, cache in zip(layers, windows, caches, strict=True):
-      x, cache = self.config.remat_config.layer(layer)(x, positions, seen[window][0], cache, seen[window][1])
+    for layer, window, cache in layers:
+      rotary, mask = by_window[window]
+      x, cache = self.config.remat_config.layer(layer)(x, positions, rotary, cache, mask)
       extended.append(cache)
     return x, extended
 
