@@ -1,5 +1,9 @@
 import dataclasses
 
+import numpy as np
+import pytest
+from flax import nnx
+
 from models_core.rope_scaling import Llama3Scaling
 from models_core.testing import FamilyContract
 from models_llama.llama3 import FAMILY
@@ -33,3 +37,24 @@ class TestLlama3(FamilyContract):
     "rope_scaling": dataclasses.replace(config.rope_scaling, factor=64.0),
     "weight_tying": True,
   }
+
+
+def test_a_seed_gives_the_same_model_in_every_version():
+  model = FAMILY.model_class(TestLlama3.config, rngs=nnx.Rngs(0))
+  values = {
+    ".".join(map(str, path)): np.ravel(variable.get_value())[0]
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  # The first number of each: the order in which all parameters draw decides it.
+  expected = {
+    "embedder.input_embedding": 0.0200803,
+    "layers.1.attn.q_proj.w": 0.00190253,
+    "layers.1.attn.k_proj.w": -0.0102764,
+    "layers.1.attn.v_proj.w": -0.011518,
+    "layers.1.attn.o_proj.w": -0.0187484,
+    "layers.1.mlp.gate_proj.w": -0.019858,
+    "layers.1.mlp.up_proj.w": -0.0060655,
+    "layers.1.mlp.down_proj.w": 0.00366574,
+    "lm_head.w": -0.00831582,
+  }
+  assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)

@@ -1,5 +1,9 @@
 import dataclasses
 
+import numpy as np
+import pytest
+from flax import nnx
+
 from models_core.rope_scaling import YarnScaling
 from models_core.testing import FamilyContract
 from models_qwen import qwen2, qwen3
@@ -74,3 +78,41 @@ class TestQwen3Sparse(FamilyContract):
   }
   # Every layer slides, or none.
   others = (TestQwen3.config,)
+
+
+@pytest.mark.parametrize(
+  ("window", "first", "windows"),
+  [(3, 1, (None, 3)), (3, 0, (3, 3)), (3, 2, (None, None)), (None, 0, (None, None)), (3, 9, (None, None))],
+)
+@pytest.mark.parametrize("contract", [TestQwen2, TestQwen3])
+def test_windows_are_those_of_the_layers_and_rings_have_as_many_slots(contract, window, first, windows):
+  config = dataclasses.replace(contract.config, sliding_window=window, max_window_layers=first)
+  model = contract.make(config)
+  assert model.windows() == windows
+  cache = model.init_cache(2, 16, ring=True)
+  assert [layer["k"].shape[1] for layer in cache.values()] == [window or 16 for window in windows]
+
+
+# The first number of parameters that draw from nnx.Rngs(0): the order in which all draw decides it.
+INITIAL = {
+  "embedder.input_embedding": (0.0200803, 0.0200803),
+  "layers.1.attn.q_proj.w": (-0.0187484, -0.011518),
+  "layers.1.attn.k_proj.w": (-0.019858, -0.0187484),
+  "layers.1.attn.v_proj.w": (0.00366574, 0.00585177),
+  "layers.1.attn.o_proj.w": (-0.00831582, -0.019858),
+  "layers.1.mlp.gate_proj.w": (0.0257412, -0.00831582),
+  "layers.1.mlp.up_proj.w": (0.0357888, -0.00170063),
+  "layers.1.mlp.down_proj.w": (-0.00295649, 0.0257412),
+  "lm_head.w": (0.0076018, -0.00295649),
+}
+
+
+@pytest.mark.parametrize(("contract", "at"), [(TestQwen2, 0), (TestQwen3, 1)])
+def test_a_seed_gives_the_same_model_in_every_version(contract, at):
+  model = contract.family.model_class(contract.config, rngs=nnx.Rngs(0))
+  values = {
+    ".".join(map(str, path)): np.ravel(variable.get_value())[0]
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  expected = {name: numbers[at] for name, numbers in INITIAL.items()}
+  assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)

@@ -72,18 +72,3 @@ class Family(Generic[C, M]):
     if format.keeps_own_names:
       return own_names(shapes)
     raise ConfigError(f"the family {self.name} has no weight table for the naming scheme {format.naming!r}")
-
-
-def adopt(function: Callable[..., Any], family: Family, contract: type) -> None:
-  """Makes a function that a factory made its family's own in help() and in type hints.
-
-  Args:
-    function: whose parameters named `config`, if any, and whose result, unless it is None, are the family's.
-    family: whose module shall list the function.
-    contract: a protocol whose `__call__` documents it.
-  """
-  function.__module__, function.__qualname__ = family.read_config.__module__, function.__name__
-  function.__doc__ = contract.__call__.__doc__
-  own = {"config": family.config_class, "return": family.model_class}
-  hints = function.__annotations__
-  hints |= {name: own[name] for name in own if name in hints and hints[name] not in (None, "None")}

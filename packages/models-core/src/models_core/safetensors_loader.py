@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError
-from models_core.family import Family, adopt
 from models_core.formats import Checkpoint, Files, TensorInfo, as_files, read_safetensors
 from models_core.layers import dotted
 from models_core.loading import (
@@ -32,43 +31,9 @@ from models_core.loading import (
 from models_core.sharding import default_sharding
 from models_core.weights import Piece, WeightTable
 
-C = TypeVar("C", contravariant=True)
-M = TypeVar("M", bound=nnx.Module, covariant=True)
+M = TypeVar("M", bound=nnx.Module)
 Transform = tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
 KeyMapping = Mapping[str, tuple[str, Transform]]
-
-
-class SafeTensorsCreator(Protocol[C, M]):
-  """`create_model_from_safe_tensors` of a family."""
-
-  def __call__(
-    self, file_dir: str | os.PathLike, config: C, mesh: Mesh | None = None, dtype: Any = None
-  ) -> M:
-    """Loads a directory of safetensors files with Hugging Face's names.
-
-    Args:
-      file_dir: the directory.
-      config: of the model that the files hold.
-      mesh: of either kind; None is one device.
-      dtype: of the parameters; None keeps each as it is stored.
-
-    Raises:
-      CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
-      TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
-    """
-
-
-def safe_tensors_creator(family: Family[C, M]) -> SafeTensorsCreator[C, M]:
-  """`create_model_from_safe_tensors` of a family."""
-
-  def create_model_from_safe_tensors(
-    file_dir: str | os.PathLike, config: C, mesh: Mesh | None = None, dtype: Any = None
-  ) -> M:
-    table = family.huggingface
-    return load_and_create_model(file_dir, family.model_class, config, table, mesh, dtype=dtype)
-
-  adopt(create_model_from_safe_tensors, family, SafeTensorsCreator)
-  return create_model_from_safe_tensors
 
 
 def load_and_create_model(

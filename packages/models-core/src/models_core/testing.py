@@ -122,6 +122,18 @@ def _train(model: nnx.Module) -> list[float]:
   return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
 
 
+class Halved(nnx.Module):
+  """What a caller may put around a layer or an attention block, of which it knows nothing."""
+
+  def __init__(self, inner: nnx.Module):
+    self.inner = inner
+
+  def __call__(self, *args: Any) -> tuple[jax.Array, Any]:
+    """Half of what the inner module gives, and its cache."""
+    x, cache = self.inner(*args)
+    return x / 2, cache
+
+
 class FamilyContract:
   """Subclass it with a family and a tiny configuration.
 
@@ -277,6 +289,16 @@ class FamilyContract:
 
     assert kept(again) < kept(self.make(dataclasses.replace(self.config, remat_config=RematConfig.NONE)))
 
+  def test_what_wraps_a_layer_or_its_attention_is_called_in_its_place(self, expected):
+    found = []
+    for remat in RematConfig:
+      model = self.make(dataclasses.replace(self.config, remat_config=remat))
+      model.layers[0] = Halved(model.layers[0])
+      model.layers[1].attn = Halved(model.layers[1].attn)
+      found.append(np.asarray(_call(model, TOKENS, POSITIONS)[0]))
+      assert_close(found[-1], found[0])
+    assert np.abs(found[0] - expected).max() > 1e-2 * np.abs(expected).max()
+
   def test_config_survives_config_json(self):
     for config in self._all_configs():
       raw = json.loads(json.dumps(self.family.write_config(config)))
@@ -325,9 +347,13 @@ class FamilyContract:
     tokens = np.where(real, np.take_along_axis(TOKENS, np.maximum(layout, 0), axis=1), 0)
     total = layout.shape[1]
     causal = np.tril(np.ones((total, total), bool)) & real[:, None, :]
-    for tested, mask in ((model, None), (model, causal), (sharded, None)):
+    long, single = (0, 6), [(t, t + 1) for t in range(6, total)]
+    for tested, mask, chunks in (
+      (model, causal, [long, (6, 8), *single[2:]]),
+      (sharded, None, [long, *single]),
+    ):
       cache, parts = tested.init_cache(B, total + 20, ring=True), []
-      for start, stop in [(0, 6), (6, 7), (7, 9), (9, 10)]:
+      for start, stop in chunks:
         part = None if mask is None else mask[:, start:stop]
         logits, cache = _call(tested, tokens[:, start:stop], layout[:, start:stop], cache, part)
         parts.append(logits)

@@ -1,4 +1,4 @@
-"""The calling convention, on a model of one attention layer."""
+"""The calling convention and the way through the layers, on models of attention alone."""
 
 import dataclasses
 from typing import Any
@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
 from models_core.layers.attention import attend, visible_keys
-from models_core.layers.cache import update
-from models_core.layers.causal_lm import CausalLM
+from models_core.layers.cache import extend_cache
+from models_core.layers.causal_lm import CausalLM, _period
 from models_core.layers.linear import Embedder, Projection
 from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
+from models_core.layers.norm import RMSNorm
+from models_core.layers.remat import RematConfig
+from models_core.layers.rope import rotary, rotate
 from models_core.loading.abstract import abstract_model
 from models_core.sharding import ShardingConfig
 
@@ -27,12 +30,26 @@ SHARDING = ShardingConfig.get_default_sharding()
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  num_layers: int = 1
+  windows: tuple[int | None, ...] = (None,)
   vocab_size: int = V
   embed_dim: int = D
   num_kv_heads: int = K
   head_dim: int = H
   shd_config: Any = SHARDING
+  remat_config: RematConfig = RematConfig.NONE
+
+
+class Layer(nnx.Module):
+  def __init__(self, config, *, rngs):
+    shd = config.shd_config
+    self.q = Projection("btd,nhd->btnh", (N, H, D), shd.spec("q_weight_dnh", "n h d"), rngs=rngs)
+    self.kv = Projection("btd,xkhd->btxkh", (2, K, H, D), shd.spec("kv_weight_dnh", "x k h d"), rngs=rngs)
+    self.o = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+
+  def __call__(self, x, positions, rotary, cache, mask):
+    q, kv = rotate(self.q(x), positions, *rotary), self.kv(x)
+    cache, k, v = extend_cache(cache, rotate(kv[:, :, 0], positions, *rotary), kv[:, :, 1], positions)
+    return x + self.o(attend(q, k, v, mask, scale=0.5)), cache
 
 
 class Model(CausalLM):
@@ -40,21 +57,14 @@ class Model(CausalLM):
     shd = config.shd_config
     self.config = config
     self.embedder = Embedder(V, D, shd.spec("emb_vd", "v d"), rngs=rngs)
-    self.q = Projection("btd,nhd->btnh", (N, H, D), shd.spec("q_weight_dnh", "n h d"), rngs=rngs)
-    self.kv = Projection("btd,xkhd->btxkh", (2, K, H, D), shd.spec("kv_weight_dnh", "x k h d"), rngs=rngs)
-    self.o = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+    self.layers = nnx.List([Layer(config, rngs=rngs) for _ in config.windows])
+    self.final_norm = RMSNorm(D, 1e-6, shd.spec("rms_norm_weight", "d"), rngs=rngs)
 
-  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
-    layer = cache and cache["layer_0"]
-    mask = visible_keys(positions, layer, attention_mask, segment_ids)
-    x = shard(self.embedder.encode(tokens), self.config.shd_config.spec("act_btd", "b t d"))
-    kv = self.kv(x)
-    k, v = kv[:, :, 0], kv[:, :, 1]
-    if layer is not None:
-      layer = update(layer, k, v, positions)
-      k, v = layer["k"], layer["v"]
-    x = x + self.o(attend(self.q(x), k, v, mask, scale=0.5))
-    return x, None if cache is None else {"layer_0": layer}
+  def windows(self):
+    return self.config.windows
+
+  def _rotary(self, window):
+    return rotary(H, 10.0 if window is None else 100.0)
 
   def _logits(self, hidden):
     return self.embedder.decode(hidden)
@@ -69,9 +79,9 @@ def run(model, *args, **kwargs):
   return model(*args, **kwargs)
 
 
-def make(mesh):
+def make(mesh, config=Config()):
   """A model with values that need no compilation."""
-  model, rng = abstract_model(Model, Config(), mesh), np.random.default_rng(0)
+  model, rng = abstract_model(Model, config, mesh), np.random.default_rng(0)
   arrays = {
     name: jax.device_put(rng.normal(size=p.shape).astype(np.float32) * 0.5, p.sharding)
     for name, p in model.parameters.items()
@@ -152,7 +162,9 @@ def test_gradients_are_those_of_one_device_and_lie_as_the_parameters(single, mes
   for grad, other, parameter in zip(*map(jax.tree.leaves, (grads, expected, nnx.state(model))), strict=True):
     close(grad, np.asarray(other))
     assert grad.shape == parameter.shape
-  assert jax.typeof(grads.q.w[...]).sharding.spec == jax.typeof(model.q.w[...]).sharding.spec
+  assert (
+    jax.typeof(grads.layers[0].q.w[...]).sharding.spec == jax.typeof(model.layers[0].q.w[...]).sharding.spec
+  )
 
 
 def test_a_call_that_overflows_the_cache_is_an_error_and_nan_under_jit(model):
@@ -194,6 +206,80 @@ def test_positions_may_be_of_any_integer_type(single, plain):
 def test_the_smallest_input_is_one(single):
   assert run(single, **single.get_model_input())[0].shape == (2, 1, V)
   assert single.num_embed == V
+
+
+@pytest.mark.parametrize(
+  ("windows", "period"),
+  [
+    ((None,), 1),
+    ((None, None, None), 1),
+    ((2, None, 2, None), 2),
+    ((2, 2, None, 2, 2), 3),
+    ((None, None, 2), 3),
+    ((2, 3, 2, 2), 3),
+  ],
+)
+def test_a_unit_is_the_shortest_run_of_layers_whose_windows_repeat(windows, period):
+  assert _period(windows) == period
+
+
+WINDOWS = (2, 2, None, 2, 2)
+
+
+def test_each_layer_gets_the_mask_and_rope_of_its_window():
+  model = make(None, Config(windows=WINDOWS))
+  x, positions = model.embedder.encode(TOKENS), jnp.asarray(POSITIONS, jnp.int32)
+  for layer, window in zip(model.layers, WINDOWS, strict=True):
+    mask = visible_keys(positions, window=window)
+    x, _ = layer(x, positions, rotary(H, 10.0 if window is None else 100.0), None, mask)
+  close(run(model, TOKENS, POSITIONS)[0], np.asarray(model.embedder.decode(model.final_norm(x))))
+
+
+def test_layers_run_unit_by_unit(monkeypatch):
+  ran, run_unit = [], Model._run_unit
+
+  def record(self, layers, *args):
+    ran.append([(list(self.layers).index(layer), window) for layer, window, _ in layers])
+    return run_unit(self, layers, *args)
+
+  monkeypatch.setattr(Model, "_run_unit", record)
+  make(None, Config(windows=WINDOWS))(TOKENS, POSITIONS)
+  assert ran == [[(0, 2), (1, 2), (2, None)], [(3, 2), (4, 2)]]
+
+
+def test_rings_of_some_layers_change_nothing(mesh):
+  model = make(mesh, Config(windows=WINDOWS))
+  expected, _ = run(model, TOKENS, POSITIONS)
+  cache, found = model.init_cache(2, 9, ring=True), []
+  for start, stop in ((0, 2), (2, 3), (3, 4)):
+    logits, cache = run(model, TOKENS[:, start:stop], POSITIONS[:, start:stop], cache)
+    found.append(np.asarray(logits))
+  close(np.concatenate(found, axis=1), np.asarray(expected))
+  assert [layer["k"].shape[1] for layer in cache.values()] == [2, 2, 9, 2, 2]
+
+
+class Doubled(nnx.Module):
+  """Around a layer, of which it knows nothing."""
+
+  def __init__(self, layer):
+    self.layer = layer
+
+  def __call__(self, *args):
+    x, cache = self.layer(*args)
+    return 2 * x, cache
+
+
+@pytest.mark.parametrize("remat", RematConfig)
+def test_a_layer_may_be_replaced_by_what_wraps_it(remat):
+  model = make(None, Config(windows=(None, None), remat_config=remat))
+  model.layers[0] = Doubled(model.layers[0])
+  positions = jnp.asarray(POSITIONS, jnp.int32)
+  mask, rope = visible_keys(positions), rotary(H, 10.0)
+  x, _ = model.layers[0].layer(model.embedder.encode(TOKENS), positions, rope, None, mask)
+  x, _ = model.layers[1](2 * x, positions, rope, None, mask)
+  close(run(model, TOKENS, POSITIONS)[0], np.asarray(model.embedder.decode(model.final_norm(x))))
+  grads = nnx.jit(nnx.grad(lambda model: model(TOKENS, POSITIONS)[0].std()))(model)
+  assert np.abs(grads.layers[0].layer.q.w[...]).max() > 0
 
 
 class TestMesh:

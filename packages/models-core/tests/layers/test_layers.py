@@ -24,7 +24,7 @@ from models_core.sharding import ShardingConfig
 attend = jax.jit(attention.attend, static_argnames=("scale", "soft_cap"))
 visible_keys = jax.jit(attention.visible_keys, static_argnames="window")
 rotate = jax.jit(rope.rotate)
-update = jax.jit(cache_lib.update)
+extend_cache = jax.jit(cache_lib.extend_cache)
 
 
 def call(function, x):
@@ -61,15 +61,15 @@ class TestRope:
     x = rng.normal(size=(2, 5, 3, head_dim))
     positions = np.array([[0, 1, 2, 3, 4], [100, -3, 7, 7, 1000]])
     frequencies = np.array([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)])
-    close(rope.inverse_frequencies(head_dim, theta), frequencies, 1e-7)
-    out = rotate(array(x), jnp.asarray(positions), rope.inverse_frequencies(head_dim, theta))
+    close(rope.rotary(head_dim, theta).frequencies, frequencies, 1e-7)
+    out = rotate(array(x), jnp.asarray(positions), rope.rotary(head_dim, theta).frequencies)
     assert out.dtype == jnp.float32
     close(out, self.reference(x, positions, frequencies), 2e-4)
 
   def test_the_result_has_the_inputs_dtype_and_float32_angles(self, rng):
     x = rng.normal(size=(1, 3, 2, 8)).astype(ml_dtypes.bfloat16)
     positions = np.array([[0, 4097, 100_001]])  # No bfloat16 numbers.
-    frequencies = rope.inverse_frequencies(8, 10_000.0)
+    frequencies = rope.rotary(8, 10_000.0).frequencies
     out = rotate(jnp.asarray(x), jnp.asarray(positions), frequencies)
     assert out.dtype == jnp.bfloat16
     close(out, self.reference(x.astype(np.float64), positions, frequencies.astype(np.float64)), 0.02)
@@ -94,20 +94,20 @@ class TestRope:
         expected.append((1 - smooth) * frequency / factor + smooth * frequency)
     assert set(kinds) == {"kept", "between", "stretched"}
     scaling = rope_scaling.Llama3Scaling(factor, low, high, length)
-    close(rope.inverse_frequencies(head_dim, 500_000.0, scaling), expected, 1e-7)
+    close(rope.rotary(head_dim, 500_000.0, scaling).frequencies, expected, 1e-7)
 
   def test_linear_scaling_divides_positions(self, rng):
     x = array(rng.normal(size=(1, 4, 1, 8)))
-    plain = rope.inverse_frequencies(8, 10_000.0)
-    scaled = rope.inverse_frequencies(8, 10_000.0, rope_scaling.LinearScaling(4.0))
+    plain = rope.rotary(8, 10_000.0).frequencies
+    scaled = rope.rotary(8, 10_000.0, rope_scaling.LinearScaling(4.0)).frequencies
     positions = jnp.arange(4, dtype=jnp.int32)[None]
     close(rotate(x, positions * 4, scaled), np.asarray(rotate(x, positions, plain)), 1e-5)
 
   def test_frequency_factors_divide_one_by_one(self):
     factors = (1.0, 2.0, 4.0, 8.0)
-    plain = rope.inverse_frequencies(8, 10_000.0)
+    plain = rope.rotary(8, 10_000.0).frequencies
     close(
-      rope.inverse_frequencies(8, 10_000.0, rope_scaling.FrequencyFactors(factors)),
+      rope.rotary(8, 10_000.0, rope_scaling.FrequencyFactors(factors)).frequencies,
       plain / np.array(factors),
       1e-7,
     )
@@ -139,8 +139,6 @@ def test_yarn(options, frequencies, magnitude):
   x, positions = np.random.default_rng(0).normal(size=(1, 3, 1, 16)).astype(np.float32), np.arange(3)[None]
   plain = rotate(array(x), jnp.asarray(positions), rotary.frequencies)
   close(rotate(array(x), jnp.asarray(positions), *rotary), magnitude * np.asarray(plain), 1e-6)
-  with pytest.raises(ValueError, match=r"YarnScaling also scales cosines and sines: call rotary"):
-    rope.inverse_frequencies(16, 321.5, scaling)
 
 
 def test_a_projection_with_a_bias(rng):
@@ -294,13 +292,13 @@ class TestVisibleKeys:
       np.testing.assert_array_equal(found[:, :, :6], whole[:, start : start + chunk])
       assert not found[:, :, 6:].any()
       kv = jnp.zeros((3, chunk, 1, 2))
-      layer = update(layer, kv, kv, part)
+      layer, _, _ = extend_cache(layer, kv, kv, part)
       start += chunk
 
   def test_a_cache_without_positions_counts_slots(self):
     layer = empty(1, 5, positions=False)
     kv = jnp.zeros((1, 2, 1, 2))
-    layer = update(layer, kv, kv, jnp.asarray([[7, 8]], jnp.int32))
+    layer, _, _ = extend_cache(layer, kv, kv, jnp.asarray([[7, 8]], jnp.int32))
     assert "positions" not in layer
     found = visible_keys(jnp.asarray([[9, 10]], jnp.int32), layer, window=3)
     np.testing.assert_array_equal(found[0], [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
@@ -372,7 +370,9 @@ class TestCache:
     layer = empty(2, 5) | {"end_index": jnp.asarray([0, 2], jnp.int32)}
     k, v = (rng.normal(size=(2, 3, 1, 2)).astype(np.float32) for _ in range(2))
     positions = np.array([[4, 5, 6], [0, 1, 2]], np.int32)
-    new = update(layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions))
+    new, keys, values = extend_cache(layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions))
+    np.testing.assert_array_equal(keys, new["k"])
+    np.testing.assert_array_equal(values, new["v"])
     for name, value in (("k", k), ("v", v), ("positions", positions)):
       np.testing.assert_array_equal(new[name][0, :3], value[0])
       np.testing.assert_array_equal(new[name][1, 2:], value[1])
@@ -385,14 +385,19 @@ class TestCache:
     layer = empty(1, 2)
     for start in (0, 1, 5):
       kv = jnp.full((1, 3, 1, 2), start + 1.0)
-      new = update(layer | {"end_index": jnp.asarray([start])}, kv, kv, jnp.zeros((1, 3), jnp.int32))
+      full = layer | {"end_index": jnp.asarray([start])}
+      new, _, _ = extend_cache(full, kv, kv, jnp.zeros((1, 3), jnp.int32))
       written = np.asarray(new["k"])[0, :, 0, 0] != 0
       np.testing.assert_array_equal(written, [start == 0, start <= 1])
 
   def test_keys_take_the_caches_dtype(self):
     layer = empty(1, 2, dtype=jnp.bfloat16)
     kv = jnp.full((1, 1, 1, 2), 1.001)
-    assert update(layer, kv, kv, jnp.zeros((1, 1), jnp.int32))["k"].dtype == jnp.bfloat16
+    assert extend_cache(layer, kv, kv, jnp.zeros((1, 1), jnp.int32))[0]["k"].dtype == jnp.bfloat16
+
+  def test_without_a_cache_tokens_attend_to_their_own_keys(self):
+    k, v = jnp.zeros((1, 2, 1, 2)), jnp.ones((1, 2, 1, 2))
+    assert cache_lib.extend_cache(None, k, v, jnp.zeros((1, 2), jnp.int32)) == (None, k, v)
 
   def test_no_room_is_an_error_that_names_the_row_and_the_remedy(self):
     cache = {"layer_0": empty(2, 4) | {"end_index": jnp.asarray([1, 3])}}

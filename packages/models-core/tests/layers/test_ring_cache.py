@@ -7,7 +7,7 @@ import pytest
 from models_core.errors import CacheError
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import attend, visible_keys
-from models_core.layers.cache import append, init_layer
+from models_core.layers.cache import extend_cache, init_layer
 
 B, K, H, WINDOW, SIZE = 2, 1, 4, 4, 32
 # Negative: padding, on the left, between chunks and in rows of different lengths.
@@ -39,7 +39,7 @@ def run(layer, chunks, mask=None):
   for stop in np.cumsum(chunks):
     cut = np.s_[:, start:stop]
     visible = visible_keys(POSITIONS[cut], layer, None if mask is None else mask[cut], window=WINDOW)
-    layer, keys, values = append(layer, *(jnp.asarray(x[cut]) for x in (KEYS, VALUES, POSITIONS)))
+    layer, keys, values = extend_cache(layer, *(jnp.asarray(x[cut]) for x in (KEYS, VALUES, POSITIONS)))
     assert visible.shape == (B, stop - start, keys.shape[1])
     out.append(attend(jnp.asarray(Q[cut]), keys, values, visible, scale=1.0))
     start = stop
@@ -80,7 +80,7 @@ def test_left_padding_may_have_positions_where_a_mask_hides_it():
     out = []
     for cut in (np.s_[:, :5], np.s_[:, 5:9]):
       visible = visible_keys(positions[cut], cache, mask[cut], window=WINDOW)
-      cache, keys, values = append(
+      cache, keys, values = extend_cache(
         cache, jnp.asarray(KEYS[:1][cut]), jnp.asarray(VALUES[:1][cut]), positions[cut]
       )
       out.append(attend(jnp.asarray(Q[:1][cut]), keys, values, visible, scale=1.0))

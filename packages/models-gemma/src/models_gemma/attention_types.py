@@ -37,8 +37,3 @@ def checked(types: Iterable[AttentionType], num_layers: int, window: int | None)
   if AttentionType.LOCAL_SLIDING in types[:num_layers] and window is None:
     raise ConfigError("attention_types has sliding layers: give sliding_window_size, in tokens")
   return types[:num_layers]
-
-
-def windows(types: Iterable[AttentionType], window: int | None) -> tuple[int | None, ...]:
-  """The sliding window of each layer in tokens, None for a layer that sees all."""
-  return tuple(window if kind is AttentionType.LOCAL_SLIDING else None for kind in types)

@@ -1,4 +1,4 @@
-"""Sliding windows as Qwen's config.json states them."""
+"""Sliding windows: of each layer, and as Qwen's config.json states them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from models_core.errors import ConfigError
 
 # Read where `use_sliding_window` is true, else without effect.
 KEYS = ("sliding_window", "max_window_layers")
+
+
+def layer_windows(window: int | None, first: int, num_layers: int) -> tuple[int | None, ...]:
+  """The window of each layer in tokens, from the first layer that has it on; None for a layer that sees all."""
+  return tuple(window if i >= first else None for i in range(num_layers))
 
 
 def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
@@ -53,10 +58,10 @@ def read_common_window(keys: ConfigKeys, num_layers: int) -> int | None:
 
 def write_window(window: int | None, first: int, num_layers: int) -> dict[str, Any]:
   """The keys of `read_window`."""
-  slides = [window is not None and i >= first for i in range(num_layers)]
+  windows = layer_windows(window, first, num_layers)
   return {
     "use_sliding_window": window is not None,
     "sliding_window": window,
     "max_window_layers": first if window is not None else num_layers,
-    "layer_types": ["sliding_attention" if s else "full_attention" for s in slides],
+    "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
   }

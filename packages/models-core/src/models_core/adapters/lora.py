@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import AdapterError
-from models_core.family import Family, adopt
+from models_core.family import Family
 from models_core.formats import as_files, read_safetensors
 from models_core.layers import dotted
 from models_core.loading import abstract_model, plan_load
@@ -317,51 +317,35 @@ def _path(name: str) -> tuple[Any, ...]:
   return tuple(int(part) if part.isdigit() else part for part in name.split("."))
 
 
-class LoraSaver(Protocol):
-  """`save_lora_merged_model_as_safetensors` of a family."""
+def save_lora_merged(
+  lora_model: nnx.Module,
+  family: Family,
+  base: str | os.PathLike,
+  save_dir: str | os.PathLike,
+  *,
+  rank: int,
+  alpha: float,
+) -> None:
+  """Writes a checkpoint with a model's LoRA factors merged into the weights of the one that it came from.
 
-  def __call__(
-    self,
-    local_model_path: str | os.PathLike,
-    output_dir: str | os.PathLike,
-    lora_model: nnx.Module,
-    rank: int,
-    alpha: float,
-  ) -> None:
-    """Writes a checkpoint with a model's LoRA factors merged into the weights of the one that it came from.
+  Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All
+  else is as the checkpoint has it.
 
-    Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All
-    else is as the checkpoint has it.
+  Args:
+    lora_model: with `nnx.LoRAParam`s beside its parameters.
+    family: of the model.
+    base: directory of the checkpoint.
+    save_dir: is missing or empty; holds the whole checkpoint afterwards, or is as it was.
+    rank: that it was trained with.
+    alpha: that it was trained with.
 
-    Args:
-      local_model_path: directory of the base checkpoint.
-      output_dir: is missing or empty; holds the whole checkpoint afterwards, or is as it was.
-      lora_model: with `nnx.LoRAParam`s beside its parameters.
-      rank: that it was trained with.
-      alpha: that it was trained with.
-
-    Raises:
-      AdapterError: if there are no factors, or they do not fit.
-      CheckpointError: if the base is broken or of another architecture.
-      SaveError: if `output_dir` holds something, or the file system refuses.
-    """
-
-
-def lora_saver(family: Family) -> LoraSaver:
-  """`save_lora_merged_model_as_safetensors` of a family."""
-
-  def save_lora_merged_model_as_safetensors(
-    local_model_path: str | os.PathLike,
-    output_dir: str | os.PathLike,
-    lora_model: nnx.Module,
-    rank: int,
-    alpha: float,
-  ) -> None:
-    adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
-    save_merged(local_model_path, output_dir, adapter, family, lora_model.config)  # type: ignore[attr-defined]
-
-  adopt(save_lora_merged_model_as_safetensors, family, LoraSaver)
-  return save_lora_merged_model_as_safetensors
+  Raises:
+    AdapterError: if there are no factors, or they do not fit.
+    CheckpointError: if the base is broken or of another architecture.
+    SaveError: if `save_dir` holds something, or the file system refuses.
+  """
+  adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
+  save_merged(base, save_dir, adapter, family, lora_model.config)  # type: ignore[attr-defined]
 
 
 def save_merged(

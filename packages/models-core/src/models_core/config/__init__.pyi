@@ -2,6 +2,7 @@ from .fields import SIZES, check_decoder, read_sizes, write_rope, write_sizes
 from .gguf import gguf_config
 from .headers import HEADER_CONFIGS
 from .keys import ConfigKeys, write_scaling
+from .presets import preset_rows
 
 __all__ = [
   "HEADER_CONFIGS",
@@ -9,6 +10,7 @@ __all__ = [
   "ConfigKeys",
   "check_decoder",
   "gguf_config",
+  "preset_rows",
   "read_sizes",
   "write_rope",
   "write_scaling",

@@ -1,6 +1,7 @@
 from .attention import attend, bound, make_causal_attn_mask, visible_keys
-from .cache import Cache, LayerCache, append, update
+from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
+from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection
 from .mesh import explicit_axes, shard
 from .mlp import GatedMLP, gelu_tanh
@@ -8,7 +9,7 @@ from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
 from .parameters import INITIALIZERS, SCALE, dotted, parameter, shapes_only
 from .remat import RematConfig
-from .rope import Rotary, inverse_frequencies, rotary, rotate
+from .rope import Rotary, rotary, rotate
 
 __all__ = [
   "INITIALIZERS",
@@ -22,23 +23,22 @@ __all__ = [
   "Head",
   "LayerCache",
   "OffsetRMSNorm",
+  "PreNormLayer",
   "Projection",
   "RMSNorm",
   "RematConfig",
   "Rotary",
-  "append",
   "attend",
   "bound",
   "dotted",
   "explicit_axes",
+  "extend_cache",
   "gelu_tanh",
-  "inverse_frequencies",
   "make_causal_attn_mask",
   "parameter",
   "rotary",
   "rotate",
   "shapes_only",
   "shard",
-  "update",
   "visible_keys",
 ]

@@ -71,7 +71,7 @@ def visible_keys(
     window: a query at position p sees keys from position p - window + 1 on.
 
   Returns:
-    bool [B, T, S], by the keys that the queries attend to, as `cache.append` gives them.
+    bool [B, T, S], by the keys that the queries attend to, as `extend_cache` gives them.
 
   Raises:
     ValueError: if shapes do not fit, for a mask of floats, or for segments together with a cache.

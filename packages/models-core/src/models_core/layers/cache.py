@@ -11,11 +11,13 @@ in a cache that keeps all, negative where there is none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from models_core.errors import CacheError
 from models_core.sharding import fit
@@ -47,15 +49,15 @@ def init_layer(
     spec: of [B, S, K, H].
     window: makes a ring of so many slots, unless the whole cache has no more.
   """
-  ring = window is not None and window < cache_size
-  kv, row = (batch_size, window if ring else cache_size, num_kv_heads, head_dim), spec[:2]
+  size = cache_size if window is None else min(window, cache_size)
+  kv, row = (batch_size, size, num_kv_heads, head_dim), spec[:2]
   arrays = {
     "k": (kv, spec, dtype, 0),
     "v": (kv, spec, dtype, 0),
     "end_index": (kv[:1], row[:1], jnp.int32, 0),
     "positions": (kv[:2], row, jnp.int32, -1),
   }
-  if ring:
+  if size < cache_size:
     arrays["slots"] = arrays["positions"]
   return {
     name: _full(shape, value, dtype, mesh, PartitionSpec(*spec))
@@ -63,7 +65,9 @@ def init_layer(
   }
 
 
-def _full(shape, value, dtype, mesh, spec) -> jax.Array:
+def _full(
+  shape: Sequence[int], value: int, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None, spec: PartitionSpec
+) -> jax.Array:
   if mesh is None:
     return jnp.full(shape, value, dtype)
   spec, _ = fit(shape, spec, mesh)
@@ -124,33 +128,27 @@ def slots(layer: LayerCache, new_tokens: int) -> jax.Array:
   return layer["end_index"][:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
 
 
-def update(layer: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
-  """Appends keys and values.
+def extend_cache(
+  layer: LayerCache | None, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> tuple[LayerCache | None, jax.Array, jax.Array]:
+  """Appends keys and values, and gives those that the new tokens attend to.
 
   Args:
-    layer: of S slots.
+    layer: of S slots; None where there is no cache.
     k: [B, T, K, H].
     v: [B, T, K, H].
     positions: [B, T].
 
   Returns:
-    The layer, T slots further. What lies beyond S is dropped; only a ring overwrites what it holds.
+    The layer, T slots further, and keys and values [B, S, K, H], whose slots and positions are those of `places`;
+    k and v themselves where there is no cache. What lies beyond S is dropped; only a ring overwrites what it holds.
   """
-  new = {"k": k, "v": v, "positions": positions}
-  end = layer["end_index"] + jnp.int32(k.shape[1])
-  return layer | _write(layer, positions, new) | {"end_index": end}
-
-
-def append(
-  layer: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array
-) -> tuple[LayerCache, jax.Array, jax.Array]:
-  """As `update`, for layers that may be rings: also gives the keys and values that the new tokens attend to.
-
-  Returns:
-    The layer, keys [B, S, K, H] and values [B, S, K, H]; their slots and positions are those of `places`.
-  """
-  new = update(layer, k, v, positions)
-  if _joins(layer, k.shape[1]):
+  if layer is None:
+    return None, k, v
+  T = k.shape[1]
+  new = layer | _write(layer, positions, {"k": k, "v": v, "positions": positions})
+  new["end_index"] = layer["end_index"] + jnp.int32(T)
+  if _joins(layer, T):
     return new, _joined(layer, "k", k), _joined(layer, "v", v)
   return new, new["k"], new["v"]
 

@@ -4,41 +4,46 @@ from __future__ import annotations
 
 import abc
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import visible_keys
-from models_core.layers.cache import Cache
-from models_core.layers.mesh import call_auto, explicit_axes, find_mesh, spec_of
+from models_core.layers.cache import Cache, LayerCache
+from models_core.layers.mesh import call_auto, explicit_axes, find_mesh, shard, spec_of
+from models_core.layers.rope import Rotary
 
 
 class CausalLM(nnx.Module):
-  """The calling convention of all models. A model adds its layers, `_hidden` and `_logits`.
+  """The calling convention of all models, and the way of tokens through their layers.
+
+  A model makes the attributes below and adds `_rotary` and `_logits`; `windows` if layers slide, `_embed` if
+  embeddings are more than looked up.
 
   Attributes:
-    config: has num_layers, embed_dim, num_kv_heads, head_dim and shd_config.
-    embedder: has the parameter `input_embedding` [V, D].
+    config: has num_layers, embed_dim, num_kv_heads, head_dim, shd_config and remat_config.
+    embedder: has the parameter `input_embedding` [V, D] and the method `encode`.
+    layers: each is called as `layer(x, positions, rotary, cache, mask)` and returns x [B, T, D] and its cache.
+    final_norm: of the last layer's x.
   """
 
   config: Any
   embedder: Any
+  layers: Any
+  final_norm: Any
+
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    """[B, T] -> what the first layer gets, [B, T, D]."""
+    return shard(self.embedder.encode(tokens), self.config.shd_config.spec("act_btd", "b t d"))
 
   @abc.abstractmethod
-  def _hidden(
-    self,
-    tokens: jax.Array,
-    positions: jax.Array,
-    cache: Cache | None,
-    attention_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """Normalised hidden states [B, T, D] and the cache, T slots further."""
+  def _rotary(self, window: int | None) -> Rotary:
+    """RoPE of the layers that have this sliding window."""
 
   @abc.abstractmethod
   def _logits(self, hidden: jax.Array) -> jax.Array:
@@ -90,7 +95,14 @@ class CausalLM(nnx.Module):
     batch = PartitionSpec(*spec_of(tokens)[:1])
     out_specs = (batch, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
 
-    def run(model, tokens, positions, cache, attention_mask, segment_ids):
+    def run(
+      model: CausalLM,
+      tokens: jax.Array,
+      positions: jax.Array,
+      cache: Cache | None,
+      attention_mask: jax.Array | None,
+      segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
       hidden, new_cache = model._hidden(tokens, positions, cache, attention_mask, segment_ids)
       if cache is not None and (name := cache_lib.limiting_layer(cache)) is not None:
         overflow = cache_lib.slots(cache[name], tokens.shape[1]) >= cache[name]["k"].shape[1]
@@ -112,7 +124,53 @@ class CausalLM(nnx.Module):
       lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden
     )
 
-  def _call(self, run, out_specs, *args):
+  def _hidden(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Normalised hidden states [B, T, D] and the cache, T slots further."""
+    masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
+    by_window = {window: (self._rotary(window), mask) for window, mask in masks.items()}
+    names = [f"layer_{i}" for i in range(len(windows))]
+    caches = [None if cache is None else cache[name] for name in names]
+    layers = list(zip(self.layers, windows, caches, strict=True))
+    new_caches: list[Any] = []
+    x, size = self._embed(tokens), _period(windows)
+    for start in range(0, len(layers), size):
+      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
+      new_caches += extended
+    return self.final_norm(x), None if cache is None else dict(zip(names, new_caches, strict=True))
+
+  def _run_unit(
+    self,
+    layers: Sequence[tuple[Callable[..., Any], int | None, LayerCache | None]],
+    x: jax.Array,
+    positions: jax.Array,
+    by_window: Mapping[int | None, tuple[Rotary, jax.Array]],
+  ) -> tuple[jax.Array, list[LayerCache | None]]:
+    """Runs the layers after which the windows repeat.
+
+    Args:
+      layers: of the unit, each with its window and its cache.
+      x: [B, T, D].
+      positions: [B, T].
+      by_window: RoPE and mask [B, T, S].
+
+    Returns:
+      x [B, T, D] and the layers' caches, T slots further.
+    """
+    extended = []
+    for layer, window, cache in layers:
+      rotary, mask = by_window[window]
+      x, cache = self.config.remat_config.layer(layer)(x, positions, rotary, cache, mask)
+      extended.append(cache)
+    return x, extended
+
+  def _call(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
     """`run(self, *args)` on a mesh of either kind."""
     if explicit_axes(self._mesh()):
       # Explicit arrays must be arguments of the region, so the parameters are, too.
@@ -124,7 +182,7 @@ class CausalLM(nnx.Module):
   def _weight(self) -> jax.Array:
     return self.embedder.input_embedding[...]
 
-  def _mesh(self):
+  def _mesh(self) -> Mesh | AbstractMesh | None:
     return find_mesh(self._weight())
 
   def windows(self) -> Sequence[int | None]:
@@ -194,3 +252,9 @@ class CausalLM(nnx.Module):
       "cache": None,
       "attention_mask": jnp.ones((2, 1, 1), bool),
     }
+
+
+def _period(windows: Sequence[int | None]) -> int:
+  """The number of layers after which their windows repeat; the last repetition may be cut short."""
+  repeats = lambda size: all(window == windows[i % size] for i, window in enumerate(windows))
+  return next(size for size in range(1, len(windows) + 1) if repeats(size))

@@ -67,6 +67,7 @@ class Experts(nnx.Module):
 
 
 Names = tuple[str, ...]
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def _axes(act: PartitionSpec, up: PartitionSpec) -> tuple[tuple[Names, Names], Names, Names]:
@@ -85,13 +86,27 @@ def _axes(act: PartitionSpec, up: PartitionSpec) -> tuple[tuple[Names, Names], N
 
 # Compiled also for eager callers, for whom shard_map would run one operation at a time.
 @functools.partial(jax.jit, static_argnames=("activation", "rows", "e", "f"))
-def _sharded(x, experts, weights, gate, up, down, *, activation, rows, e, f):
+def _sharded(
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+  *,
+  activation: Activation,
+  rows: tuple[Names, Names],
+  e: Names,
+  f: Names,
+) -> jax.Array:
   """float32 [B, T, D]; every device computes its rows with its experts."""
   mesh_axes = (*rows[0], *rows[1], *e, *f)
   if not mesh_axes:
     return _apply(x, experts, weights, gate, up, down, 0, activation, ())
 
-  def run(x, experts, weights, gate, up, down):
+  def run(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+  ) -> jax.Array:
     # The sums over devices that the gradients need follow from these.
     x, (gate, up, down) = _varying(x, (*e, *f)), (_varying(w, (*rows[0], *rows[1])) for w in (gate, up, down))
     first = lax.axis_index(e) * gate.shape[0] if e else 0
@@ -112,7 +127,17 @@ def _varying(array: jax.Array, axes: Names) -> jax.Array:
   return lax.pcast(array, axes, to="varying") if axes else array
 
 
-def _apply(x, experts, weights, gate, up, down, first, activation, mesh_axes) -> jax.Array:
+def _apply(
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+  first: jax.Array | int,
+  activation: Activation,
+  mesh_axes: Names,
+) -> jax.Array:
   """What these experts, numbered from `first`, give to the result: float32 [B, T, D]."""
   B, T, n = experts.shape
   E = gate.shape[0]
@@ -144,25 +169,25 @@ def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, mesh_axes: Names =
   return _dot(x, w, sizes, 2, mesh_axes)
 
 
-def _dot(x, w, sizes, axis, mesh_axes) -> jax.Array:
+def _dot(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int, mesh_axes: Names) -> jax.Array:
   """Contracts the last axis of x with `axis` of w."""
   # XLA's CPU backend multiplies all rows with all experts for a ragged dot.
   in_blocks = functools.partial(_dot_in_blocks, axis=axis, mesh_axes=mesh_axes)
   return lax.platform_dependent(x, w, sizes, cpu=in_blocks, default=functools.partial(_ragged_dot, axis=axis))
 
 
-def _ragged_dot(x, w, sizes, axis):
+def _ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int) -> jax.Array:
   numbers = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (axis,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
   )
   return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=x.dtype)
 
 
-def _dot_in_blocks(x, w, sizes, axis, mesh_axes):
+def _dot_in_blocks(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int, mesh_axes: Names) -> jax.Array:
   M, block = x.shape[0], _block(x, sizes)
   padded = jnp.pad(x, ((0, block), (0, 0)))
 
-  def multiply(group, start, left, out):
+  def multiply(group: jax.Array, start: jax.Array, left: jax.Array, out: jax.Array) -> jax.Array:
     rows = lax.dynamic_slice_in_dim(padded, start, block)
     matrix = lax.dynamic_index_in_dim(w, group, keepdims=False)
     product = lax.dot_general(rows, matrix, (((1,), (axis - 1,)), ((), ())))
@@ -174,25 +199,25 @@ def _dot_in_blocks(x, w, sizes, axis, mesh_axes):
   return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes), out, 0)
 
 
-def _weight_gradient(x, dy, sizes, mesh_axes):
+def _weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array, mesh_axes: Names) -> jax.Array:
   """[M, D], [M, F] -> [E, F, D]: the outer products of each group's rows."""
   return lax.platform_dependent(
     x, dy, sizes, cpu=functools.partial(_outer_in_blocks, mesh_axes=mesh_axes), default=_ragged_outer
   )
 
 
-def _ragged_outer(x, dy, sizes):
+def _ragged_outer(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
   numbers = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
   )
   return lax.ragged_dot_general(dy, x, sizes, numbers, preferred_element_type=x.dtype)
 
 
-def _outer_in_blocks(x, dy, sizes, mesh_axes):
+def _outer_in_blocks(x: jax.Array, dy: jax.Array, sizes: jax.Array, mesh_axes: Names) -> jax.Array:
   block = _block(x, sizes)
   padded, padded_dy = (jnp.pad(array, ((0, block), (0, 0))) for array in (x, dy))
 
-  def add(group, start, left, out):
+  def add(group: jax.Array, start: jax.Array, left: jax.Array, out: jax.Array) -> jax.Array:
     rows, dy = (lax.dynamic_slice_in_dim(array, start, block) for array in (padded, padded_dy))
     dy = jnp.where(jnp.arange(block)[:, None] < left, dy, 0)
     return out.at[group].add(jnp.einsum("mf,md->fd", dy, rows, preferred_element_type=jnp.float32))
@@ -201,18 +226,18 @@ def _outer_in_blocks(x, dy, sizes, mesh_axes):
   return _for_blocks(sizes, block, add, out).astype(x.dtype)
 
 
-def _block(x, sizes) -> int:
+def _block(x: jax.Array, sizes: jax.Array) -> int:
   """Rows that are multiplied at a time: about two groups' worth, which measures fastest."""
   rows, groups = x.shape[0], sizes.shape[0]
   return 1 if rows <= groups else min(128, 1 << (2 * rows // groups - 1).bit_length())
 
 
-def _for_blocks(sizes, block, body, out):
+def _for_blocks(sizes: jax.Array, block: int, body: Callable[..., jax.Array], out: jax.Array) -> jax.Array:
   """Folds `body(group, first row, rows left in the group, out)` over the blocks of all groups, in order."""
   blocks = -(-sizes // block)
   ends, starts = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
 
-  def step(i, out):
+  def step(i: jax.Array, out: jax.Array) -> jax.Array:
     group = jnp.sum((i >= ends).astype(jnp.int32))
     done = (i - ends[group] + blocks[group]) * block
     return body(group, starts[group] + done, sizes[group] - done, out)
@@ -220,11 +245,15 @@ def _for_blocks(sizes, block, body, out):
   return lax.fori_loop(0, ends[-1], step, out)
 
 
-def _forward(x, w, sizes, mesh_axes):
+def _forward(
+  x: jax.Array, w: jax.Array, sizes: jax.Array, mesh_axes: Names
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
   return _dot(x, w, sizes, 2, mesh_axes), (x, w, sizes)
 
 
-def _backward(mesh_axes, kept, dy):
+def _backward(
+  mesh_axes: Names, kept: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
   x, w, sizes = kept
   return _dot(dy, w, sizes, 1, mesh_axes), _weight_gradient(x, dy, sizes, mesh_axes), None
 

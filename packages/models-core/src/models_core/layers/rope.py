@@ -25,32 +25,11 @@ class Rotary(NamedTuple):
 
 def rotary(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
   """The frequencies theta^(-2i/H) for i < H/2 and their magnitude, with any scaling."""
-  frequencies = _scaled(head_dim, theta, scaling)
-  return Rotary(frequencies, 1.0 if scaling is None else scaling.magnitude)
-
-
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-  """theta^(-2i/H) for i < H/2, scaled, where the scaling is one of frequencies alone.
-
-  Returns:
-    float32 [H/2], radians per token.
-
-  Raises:
-    ValueError: for a scaling that has a magnitude, too, which `rotary` gives.
-  """
-  if scaling is not None and scaling.magnitude != 1.0:
-    raise ValueError(
-      f"{type(scaling).__name__} also scales cosines and sines: call rotary(), and rotate() by both"
-    )
-  return _scaled(head_dim, theta, scaling)
-
-
-def _scaled(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-  """Computed in float64, so that the angle of position 32768 is right."""
+  # In float64, so that the angle of position 32768 is right.
   frequencies = float(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-  if scaling is not None:
-    frequencies = scaling.scale(frequencies)
-  return frequencies.astype(np.float32)
+  if scaling is None:
+    return Rotary(frequencies.astype(np.float32), 1.0)
+  return Rotary(scaling.scale(frequencies).astype(np.float32), scaling.magnitude)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> jax.Array:

@@ -8,57 +8,58 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from models_core.config import check_decoder
+from models_core.config import check_decoder, preset_rows
 from models_core.layers import (
-  Cache,
-  CausalLM,
   Embedder,
   GatedMLP,
   LayerCache,
   OffsetRMSNorm,
   Projection,
   RematConfig,
-  append,
+  Rotary,
   attend,
-  bound,
+  extend_cache,
   gelu_tanh,
-  inverse_frequencies,
   make_causal_attn_mask,
+  rotary,
   rotate,
   shard,
 )
 from models_core.sharding import ShardingConfig
-from models_gemma.attention_types import AttentionType, checked, every, windows
-from models_gemma.sizes import preset
+from models_gemma.attention_types import AttentionType, checked, every
+from models_gemma.causal_lm import GemmaLM
 
 __all__ = ["AttentionType", "Gemma", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
 
+_SIZES = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")
+_SHARED = {"num_embed": 256000, "rope_theta": 10_000.0, "norm_eps": 1e-6}
+
 # Types of layers are as many as the longest has; the others leave the rest out.
-_GEMMA1: dict[str, Any] = {
-  "num_embed": 256000,
-  "final_logit_softcap": None,
-  "use_post_attn_norm": False,
-  "use_post_ffw_norm": False,
-  "attention_types": every(1, 28),
-  "rope_theta": 10_000.0,
-  "norm_eps": 1e-6,
-}
-_GEMMA2 = _GEMMA1 | {
-  "final_logit_softcap": 30.0,
-  "use_post_attn_norm": True,
-  "use_post_ffw_norm": True,
-  "attention_types": every(2, 46),
-  "attn_logits_soft_cap": 50.0,
-  "sliding_window_size": 4096,
-}
+_gemma1 = preset_rows(
+  *_SIZES,
+  "query_pre_attn_scalar",
+  **_SHARED,
+  final_logit_softcap=None,
+  use_post_attn_norm=False,
+  use_post_ffw_norm=False,
+  attention_types=every(1, 28),
+)
+_gemma2 = preset_rows(
+  *_SIZES,
+  "query_pre_attn_scalar",
+  **_SHARED,
+  final_logit_softcap=30.0,
+  use_post_attn_norm=True,
+  use_post_ffw_norm=True,
+  attention_types=every(2, 46),
+  attn_logits_soft_cap=50.0,
+  sliding_window_size=4096,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +106,18 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_decoder(self)
     types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
     object.__setattr__(self, "attention_types", types)
 
   # fmt: off
-  #                                              L   D     F      N   H    K   query scalar
-  gemma_2b    = preset("Gemma 2B.",    _GEMMA1, 18, 2048, 16384, 8,  256, 1,  256)
-  gemma_7b    = preset("Gemma 7B.",    _GEMMA1, 28, 3072, 24576, 16, 256, 16, 256)
-  gemma2_2b   = preset("Gemma 2 2B.",  _GEMMA2, 26, 2304, 9216,  8,  256, 4,  256)
-  gemma2_9b   = preset("Gemma 2 9B.",  _GEMMA2, 42, 3584, 14336, 16, 256, 8,  256)
-  gemma2_27b  = preset("Gemma 2 27B.", _GEMMA2, 46, 4608, 36864, 32, 128, 16, 144)
+  #                                     L   D     F      N   H    K   query scalar
+  gemma_2b    = _gemma1("Gemma 2B.",    18, 2048, 16384, 8,  256, 1,  256)
+  gemma_7b    = _gemma1("Gemma 7B.",    28, 3072, 24576, 16, 256, 16, 256)
+  gemma2_2b   = _gemma2("Gemma 2 2B.",  26, 2304, 9216,  8,  256, 4,  256)
+  gemma2_9b   = _gemma2("Gemma 2 9B.",  42, 3584, 14336, 16, 256, 8,  256)
+  gemma2_27b  = _gemma2("Gemma 2 27B.", 46, 4608, 36864, 32, 128, 16, 144)
   # fmt: on
   # The same numbers under other names.
   gemma1p1_2b = codegemma_2b = codegemma1p1_2b = gemma_2b
@@ -138,20 +139,15 @@ class Attention(nnx.Module):
     self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
 
   def __call__(
-    self,
-    x: jax.Array,
-    positions: jax.Array,
-    frequencies: np.ndarray,
-    cache: LayerCache | None,
-    mask: jax.Array,
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
     config = self.config
     act_btnh = config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(self.q_proj(x), positions, frequencies), act_btnh)
-    k = shard(rotate(self.k_proj(x), positions, frequencies), act_btnh)
+    q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
+    k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
-    if cache is not None:
-      cache, k, v = append(cache, k, v, positions)
+    cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(
       q, k, v, mask, scale=config.query_pre_attn_scalar**-0.5, soft_cap=config.attn_logits_soft_cap
     )
@@ -177,11 +173,14 @@ class DecoderLayer(nnx.Module):
     if config.use_post_ffw_norm:
       self.post_ffw_norm = norm()
 
-  def __call__(self, x, positions, frequencies, cache, mask):
+  def __call__(
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+  ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
     config = self.config
-    attention = config.remat_config.block(Attention.__call__)
+    attention = config.remat_config.block(self.attn)
     act_btd = config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
     if config.use_post_attn_norm:
       x = shard(self.post_attn_norm.add_to(x, out), act_btd)
       out = self.mlp(self.pre_ffw_norm(x))
@@ -192,7 +191,7 @@ class DecoderLayer(nnx.Module):
     return shard(x, act_btd), cache
 
 
-class Gemma(CausalLM):
+class Gemma(GemmaLM):
   """Gemma 1, 1.1 and 2, CodeGemma, ShieldGemma."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -202,23 +201,5 @@ class Gemma(CausalLM):
     self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
     self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
 
-  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
-    config = self.config
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
-    masks = self._masks(positions, cache, attention_mask, segment_ids)
-    layer_call = config.remat_config.layer(DecoderLayer.__call__)
-    x = self.embedder.encode(tokens)
-    # The factor is rounded to the embedding's dtype first: 55.5 for 3072 in bfloat16.
-    x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
-    new_cache: Cache = {}
-    for i, (layer, window) in enumerate(zip(self.layers, self.windows(), strict=True)):
-      name = f"layer_{i}"
-      x, new_cache[name] = layer_call(layer, x, positions, frequencies, cache and cache[name], masks[window])
-    return self.final_norm(x), new_cache if cache is not None else None
-
-  def _logits(self, hidden):
-    return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
-
-  def windows(self) -> tuple[int | None, ...]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
-    return windows(self.config.attention_types, self.config.sliding_window_size)
+  def _rotary(self, window: int | None) -> Rotary:
+    return rotary(self.config.head_dim, self.config.rope_theta)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.adapters import lora_saver
+from flax import nnx
+from jax.sharding import Mesh
+
+from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, write_rope
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.safetensors_loader import safe_tensors_creator
+from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import Tied, WeightTable, gguf_table
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
@@ -126,5 +130,20 @@ FAMILY = Family(
   fit_config=fit_config,
 )
 
-create_model_from_safe_tensors = safe_tensors_creator(FAMILY)
-save_lora_merged_model_as_safetensors = lora_saver(FAMILY)
+
+def create_model_from_safe_tensors(
+  file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Gemma:
+  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  return load_and_create_model(file_dir, Gemma, config, HUGGINGFACE, mesh, dtype=dtype)
+
+
+def save_lora_merged_model_as_safetensors(
+  local_model_path: str | os.PathLike,
+  output_dir: str | os.PathLike,
+  lora_model: nnx.Module,
+  rank: int,
+  alpha: float,
+) -> None:
+  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)

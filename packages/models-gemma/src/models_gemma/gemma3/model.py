@@ -8,50 +8,50 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from models_core.config import check_decoder
+from models_core.config import check_decoder, preset_rows
 from models_core.layers import (
-  Cache,
-  CausalLM,
   Embedder,
   GatedMLP,
   LayerCache,
   OffsetRMSNorm,
   Projection,
   RematConfig,
-  append,
+  Rotary,
   attend,
-  bound,
+  extend_cache,
   gelu_tanh,
-  inverse_frequencies,
   make_causal_attn_mask,
+  rotary,
   rotate,
   shard,
 )
 from models_core.rope_scaling import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
-from models_gemma.attention_types import AttentionType, checked, every, windows
-from models_gemma.sizes import preset
+from models_gemma.attention_types import AttentionType, checked, every
+from models_gemma.causal_lm import GemmaLM
 
 __all__ = ["AttentionType", "Gemma3", "ModelConfig", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
 
-_SMALL: dict[str, Any] = {
-  "num_embed": 262144,
-  "attention_types": every(6, 62),  # of the longest; the others leave the rest out
-  "rope_theta": 1_000_000.0,
-  "local_rope_theta": 10_000.0,
-  "norm_eps": 1e-6,
-  "sliding_window_size": 512,
-}
-# Sizes that also see images: more rows, a longer context.
-_LARGE = _SMALL | {"num_embed": 262208, "sliding_window_size": 1024, "rope_scaling": LinearScaling(8.0)}
+_SIZES = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")
+_gemma3 = preset_rows(
+  *_SIZES,
+  "query_pre_attn_scalar",
+  "num_embed",
+  "sliding_window_size",
+  "rope_scaling",
+  attention_types=every(6, 62),  # of the longest; the others leave the rest out
+  rope_theta=1_000_000.0,
+  local_rope_theta=10_000.0,
+  norm_eps=1e-6,
+)
+# Of sizes with a longer context.
+_SCALING = LinearScaling(8.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +96,23 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_decoder(self)
     types = checked(self.attention_types, self.num_layers, self.sliding_window_size)
     object.__setattr__(self, "attention_types", types)
 
   # fmt: off
-  #                                              L   D     F      N   H    K   query scalar
-  gemma3_270m = preset("Gemma 3 270M.", _SMALL, 18, 640,  2048,  4,  256, 1,  256)
-  gemma3_1b   = preset("Gemma 3 1B.",   _SMALL, 26, 1152, 6912,  4,  256, 1,  256)
-  gemma3_4b   = preset("Gemma 3 4B.",   _LARGE, 34, 2560, 10240, 8,  256, 4,  256)
-  gemma3_12b  = preset("Gemma 3 12B.",  _LARGE, 48, 3840, 15360, 16, 256, 8,  256)
-  gemma3_27b  = preset("Gemma 3 27B.",  _LARGE, 62, 5376, 21504, 32, 128, 16, 168)
+  # Sizes that also see images have more rows of the embedding.
+  #                                                     L   D     F      N   H    K   scalar V     window scaling
+  gemma3_270m       = _gemma3("Gemma 3 270M.",          18, 640,  2048,  4,  256, 1,  256, 262144, 512,  None)
+  gemma3_1b         = _gemma3("Gemma 3 1B.",            26, 1152, 6912,  4,  256, 1,  256, 262144, 512,  None)
+  gemma3_4b         = _gemma3("Gemma 3 4B.",            34, 2560, 10240, 8,  256, 4,  256, 262208, 1024, _SCALING)
+  gemma3_12b        = _gemma3("Gemma 3 12B.",           48, 3840, 15360, 16, 256, 8,  256, 262208, 1024, _SCALING)
+  gemma3_27b        = _gemma3("Gemma 3 27B.",           62, 5376, 21504, 32, 128, 16, 168, 262208, 1024, _SCALING)
+  medgemma_27b_text = _gemma3("MedGemma 27B for text.", 62, 5376, 21504, 32, 128, 16, 168, 262144, 1024, _SCALING)
   # fmt: on
+  # The same numbers under another name.
   functiongemma_270m = gemma3_270m
-
-  @classmethod
-  def medgemma_27b_text(cls) -> ModelConfig:
-    """MedGemma 27B for text, whose vocabulary has no place for images."""
-    return dataclasses.replace(cls.gemma3_27b(), num_embed=262144)
 
 
 class Attention(nnx.Module):
@@ -136,19 +134,14 @@ class Attention(nnx.Module):
     self.k_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
 
   def __call__(
-    self,
-    x: jax.Array,
-    positions: jax.Array,
-    frequencies: np.ndarray,
-    cache: LayerCache | None,
-    mask: jax.Array,
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(self.q_norm(self.q_proj(x)), positions, frequencies), act_btnh)
-    k = shard(rotate(self.k_norm(self.k_proj(x)), positions, frequencies), act_btnh)
+    q = shard(rotate(self.q_norm(self.q_proj(x)), positions, *rotary), act_btnh)
+    k = shard(rotate(self.k_norm(self.k_proj(x)), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
-    if cache is not None:
-      cache, k, v = append(cache, k, v, positions)
+    cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(q, k, v, mask, scale=self.config.query_pre_attn_scalar**-0.5)
     return self.o_proj(shard(out, act_btnh)), cache
 
@@ -167,16 +160,19 @@ class DecoderLayer(nnx.Module):
     self.mlp = GatedMLP(D, config.hidden_dim, gelu_tanh, config.shd_config, rngs=rngs)
     self.post_ffw_norm = norm()
 
-  def __call__(self, x, positions, frequencies, cache, mask):
-    attention = self.config.remat_config.block(Attention.__call__)
+  def __call__(
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+  ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    attention = self.config.remat_config.block(self.attn)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.attn, self.input_layernorm(x), positions, frequencies, cache, mask)
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
     x = shard(self.post_attn_norm.add_to(x, out), act_btd)
     out = self.mlp(self.pre_ffw_norm(x))
     return shard(self.post_ffw_norm.add_to(x, out), act_btd), cache
 
 
-class Gemma3(CausalLM):
+class Gemma3(GemmaLM):
   """Gemma 3, FunctionGemma, MedGemma for text."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -186,31 +182,11 @@ class Gemma3(CausalLM):
     self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
     self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
 
-  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+  def _rotary(self, window: int | None) -> Rotary:
     config = self.config
-    frequencies = {
-      AttentionType.GLOBAL: inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
-      AttentionType.LOCAL_SLIDING: inverse_frequencies(config.head_dim, config.local_rope_theta),
-    }
-    masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
-    layer_call = config.remat_config.layer(DecoderLayer.__call__)
-    x = self.embedder.encode(tokens)
-    # The factor is rounded to the embedding's dtype first: 50.5 for 2560 in bfloat16.
-    x = shard(x * jnp.asarray(config.embed_dim**0.5, x.dtype), config.shd_config.spec("act_btd", "b t d"))
-    new_cache: Cache = {}
-    for i, (layer, kind) in enumerate(zip(self.layers, config.attention_types, strict=True)):
-      name = f"layer_{i}"
-      x, new_cache[name] = layer_call(
-        layer, x, positions, frequencies[kind], cache and cache[name], masks[windows[i]]
-      )
-    return self.final_norm(x), new_cache if cache is not None else None
-
-  def _logits(self, hidden):
-    return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
-
-  def windows(self) -> tuple[int | None, ...]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
-    return windows(self.config.attention_types, self.config.sliding_window_size)
+    if window is None:
+      return rotary(config.head_dim, config.rope_theta, config.rope_scaling)
+    return rotary(config.head_dim, config.local_rope_theta)
 
   def get_attention_mask(self, tokens: jax.Array, *, inputs_mask: jax.Array | None = None) -> jax.Array:
     """The causal mask of a batch, for trainers that ask the model for it. Windows are the layers' own affair.

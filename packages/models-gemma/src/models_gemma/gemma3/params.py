@@ -1,8 +1,15 @@
 """Gemma 3 checkpoints as Google publishes them: Orbax trees."""
 
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from jax.sharding import Mesh
+
 from models_core.weights import WeightTable
 from models_gemma.gemma3.model import Gemma3, ModelConfig
-from models_gemma.orbax import checkpoint_creator
+from models_gemma.orbax import create_model_from_orbax
 from models_gemma.orbax_rows import ATTN, COMMON, IGNORED, L, T, rows
 
 __all__ = ["ORBAX", "create_model_from_checkpoint"]
@@ -19,4 +26,9 @@ ORBAX = WeightTable(
   ignored=IGNORED,
 )  # fmt: skip
 
-create_model_from_checkpoint = checkpoint_creator(Gemma3, ModelConfig, ORBAX)
+
+def create_model_from_checkpoint(
+  checkpoint_path: str | os.PathLike, model_config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
+) -> Gemma3:
+  """Loads an Orbax tree with Google's names, as `create_model_from_orbax` does."""
+  return create_model_from_orbax(checkpoint_path, Gemma3, model_config, ORBAX, mesh, dtype)

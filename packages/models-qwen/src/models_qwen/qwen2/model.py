@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 from flax import nnx
 
-from models_core.config import check_decoder
+from models_core.config import check_decoder, preset_rows
 from models_core.layers import (
   BiasedProjection,
-  Cache,
   CausalLM,
   Embedder,
   GatedMLP,
   Head,
   LayerCache,
+  PreNormLayer,
   Projection,
   RematConfig,
   RMSNorm,
   Rotary,
   attend,
+  extend_cache,
   make_causal_attn_mask,
   rotary,
   rotate,
   shard,
-  update,
-  visible_keys,
 )
 from models_core.rope_scaling import RopeScaling
 from models_core.sharding import ShardingConfig
+from models_qwen.windows import layer_windows
 
 __all__ = ["ModelConfig", "Qwen2", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
 
-def _preset(*fields: Any, tied: bool = False) -> classmethod[Any, [], Any]:
-  """A published model, by the fields of its configuration in their order."""
-  return classmethod(lambda cls: cls(*fields, use_tied_embedding=tied))
+_SIZES = ("num_layers", "vocab_size", "embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")
+_qwen2p5 = preset_rows(*_SIZES, "rope_theta", "norm_eps", "use_tied_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,42 +77,40 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_decoder(self)
 
   # fmt: off
   # Keyed by repository, for theta and eps differ within a size. Variants that are not here are as their size.
-  #                                   L   V       D     F      N   H    K  theta eps
-  qwen2p5_0p5b               = _preset(24, 151936, 896,  4864,  14, 64,  2, 1e6, 1e-6, tied=True)
-  qwen2p5_1p5b               = _preset(28, 151936, 1536, 8960,  12, 128, 2, 1e6, 1e-6, tied=True)
-  qwen2p5_3b                 = _preset(36, 151936, 2048, 11008, 16, 128, 2, 1e6, 1e-6, tied=True)
-  qwen2p5_7b                 = _preset(28, 152064, 3584, 18944, 28, 128, 4, 1e6, 1e-6)
-  qwen2p5_14b                = _preset(48, 152064, 5120, 13824, 40, 128, 8, 1e6, 1e-5)
-  qwen2p5_14b_instruct       = _preset(48, 152064, 5120, 13824, 40, 128, 8, 1e6, 1e-6)
-  qwen2p5_32b                = _preset(64, 152064, 5120, 27648, 40, 128, 8, 1e6, 1e-5)
-  qwen2p5_32b_instruct       = _preset(64, 152064, 5120, 27648, 40, 128, 8, 1e6, 1e-6)
-  qwen2p5_72b                = _preset(80, 152064, 8192, 29568, 64, 128, 8, 1e6, 1e-5)
-  qwen2p5_72b_instruct       = _preset(80, 152064, 8192, 29568, 64, 128, 8, 1e6, 1e-6)
-  qwen2p5_7b_instruct_1m     = _preset(28, 152064, 3584, 18944, 28, 128, 4, 1e7, 1e-5)
-  qwen2p5_14b_instruct_1m    = _preset(48, 152064, 5120, 13824, 40, 128, 8, 1e7, 1e-5)
-  qwen2p5_coder_0p5b         = qwen2p5_0p5b
-  qwen2p5_coder_1p5b         = qwen2p5_1p5b
-  qwen2p5_coder_3b           = qwen2p5_3b
-  qwen2p5_coder_7b           = qwen2p5_7b
-  qwen2p5_coder_14b          = qwen2p5_14b
-  qwen2p5_coder_14b_instruct = qwen2p5_14b_instruct
-  qwen2p5_coder_32b          = qwen2p5_32b
-  qwen2p5_coder_32b_instruct = qwen2p5_32b_instruct
-  qwen2p5_math_1p5b          = _preset(28, 151936, 1536, 8960,  12, 128, 2, 1e4, 1e-6, tied=True)
-  qwen2p5_math_7b            = _preset(28, 152064, 3584, 18944, 28, 128, 4, 1e4, 1e-6)
-  qwen2p5_math_72b           = _preset(80, 152064, 8192, 29568, 64, 128, 8, 1e4, 1e-5)
-  qwen2p5_math_72b_instruct  = _preset(80, 152064, 8192, 29568, 64, 128, 8, 1e4, 1e-6)
-  qwq_32b                    = qwen2p5_32b
-  deepseek_r1_distill_qwen_1p5b = _preset(28, 151936, 1536, 8960, 12, 128, 2, 1e4, 1e-6)
-  deepseek_r1_distill_qwen_7b   = qwen2p5_math_7b
-  deepseek_r1_distill_qwen_14b  = qwen2p5_14b
-  deepseek_r1_distill_qwen_32b  = qwen2p5_32b
+  #                                                                     L   V       D     F      N   H    K  theta eps   tied
+  qwen2p5_0p5b              = _qwen2p5("Qwen 2.5 0.5B.",                 24, 151936, 896,  4864,  14, 64,  2, 1e6, 1e-6, True)
+  qwen2p5_1p5b              = _qwen2p5("Qwen 2.5 1.5B.",                 28, 151936, 1536, 8960,  12, 128, 2, 1e6, 1e-6, True)
+  qwen2p5_3b                = _qwen2p5("Qwen 2.5 3B.",                   36, 151936, 2048, 11008, 16, 128, 2, 1e6, 1e-6, True)
+  qwen2p5_7b                = _qwen2p5("Qwen 2.5 7B.",                   28, 152064, 3584, 18944, 28, 128, 4, 1e6, 1e-6, False)
+  qwen2p5_14b               = _qwen2p5("Qwen 2.5 14B.",                  48, 152064, 5120, 13824, 40, 128, 8, 1e6, 1e-5, False)
+  qwen2p5_14b_instruct      = _qwen2p5("Qwen 2.5 14B Instruct.",         48, 152064, 5120, 13824, 40, 128, 8, 1e6, 1e-6, False)
+  qwen2p5_32b               = _qwen2p5("Qwen 2.5 32B.",                  64, 152064, 5120, 27648, 40, 128, 8, 1e6, 1e-5, False)
+  qwen2p5_32b_instruct      = _qwen2p5("Qwen 2.5 32B Instruct.",         64, 152064, 5120, 27648, 40, 128, 8, 1e6, 1e-6, False)
+  qwen2p5_72b               = _qwen2p5("Qwen 2.5 72B.",                  80, 152064, 8192, 29568, 64, 128, 8, 1e6, 1e-5, False)
+  qwen2p5_72b_instruct      = _qwen2p5("Qwen 2.5 72B Instruct.",         80, 152064, 8192, 29568, 64, 128, 8, 1e6, 1e-6, False)
+  qwen2p5_7b_instruct_1m    = _qwen2p5("Qwen 2.5 7B Instruct 1M.",       28, 152064, 3584, 18944, 28, 128, 4, 1e7, 1e-5, False)
+  qwen2p5_14b_instruct_1m   = _qwen2p5("Qwen 2.5 14B Instruct 1M.",      48, 152064, 5120, 13824, 40, 128, 8, 1e7, 1e-5, False)
+  qwen2p5_math_1p5b         = _qwen2p5("Qwen 2.5-Math 1.5B.",            28, 151936, 1536, 8960,  12, 128, 2, 1e4, 1e-6, True)
+  qwen2p5_math_7b           = _qwen2p5("Qwen 2.5-Math 7B.",              28, 152064, 3584, 18944, 28, 128, 4, 1e4, 1e-6, False)
+  qwen2p5_math_72b          = _qwen2p5("Qwen 2.5-Math 72B.",             80, 152064, 8192, 29568, 64, 128, 8, 1e4, 1e-5, False)
+  qwen2p5_math_72b_instruct = _qwen2p5("Qwen 2.5-Math 72B Instruct.",    80, 152064, 8192, 29568, 64, 128, 8, 1e4, 1e-6, False)
+  deepseek_r1_distill_qwen_1p5b = _qwen2p5("DeepSeek-R1-Distill-Qwen 1.5B.", 28, 151936, 1536, 8960,  12, 128, 2, 1e4, 1e-6, False)
   # fmt: on
+  # The same numbers under other names.
+  qwen2p5_coder_0p5b = qwen2p5_0p5b
+  qwen2p5_coder_1p5b = qwen2p5_1p5b
+  qwen2p5_coder_3b = qwen2p5_3b
+  qwen2p5_coder_7b = qwen2p5_7b
+  qwen2p5_coder_14b = deepseek_r1_distill_qwen_14b = qwen2p5_14b
+  qwen2p5_coder_14b_instruct = qwen2p5_14b_instruct
+  qwen2p5_coder_32b = qwq_32b = deepseek_r1_distill_qwen_32b = qwen2p5_32b
+  qwen2p5_coder_32b_instruct = qwen2p5_32b_instruct
+  deepseek_r1_distill_qwen_7b = qwen2p5_math_7b
 
 
 class Attention(nnx.Module):
@@ -133,34 +130,14 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
-    if cache is not None:
-      cache = update(cache, k, v, positions)
-      k, v = cache["k"], cache["v"]
+    cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(q, k, v, mask, scale=self.config.head_dim**-0.5)
     return self.o_proj(shard(out, act_btnh)), cache
-
-
-class DecoderLayer(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    norm = config.shd_config.spec("rms_norm_weight", "d")
-    self.config = config
-    self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
-    self.attn = Attention(config, rngs=rngs)
-    self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
-    self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
-
-  def __call__(self, x, positions, rotary, cache, mask):
-    attention = self.config.remat_config.block(Attention.__call__)
-    act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
-    x = shard(x + out, act_btd)
-    return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache
 
 
 class Qwen2(CausalLM):
@@ -170,23 +147,22 @@ class Qwen2(CausalLM):
     shd, D = config.shd_config, config.embed_dim
     self.config = config
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
-    self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+    attention = functools.partial(Attention, config)
+    mlp = functools.partial(GatedMLP, D, config.hidden_dim, jax.nn.silu, shd)
+    self.layers = nnx.List(
+      [PreNormLayer(config, attention, mlp, rngs=rngs) for _ in range(config.num_layers)]
+    )
     self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
     if not config.use_tied_embedding:
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
-  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+  def windows(self) -> tuple[int | None, ...]:
+    """The sliding window of each layer in tokens, None for a layer that sees all."""
     config = self.config
-    rope = rotary(config.head_dim, config.rope_theta, config.rope_scaling)
-    keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
-    everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
-    layer_call = config.remat_config.layer(DecoderLayer.__call__)
-    x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
-    new_cache: Cache = {}
-    for i, layer in enumerate(self.layers):
-      name, mask = f"layer_{i}", window if i >= config.max_window_layers else everything
-      x, new_cache[name] = layer_call(layer, x, positions, rope, cache and cache[name], mask)
-    return self.final_norm(x), new_cache if cache is not None else None
+    return layer_windows(config.sliding_window, config.max_window_layers, config.num_layers)
 
-  def _logits(self, hidden):
+  def _rotary(self, window: int | None) -> Rotary:
+    return rotary(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+
+  def _logits(self, hidden: jax.Array) -> jax.Array:
     return self.embedder.decode(hidden) if self.config.use_tied_embedding else self.lm_head(hidden)

@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models_core.config import check_decoder
+from models_core.config import check_decoder, preset_rows
 from models_core.errors import ConfigError
 from models_core.layers import (
-  Cache,
   CausalLM,
   Embedder,
   Experts,
   GatedMLP,
   Head,
   LayerCache,
+  PreNormLayer,
   Projection,
   RematConfig,
   RMSNorm,
   Rotary,
   attend,
+  extend_cache,
   make_causal_attn_mask,
   rotary,
   rotate,
   shard,
-  update,
-  visible_keys,
 )
 from models_core.rope_scaling import RopeScaling, YarnScaling
 from models_core.sharding import ShardingConfig
+from models_qwen.windows import layer_windows
 
 __all__ = ["ModelConfig", "Qwen3", "RematConfig", "ShardingConfig", "make_causal_attn_mask"]
 
 
-def _preset(
-  *fields: Any, tied: bool = False, experts: tuple[int, int, int] | None = None, **more: Any
-) -> Any:
-  """A published model, by its configuration's fields in their order; experts: how many, per token, their F."""
-  if experts is not None:
-    more |= dict(
-      zip(("num_experts", "num_experts_per_tok", "moe_hidden_dim"), experts, strict=True), norm_topk_prob=True
-    )
-  return classmethod(lambda cls: cls(*fields, use_tied_embedding=tied, **more))
+_SIZES = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads")
+_SHARED = {"vocab_size": 151936, "head_dim": 128, "norm_eps": 1e-6}
+_EXPERTS = ("num_experts", "moe_hidden_dim")
+
+_dense = preset_rows(*_SIZES, "rope_theta", "use_tied_embedding", "rope_scaling", **_SHARED)
+_sparse = preset_rows(*_SIZES, "rope_theta", *_EXPERTS, **_SHARED, num_experts_per_tok=8, norm_topk_prob=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_decoder(self)
     experts = {
       k: getattr(self, k) for k in ("num_experts", "num_experts_per_tok", "moe_hidden_dim", "norm_topk_prob")
@@ -122,25 +120,26 @@ class ModelConfig:
 
   # fmt: off
   # Keyed by repository, for theta differs within a size. Variants that are not here are as their size.
-  #                                  L   V       D     F      N   H    K  theta eps
-  qwen3_0p6b                = _preset(28, 151936, 1024, 3072,  16, 128, 8, 1e6, 1e-6, tied=True)
-  qwen3_1p7b                = _preset(28, 151936, 2048, 6144,  16, 128, 8, 1e6, 1e-6, tied=True)
-  qwen3_4b                  = _preset(36, 151936, 2560, 9728,  32, 128, 8, 1e6, 1e-6, tied=True)
-  qwen3_4b_instruct_2507    = _preset(36, 151936, 2560, 9728,  32, 128, 8, 5e6, 1e-6, tied=True)
-  qwen3_4b_thinking_2507    = qwen3_4b_instruct_2507
-  qwen3_8b                  = _preset(36, 151936, 4096, 12288, 32, 128, 8, 1e6, 1e-6)
-  deepseek_r1_0528_qwen3_8b = _preset(36, 151936, 4096, 12288, 32, 128, 8, 1e6, 1e-6, YarnScaling(4.0, 32768))
-  qwen3_14b                 = _preset(40, 151936, 5120, 17408, 40, 128, 8, 1e6, 1e-6)
-  qwen3_32b                 = _preset(64, 151936, 5120, 25600, 64, 128, 8, 1e6, 1e-6)
-  qwen3_30b_a3b                   = _preset(48, 151936, 2048, 6144,  32, 128, 4, 1e6, 1e-6, experts=(128, 8, 768))
-  qwen3_30b_a3b_instruct_2507     = _preset(48, 151936, 2048, 6144,  32, 128, 4, 1e7, 1e-6, experts=(128, 8, 768))
-  qwen3_30b_a3b_thinking_2507     = qwen3_30b_a3b_instruct_2507
-  qwen3_coder_30b_a3b_instruct    = qwen3_30b_a3b_instruct_2507
-  qwen3_235b_a22b                 = _preset(94, 151936, 4096, 12288, 64, 128, 4, 1e6, 1e-6, experts=(128, 8, 1536))
-  qwen3_235b_a22b_instruct_2507   = _preset(94, 151936, 4096, 12288, 64, 128, 4, 5e6, 1e-6, experts=(128, 8, 1536))
-  qwen3_235b_a22b_thinking_2507   = qwen3_235b_a22b_instruct_2507
-  qwen3_coder_480b_a35b_instruct  = _preset(62, 151936, 6144, 8192,  96, 128, 8, 1e7, 1e-6, experts=(160, 8, 2560))
+  #                                                                  L   D     F      N   K  theta  tied   scaling
+  qwen3_0p6b                = _dense("Qwen 3 0.6B.",                 28, 1024, 3072,  16, 8, 1e6,   True,  None)
+  qwen3_1p7b                = _dense("Qwen 3 1.7B.",                 28, 2048, 6144,  16, 8, 1e6,   True,  None)
+  qwen3_4b                  = _dense("Qwen 3 4B.",                   36, 2560, 9728,  32, 8, 1e6,   True,  None)
+  qwen3_4b_instruct_2507    = _dense("Qwen 3 4B of July 2025.",      36, 2560, 9728,  32, 8, 5e6,   True,  None)
+  qwen3_8b                  = _dense("Qwen 3 8B.",                   36, 4096, 12288, 32, 8, 1e6,   False, None)
+  deepseek_r1_0528_qwen3_8b = _dense("DeepSeek-R1-0528-Qwen3-8B.",   36, 4096, 12288, 32, 8, 1e6,   False, YarnScaling(4.0, 32768))
+  qwen3_14b                 = _dense("Qwen 3 14B.",                  40, 5120, 17408, 40, 8, 1e6,   False, None)
+  qwen3_32b                 = _dense("Qwen 3 32B.",                  64, 5120, 25600, 64, 8, 1e6,   False, None)
+  #                                                                           L   D     F      N   K  theta  E    F of one
+  qwen3_30b_a3b                  = _sparse("Qwen 3 30B-A3B.",                 48, 2048, 6144,  32, 4, 1e6,   128, 768)
+  qwen3_30b_a3b_instruct_2507    = _sparse("Qwen 3 30B-A3B of July 2025.",    48, 2048, 6144,  32, 4, 1e7,   128, 768)
+  qwen3_235b_a22b                = _sparse("Qwen 3 235B-A22B.",               94, 4096, 12288, 64, 4, 1e6,   128, 1536)
+  qwen3_235b_a22b_instruct_2507  = _sparse("Qwen 3 235B-A22B of July 2025.",  94, 4096, 12288, 64, 4, 5e6,   128, 1536)
+  qwen3_coder_480b_a35b_instruct = _sparse("Qwen3-Coder 480B-A35B.",          62, 6144, 8192,  96, 8, 1e7,   160, 2560)
   # fmt: on
+  # The same numbers under other names.
+  qwen3_4b_thinking_2507 = qwen3_4b_instruct_2507
+  qwen3_30b_a3b_thinking_2507 = qwen3_coder_30b_a3b_instruct = qwen3_30b_a3b_instruct_2507
+  qwen3_235b_a22b_thinking_2507 = qwen3_235b_a22b_instruct_2507
 
 
 class Attention(nnx.Module):
@@ -162,13 +161,12 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_norm(self.q_proj(x)), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_norm(self.k_proj(x)), positions, *rotary), act_btnh)
     v = shard(self.v_proj(x), act_btnh)
-    if cache is not None:
-      cache = update(cache, k, v, positions)
-      k, v = cache["k"], cache["v"]
+    cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(q, k, v, mask, scale=self.config.head_dim**-0.5)
     return self.o_proj(shard(out, act_btnh)), cache
 
@@ -195,29 +193,6 @@ class SparseMLP(nnx.Module):
     return self.experts(x, experts, weights)
 
 
-class DecoderLayer(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-  def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
-    norm = config.shd_config.spec("rms_norm_weight", "d")
-    self.config = config
-    self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
-    self.attn = Attention(config, rngs=rngs)
-    self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, norm, rngs=rngs)
-    self.mlp: SparseMLP | GatedMLP
-    if config.is_sparse(layer):
-      self.mlp = SparseMLP(config, rngs=rngs)
-    else:
-      self.mlp = GatedMLP(config.embed_dim, config.hidden_dim, jax.nn.silu, config.shd_config, rngs=rngs)
-
-  def __call__(self, x, positions, rotary, cache, mask):
-    attention = self.config.remat_config.block(Attention.__call__)
-    act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.attn, self.input_layernorm(x), positions, rotary, cache, mask)
-    x = shard(x + out, act_btd)
-    return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache
-
-
 class Qwen3(CausalLM):
   """Qwen 3. Peculiar to it: norms on q and k, and experts in some layers or all."""
 
@@ -225,23 +200,21 @@ class Qwen3(CausalLM):
     shd, D = config.shd_config, config.embed_dim
     self.config = config
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
-    self.layers = nnx.List([DecoderLayer(config, i, rngs=rngs) for i in range(config.num_layers)])
+    attention, sparse = functools.partial(Attention, config), functools.partial(SparseMLP, config)
+    dense = functools.partial(GatedMLP, D, config.hidden_dim, jax.nn.silu, shd)
+    mlps = [sparse if config.is_sparse(i) else dense for i in range(config.num_layers)]
+    self.layers = nnx.List([PreNormLayer(config, attention, mlp, rngs=rngs) for mlp in mlps])
     self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
     if not config.use_tied_embedding:
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
-  def _hidden(self, tokens, positions, cache, attention_mask, segment_ids):
+  def windows(self) -> tuple[int | None, ...]:
+    """The sliding window of each layer in tokens, None for a layer that sees all."""
     config = self.config
-    rope = rotary(config.head_dim, config.rope_theta, config.rope_scaling)
-    keys = (positions, cache and cache["layer_0"], attention_mask, segment_ids)
-    everything, window = visible_keys(*keys), visible_keys(*keys, window=config.sliding_window)
-    layer_call = config.remat_config.layer(DecoderLayer.__call__)
-    x = shard(self.embedder.encode(tokens), config.shd_config.spec("act_btd", "b t d"))
-    new_cache: Cache = {}
-    for i, layer in enumerate(self.layers):
-      name, mask = f"layer_{i}", window if i >= config.max_window_layers else everything
-      x, new_cache[name] = layer_call(layer, x, positions, rope, cache and cache[name], mask)
-    return self.final_norm(x), new_cache if cache is not None else None
+    return layer_windows(config.sliding_window, config.max_window_layers, config.num_layers)
 
-  def _logits(self, hidden):
+  def _rotary(self, window: int | None) -> Rotary:
+    return rotary(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+
+  def _logits(self, hidden: jax.Array) -> jax.Array:
     return self.embedder.decode(hidden) if self.config.use_tied_embedding else self.lm_head(hidden)

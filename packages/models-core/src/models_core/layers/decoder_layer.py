@@ -1,0 +1,45 @@
+"""The decoder layer with norms before its two blocks, as Llama and Qwen have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from models_core.layers.cache import LayerCache
+from models_core.layers.mesh import shard
+from models_core.layers.norm import RMSNorm
+from models_core.layers.rope import Rotary
+
+
+class PreNormLayer(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, config: Any, attention: Callable[..., Any], mlp: Callable[..., Any], *, rngs: nnx.Rngs):
+    """Makes the norms and blocks in the order in which tokens go through them.
+
+    Args:
+      config: has embed_dim, norm_eps, shd_config and remat_config.
+      attention: called with `rngs=`, makes `attn(x, positions, rotary, cache, mask)`, which returns [B, T, D] and
+        the cache.
+      mlp: called with `rngs=`, makes `mlp(x)`.
+      rngs: stream of keys.
+    """
+    dim, eps, spec = config.embed_dim, config.norm_eps, config.shd_config.spec("rms_norm_weight", "d")
+    self.config = config
+    self.input_layernorm = RMSNorm(dim, eps, spec, rngs=rngs)
+    self.attn = attention(rngs=rngs)
+    self.post_attention_layernorm = RMSNorm(dim, eps, spec, rngs=rngs)
+    self.mlp = mlp(rngs=rngs)
+
+  def __call__(
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+  ) -> tuple[jax.Array, LayerCache | None]:
+    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    attention = self.config.remat_config.block(self.attn)
+    act_btd = self.config.shd_config.spec("act_btd", "b t d")
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
+    x = shard(x + out, act_btd)
+    return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache
