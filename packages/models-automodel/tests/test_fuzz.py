@@ -13,6 +13,7 @@ import pytest
 
 from models_automodel import AutoModel, ModelsError, call_model_config, families
 from models_automodel.finding import find
+from models_automodel.where import Where
 from models_core.formats import read_json
 
 # A run over many more is the session `fuzz`.
@@ -177,7 +178,7 @@ BAD_CONFIGS = {
 def test_a_bad_config_is_one_error_that_names_its_file(tmp_path, content, message):
   (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(ModelsError, match=re.escape(message)) as caught:
-    find(str(tmp_path))
+    find(Where.of(str(tmp_path)))
   assert str(tmp_path) in str(caught.value)
 
 
@@ -194,7 +195,7 @@ def test_what_is_no_number_is_refused_by_its_key(checkpoint, edit_config, key, v
   assert count == 1
   (place / "config.json").write_text(changed)
   with pytest.raises(ModelsError, match=key):
-    find(str(place))
+    find(Where.of(str(place)))
 
 
 def test_an_absurd_number_of_layers_is_refused_at_once(edit_config):
@@ -202,5 +203,5 @@ def test_an_absurd_number_of_layers_is_refused_at_once(edit_config):
   with pytest.raises(
     ModelsError, match="num_hidden_layers is 10000000000, expected a positive whole number, 1000 at most"
   ):
-    find(str(edit_config(num_hidden_layers=10**10)))
+    find(Where.of(str(edit_config(num_hidden_layers=10**10))))
   assert time.process_time() - start < SECONDS

@@ -11,8 +11,8 @@ from .errors import (
   ShardingError,
   SourceFilesError,
 )
-from .finding import ModelSource
 from .presets import ModelModule, call_model_config, get_model_module
+from .where import ModelSource, Where
 
 __all__ = [
   "AutoModel",
@@ -29,6 +29,7 @@ __all__ = [
   "SaveError",
   "ShardingError",
   "SourceFilesError",
+  "Where",
   "call_model_config",
   "digest",
   "get_model_module",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import os
 from typing import Any
@@ -15,10 +14,11 @@ from jax.sharding import Mesh
 from models_automodel import intermediate
 from models_automodel.errors import source_errors
 from models_automodel.families import family_of_config
-from models_automodel.finding import Found, ModelSource, find, is_companion, source_name
+from models_automodel.finding import Found, find, is_companion
 from models_automodel.overrides import cut, override
 from models_automodel.revision import agree_on_revision
 from models_automodel.saving import companions_of, weights_bar
+from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.formats import SAFETENSORS, RangeFiles
@@ -34,12 +34,15 @@ class AutoModel:
   @classmethod
   def from_pretrained(
     cls,
-    model_id: str | os.PathLike,
+    model_id: str | os.PathLike | Where,
     mesh: Mesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
     model_path: str | os.PathLike | None = None,
     model_download_path: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
     intermediate_ckpt_dir: str | os.PathLike | None = None,
     rng_seed: int | None = None,
     **kwargs: Any,
@@ -48,23 +51,24 @@ class AutoModel:
 
     Args:
       model_id: of the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address of an object store such
-        as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local.
+        as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. Or a `Where`, which
+        says all that the other arguments up to `progress` say.
       mesh: of either kind; None is one device.
       model_source: where the checkpoint lies. A local path and an address of a store need none.
       model_path: a local directory or GGUF file, or an address of the source, to load instead.
       model_download_path: the source's cache directory. Without it a checkpoint in a store is read where it lies, and
         nothing is written to the disk.
+      revision: branch, tag or commit.
+      token: of the hub.
+      progress: show progress bars on a terminal.
       intermediate_ckpt_dir: directory that keeps the loaded model as safetensors: made by the first call, loaded by
         later ones instead of the source. Never overwritten.
       rng_seed: has no effect: nothing of a pretrained model is random.
       **kwargs: as listed below, or fields of the model's configuration.
         dtype: of the parameters, such as "bfloat16"; None keeps each as it is stored.
-        revision: branch, tag or commit.
-        token: of the hub.
         config: a configuration to use instead of the checkpoint's.
         layers: `range(n)` loads the first n layers alone, and reads nothing else: for bringing a large model up.
         strict_sharding: raise where the mesh cannot hold a sharding instead of replicating that axis.
-        progress: show progress bars on a terminal.
 
     Returns:
       The model and the path of its files: a directory, or the address in a store.
@@ -77,26 +81,24 @@ class AutoModel:
       SourceFilesError: if the source cannot give the files.
       TypeError: for a keyword argument that is none of these, or a value of another kind.
     """
-    progress = kwargs.get("progress", True)
-    if intermediate_ckpt_dir is not None:
-      intermediate.check_alone()
-      kept, origin = (
-        os.fspath(intermediate_ckpt_dir),
-        intermediate.origin_of(os.fspath(model_id), source_name(model_source), model_path, kwargs),
-      )
-      if intermediate.is_kept(kept, origin):
-        local = {key: value for key, value in kwargs.items() if key not in ("revision", "token")}
-        return cls.from_pretrained(kept, mesh, model_source=ModelSource.LOCAL, **local)
-    plan = cls.plan(
+    where = _where(
       model_id,
-      mesh,
       model_source=model_source,
       model_path=model_path,
       model_download_path=model_download_path,
-      **kwargs,
+      revision=revision,
+      token=token,
+      progress=progress,
     )
+    if intermediate_ckpt_dir is not None:
+      intermediate.check_alone()
+      kept, origin = os.fspath(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
+      if intermediate.is_kept(kept, origin):
+        local = Where(kept, ModelSource.LOCAL.value, progress=where.progress)
+        return cls.from_pretrained(local, mesh, **kwargs)
+    plan = cls.plan(where, mesh, **kwargs)
     files = plan.checkpoint.files
-    hidden = None if progress else True  # None: bars on a terminal alone.
+    hidden = None if where.progress else True  # None: bars on a terminal alone.
     with source_errors():
       with together(mesh):
         if not isinstance(files, RangeFiles):
@@ -107,9 +109,7 @@ class AutoModel:
       ) as bar:
         model: Any = load(plan, on_bytes=bar.update)
     if intermediate_ckpt_dir is not None:
-      intermediate.keep(
-        kept, model, family_of_config(model.config, os.fspath(model_id)), model.config, origin
-      )
+      intermediate.keep(kept, model, family_of_config(model.config, where.model_id), model.config, origin)
     return model, files.path
 
   @classmethod
@@ -172,36 +172,35 @@ class AutoModel:
   @classmethod
   def plan(
     cls,
-    model_id: str | os.PathLike,
+    model_id: str | os.PathLike | Where,
     mesh: Mesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
     model_path: str | os.PathLike | None = None,
     model_download_path: str | None = None,
-    dtype: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    progress: bool = True,
+    dtype: Any = None,
     config: Any = None,
     layers: range | None = None,
     strict_sharding: bool = False,
-    progress: bool = True,
     **fields: Any,
   ) -> LoadPlan:
     """What `from_pretrained` would do, from the configuration and the headers alone. Same arguments and errors."""
     check_mesh(mesh)
-    place = functools.partial(
-      find,
+    where = _where(
       model_id,
       model_source=model_source,
       model_path=model_path,
       model_download_path=model_download_path,
+      revision=revision,
       token=token,
-      config=config,
       progress=progress,
     )
-    revision = agree_on_revision(mesh, revision, lambda: place(revision=revision).files)
+    where = agree_on_revision(mesh, where, lambda: find(where, config).files)
     with together(mesh):
-      return cls._plan(place(revision=revision), mesh, dtype, layers, strict_sharding, fields)
+      return cls._plan(find(where, config), mesh, dtype, layers, strict_sharding, fields)
 
   @staticmethod
   def _plan(
@@ -232,3 +231,17 @@ def _keywords() -> tuple[str, ...]:
   signatures = (inspect.signature(function) for function in (AutoModel.from_pretrained, AutoModel.plan))
   parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
   return tuple(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))
+
+
+def _where(model_id: str | os.PathLike | Where, **arguments: Any) -> Where:
+  """What the arguments say together.
+
+  Raises:
+    TypeError: if a Where comes with arguments that say the same.
+  """
+  if not isinstance(model_id, Where):
+    return Where.of(model_id, **arguments)
+  defaults = inspect.signature(Where.of).parameters
+  if given := [name for name, value in arguments.items() if value != defaults[name].default]:
+    raise TypeError(f"{', '.join(given)}: a Where says this itself; use dataclasses.replace to change it")
+  return model_id

@@ -11,6 +11,7 @@ import jax
 from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
 from models_automodel.saving import companions_of, weights_bar
+from models_automodel.where import Where
 from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS
 from models_core.saving import WRITERS, Base
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def convert(
-  source: str | os.PathLike,
+  source: str | os.PathLike | Where,
   target: str | os.PathLike,
   *,
   to: str = SAFETENSORS.naming,
@@ -27,12 +28,11 @@ def convert(
   max_shard_size: int | str | None = None,
   overwrite: bool = False,
   progress: bool = True,
-  **where: Any,
 ) -> None:
   """Writes a checkpoint anew: of GGUF, of an Orbax tree or as one, of another dtype, of other shards.
 
   Args:
-    source: as `from_pretrained` takes it. It is identified once: all that is written is of one version.
+    source: as `from_pretrained` takes it, or a `Where`. It is identified once: all that is written is of one version.
     target: a directory, missing or empty.
     to: the naming scheme to be written, a key of `models_core.saving.WRITERS`: "huggingface", safetensors files as
       transformers has them; "orbax", a tree that Orbax restores, of Gemma with Google's names.
@@ -40,7 +40,6 @@ def convert(
     max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". An Orbax tree has no such limit.
     overwrite: whether `target` may hold something.
     progress: show progress bars on a terminal.
-    **where: arguments of `from_pretrained` that say where the source is, such as `revision`.
 
   Raises:
     ConfigError: if nothing writes the naming scheme, or its files have no maximal size.
@@ -53,7 +52,8 @@ def convert(
     if not writer.has_shards:
       raise ConfigError(f"max_shard_size is {max_shard_size!r}, but {to} has no such files: leave it out")
     options["max_shard_size"] = max_shard_size
-  plan = AutoModel.plan(source, dtype=dtype, progress=progress, **where)
+  where = source if isinstance(source, Where) else Where.of(source, progress=progress)
+  plan = AutoModel.plan(where, dtype=dtype)
   files = plan.checkpoint.files
   if writer.format is not plan.checkpoint.format and (notes := plan.notes()):
     _log.warning("\n".join([f"{files.path}:", *notes]))

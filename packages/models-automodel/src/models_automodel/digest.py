@@ -9,13 +9,14 @@ from flax import nnx
 
 from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
+from models_automodel.where import Where
 from models_core.digest import Digest, digest_plan
 from models_core.digest import digest as digest_of_model
 
 __all__ = ["Digest", "digest"]
 
 
-def digest(model: nnx.Module | str | os.PathLike, **kwargs: Any) -> Digest:
+def digest(model: nnx.Module | str | os.PathLike | Where, **kwargs: Any) -> Digest:
   """What stands for the weights of a model: equal for a checkpoint and the model that was loaded from it.
 
   The mesh and the form of the checkpoint don't count; the dtype does. Weights of a checkpoint are read about a gigabyte
@@ -34,6 +35,6 @@ def digest(model: nnx.Module | str | os.PathLike, **kwargs: Any) -> Digest:
     if kwargs:
       raise TypeError(f"{', '.join(kwargs)}: only a checkpoint takes these, a model in memory is as it is")
     return digest_of_model(model)
-  plan = AutoModel.plan(os.fspath(model), **kwargs)
+  plan = AutoModel.plan(model, **kwargs)
   with source_errors():
     return digest_plan(plan)

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import fnmatch
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import models_naming
-import models_sources
-from models_automodel.errors import name_errors, source_errors
+from models_automodel.errors import source_errors
 from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
 from models_automodel.presets import by_name, preset_of
+from models_automodel.where import Where
 from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from models_core.config import HEADER_CONFIGS
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, read_json, weight_files
-from models_core.saving import recover
 
 CONFIG = "config.json"
-
-
-class ModelSource(enum.Enum):
-  """Where a checkpoint lies."""
-
-  HUGGINGFACE = "huggingface"
-  KAGGLE = "kaggle"
-  GCS = "gcs"
-  S3 = "s3"
-  INTERNAL = "internal"
-  LOCAL = "local"
-
-
-def source_name(source: ModelSource | str) -> str:
-  """The name of a source; a string may name one that another package announces."""
-  return source.value if isinstance(source, ModelSource) else source
 
 
 # What belongs to a model besides its weights: whoever gets the directory finds them there.
@@ -80,24 +60,20 @@ class Found:
     return self.read or (self.format or SAFETENSORS).read(self.files)
 
 
-def find(
-  model_id: str | os.PathLike,
-  *,
-  model_source: ModelSource | str = ModelSource.HUGGINGFACE,
-  model_path: str | os.PathLike | None = None,
-  model_download_path: str | None = None,
-  revision: str | None = None,
-  token: str | bool | None = None,
-  config: Any = None,
-  progress: bool = True,
-) -> Found:
-  """Identifies files, family and configuration. Arguments and errors as `from_pretrained`."""
-  name = os.fspath(model_id)
-  if not isinstance(model_id, str):
-    model_path = model_path or model_id
+def find(where: Where, config: Any = None) -> Found:
+  """Identifies files, family and configuration.
+
+  Args:
+    where: the checkpoint lies.
+    config: of the model, to use instead of the checkpoint's.
+
+  Raises:
+    ModelsError: as `AutoModel.from_pretrained`.
+  """
+  name = where.model_id
   check_installed(name)
   with source_errors():
-    files = _open_files(name, model_source, model_path, model_download_path, revision, token, progress)
+    files = where.open_files()
     names = set(files.names())
     refuse_adapter(files, names)
     format, read = next(formats_in(files), None), None
@@ -138,31 +114,4 @@ def refuse_adapter(files: Files, names: set[str]) -> None:
       f"it is an adapter of {base}, no model: load that one, then the adapter with "
       "models_core.adapters.load_peft_adapter, and put them together with models_core.adapters.merge_into"
     ],
-  )
-
-
-def _open_files(
-  model_id: str,
-  model_source: ModelSource | str,
-  model_path: str | os.PathLike | None,
-  download_path: str | None,
-  revision: str | None,
-  token: str | bool | None,
-  progress: bool,
-) -> Files:
-  source = source_name(model_source)
-  place = os.fspath(model_path) if model_path is not None else model_id
-  if (named := models_sources.source_of_address(place)) is not None:
-    source = named
-  elif source == "kaggle" and model_path is None:
-    with name_errors():
-      place = models_naming.kaggle_handle(model_id)
-  elif not os.path.exists(os.path.expanduser(place)):
-    # A saver that was killed may have left a directory between two renames.
-    recover(place)
-  if source == "huggingface" and (model_path is not None or os.path.exists(os.path.expanduser(place))):
-    source = "local"
-  module = models_sources.get_source(source)
-  return module.open_files(
-    place, revision=revision, token=token, download_path=download_path, progress=progress
   )

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from models_automodel.where import Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
@@ -25,7 +26,7 @@ from models_core.saving import write_texts
 
 ORIGIN = "origin.json"
 # What of a call does not change the numbers of its model.
-_NO_MATTER = ("progress", "token", "strict_sharding")
+_NO_MATTER = ("strict_sharding",)
 
 
 def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
@@ -53,15 +54,10 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
   return True
 
 
-def origin_of(
-  model_id: str, source: str, path: str | os.PathLike | None, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
+def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """What a call asks for, in words that can be compared."""
-  place = {
-    "model_id": model_id,
-    "model_source": source,
-    "model_path": None if path is None else os.fspath(path),
-  }
+  place = {"model_id": where.model_id, "model_source": where.source, "model_path": where.path}
+  arguments = {**arguments, "revision": where.revision}
   asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
   if "dtype" in asked:
     asked["dtype"] = str(as_dtype(arguments["dtype"]))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_automodel.automodel import AutoModel
+from models_automodel.where import ModelSource, Where
 from models_core.errors import CheckpointError
 from models_core.formats import TensorInfo, TensorReader, checkpoint_entries
 from models_core.loading import LoadPlan
@@ -32,7 +33,7 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
       or not of the shape that config.json implies, and with `values` every tensor that has no finite numbers.
     ModelsError: as `from_pretrained` does.
   """
-  plan = AutoModel.plan(os.fspath(path), model_source="local", progress=False)
+  plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False))
   if values:
     with plan.open() as opened:
       problems = [

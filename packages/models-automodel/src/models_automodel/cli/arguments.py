@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from models_automodel.cli.mesh_argument import parse_mesh
+
+if TYPE_CHECKING:
+  from models_automodel.where import Where
 
 # What `add_subparsers` gives.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -25,13 +28,11 @@ def model_arguments() -> argparse.ArgumentParser:
   return parser
 
 
-def source_keywords(options: argparse.Namespace) -> dict[str, Any]:
-  """Keyword arguments of `from_pretrained` that say where the model lies."""
-  return {
-    "model_source": options.source,
-    "model_download_path": options.download_path,
-    "revision": options.revision,
-  }
+def where_of(options: argparse.Namespace) -> Where:
+  """Where the model lies."""
+  from models_automodel.where import Where
+
+  return Where(options.model, options.source, revision=options.revision, download_path=options.download_path)
 
 
 def mesh_arguments() -> argparse.ArgumentParser:

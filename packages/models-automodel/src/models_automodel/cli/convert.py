@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from models_automodel.cli.arguments import Commands, model_arguments, source_keywords
+from models_automodel.cli.arguments import Commands, model_arguments, where_of
 
 
 def add_convert(commands: Commands) -> None:
@@ -33,11 +33,10 @@ def _convert(options: argparse.Namespace) -> None:
   from models_automodel.convert import convert
 
   convert(
-    options.model,
+    where_of(options),
     options.target,
     to=options.to,
     dtype=options.dtype,
     max_shard_size=options.max_shard_size,
     overwrite=options.overwrite,
-    **source_keywords(options),
   )

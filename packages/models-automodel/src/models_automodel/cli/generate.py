@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, source_keywords
+from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, where_of
 from models_automodel.cli.mesh_argument import make_mesh
 
 _QUESTION = "What is the capital of France?"
@@ -42,9 +42,7 @@ def _generate(options: argparse.Namespace) -> None:
   from models_automodel.automodel import AutoModel
 
   prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-  model, path = AutoModel.from_pretrained(
-    options.model, make_mesh(options.mesh), dtype=options.dtype, **source_keywords(options)
-  )
+  model, path = AutoModel.from_pretrained(where_of(options), make_mesh(options.mesh), dtype=options.dtype)
   _print_stream(
     _continue(
       model,

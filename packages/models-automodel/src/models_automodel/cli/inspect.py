@@ -9,7 +9,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, source_keywords
+from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, where_of
 from models_automodel.cli.mesh_argument import make_mesh
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _found(options: argparse.Namespace) -> tuple[Family, Any]:
   from models_automodel.presets import call_model_config
 
   if "/" in options.model or os.path.exists(os.path.expanduser(options.model)):
-    found = find(options.model, **source_keywords(options))
+    found = find(where_of(options))
     return found.family, found.config
   config = call_model_config(options.model)
   return load_family(models_naming.get_model_config_category(options.model), options.model), config
@@ -124,11 +124,10 @@ def _plan(options: argparse.Namespace) -> None:
   from models_automodel.automodel import AutoModel
 
   plan = AutoModel.plan(
-    options.model,
+    where_of(options),
     make_mesh(options.mesh),
     dtype=options.dtype,
     strict_sharding=options.strict_sharding,
-    **source_keywords(options),
   )
   print(plan)
 
@@ -147,7 +146,7 @@ def add_digest(commands: Commands) -> None:
 def _digest(options: argparse.Namespace) -> None:
   from models_automodel.digest import digest
 
-  found = digest(options.model, mesh=make_mesh(options.mesh), dtype=options.dtype, **source_keywords(options))
+  found = digest(where_of(options), mesh=make_mesh(options.mesh), dtype=options.dtype)
   if options.parameters:
     for name, number in found.parameters.items():
       print(f"{number:016x}  {name}")
