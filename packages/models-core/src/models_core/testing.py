@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.family import FAMILY_API_VERSION, Family
-from models_core.formats import DTYPES, LocalFiles, read_safetensors
+from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
 from models_core.layers import RematConfig
 from models_core.loading import abstract_model, load, plan_load
 from models_core.safetensors_saver import save_model_to_safetensors
@@ -63,17 +63,9 @@ def write_checkpoint(
 ) -> dict[str, np.ndarray]:
   """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
   tensors = to_tensors(model, family.huggingface)
-  header, end = {}, 0
-  codes = {dtype: code for code, dtype in DTYPES.items()}
-  for name, array in tensors.items():
-    header[name] = {
-      "dtype": codes[array.dtype],
-      "shape": array.shape,
-      "data_offsets": [end, end := end + array.nbytes],
-    }
-  text = json.dumps(header).encode()
-  data = b"".join(array.tobytes() for array in tensors.values())
-  (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+  beginning, starts = file_layout({name: (array.dtype, array.shape) for name, array in tensors.items()})
+  data = b"".join(tensors[name].tobytes() for name in sorted(starts, key=starts.__getitem__))
+  (directory / SINGLE).write_bytes(beginning + data)
   (directory / "config.json").write_text(json.dumps(family.write_config(config)))
   return tensors
 

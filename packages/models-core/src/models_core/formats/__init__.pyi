@@ -7,18 +7,22 @@ from .orbax import METADATA, ORBAX, read_orbax
 from .reader import CellReader, OnBytes, RunReader, TensorReader
 from .registry import FORMATS, checkpoint_entries, formats_in, weight_files
 from .safetensors import (
+  CODES,
   DTYPES,
   INDEX,
   SAFETENSORS,
   SINGLE,
   SafetensorsCheckpoint,
+  file_layout,
   read_safetensors,
   read_safetensors_file,
+  shard_name,
 )
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 
 __all__ = [
   "ALIGNMENT",
+  "CODES",
   "DTYPES",
   "FORMATS",
   "GGUF",
@@ -47,11 +51,13 @@ __all__ = [
   "bounds_of",
   "cells_of",
   "checkpoint_entries",
+  "file_layout",
   "formats_in",
   "read_gguf",
   "read_json",
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",
+  "shard_name",
   "weight_files",
 ]

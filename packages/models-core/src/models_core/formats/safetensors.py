@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import posixpath
@@ -21,6 +22,7 @@ from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
 from models_core.formats.files import Files, LocalFiles, ReadRange, open_file
 from models_core.formats.json_files import parse_json, read_json
+from models_core.formats.memory import ALIGNMENT
 from models_core.formats.tensors import TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -55,6 +57,10 @@ DTYPES = {
   "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
   "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+
+
+# Element types by what files call them, and the other way.
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsCheckpoint(BytesCheckpoint):
@@ -264,6 +270,42 @@ def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
     raise ValueError(f"{kind} {tuple(shape)} does not take the {stop - start} bytes of its data_offsets")
   return TensorInfo(name, DTYPES[kind], tuple(shape), file, data + start, data + stop)
+
+
+def file_layout(
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+  """How a file with these tensors begins, and where the data of each one starts.
+
+  As many tensors as can be start at a multiple of ALIGNMENT, so that a CPU device can use the mapped file. The format
+  knows no gaps: tensors whose size is such a multiple come first, then the others, widest elements first.
+
+  Args:
+    tensors: dtype and shape by name.
+
+  Returns:
+    The bytes in front of the data, and the first byte of each tensor, counted from the file's start.
+
+  Raises:
+    KeyError: for a dtype that CODES does not have.
+  """
+  sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+  ordered = sorted(tensors, key=lambda name: (sizes[name] % ALIGNMENT != 0, -tensors[name][0].itemsize))
+  header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+  starts, end = {}, 0
+  for name in ordered:
+    dtype, shape = tensors[name]
+    starts[name], end = end, end + sizes[name]
+    header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+  text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+  text += b" " * (-(8 + len(text)) % ALIGNMENT)
+  beginning = struct.pack("<Q", len(text)) + text
+  return beginning, {name: len(beginning) + start for name, start in starts.items()}
+
+
+def shard_name(number: int, count: int) -> str:
+  """The name of one of several files, counted from 1."""
+  return f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def _is_safetensors(name: str) -> bool:

@@ -22,12 +22,11 @@ import numpy as np
 
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
-from models_core.formats import ALIGNMENT, DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from models_core.formats import CODES, INDEX, SINGLE, Checkpoint, TensorInfo, file_layout, shard_name
 from models_core.weights import Piece, Row, WeightTable, matches, pieces
 
 _log = logging.getLogger(__name__)
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
   "KIB": 2**10,
   "MIB": 2**20,
@@ -86,26 +85,8 @@ class SavedFile:
 
   @functools.cached_property
   def layout(self) -> tuple[bytes, dict[str, int]]:
-    """The file's beginning up to the data, and where the data of each tensor starts, in bytes from the file's start.
-
-    As many tensors as can be start at a multiple of ALIGNMENT, so that a CPU device can use the mapped file. The
-    format knows no gaps: those whose size is such a multiple come first, then the others, widest elements first.
-    """
-    ordered = sorted(self.tensors, key=lambda t: (t.nbytes % ALIGNMENT != 0, -t.dtype.itemsize))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for tensor in ordered:
-      starts[tensor.name] = end
-      end += tensor.nbytes
-      header[tensor.name] = {
-        "dtype": _CODES[tensor.dtype],
-        "shape": list(tensor.shape),
-        "data_offsets": [starts[tensor.name], end],
-      }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    beginning = len(text).to_bytes(8, "little") + text
-    return beginning, {name: len(beginning) + start for name, start in starts.items()}
+    """The file's bytes up to the data, and where the data of each tensor starts, in bytes from the file's start."""
+    return file_layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors})
 
   @property
   def nbytes(self) -> int:
@@ -251,9 +232,9 @@ def _saved_dtype(name: str, dtypes: Sequence[np.dtype], dtype: np.dtype | None) 
   own = functools.reduce(common_dtype, map(np.dtype, dtypes))
   if dtype is not None and jax.numpy.issubdtype(own, jax.numpy.floating):
     own = dtype
-  if own not in _CODES:
+  if own not in CODES:
     raise TypeError(
-      f"{name} is {own}, which safetensors files do not hold; they hold {', '.join(_CODES.values())}"
+      f"{name} is {own}, which safetensors files do not hold; they hold {', '.join(CODES.values())}"
     )
   return own
 
@@ -278,10 +259,7 @@ def split_files(tensors: Sequence[SavedTensor], max_shard_size: int) -> list[Sav
     room -= tensor.nbytes
   if len(shards) == 1:
     return [SavedFile(SINGLE, tuple(shards[0]))]
-  return [
-    SavedFile(f"model-{number:05}-of-{len(shards):05}.safetensors", tuple(shard))
-    for number, shard in enumerate(shards, 1)
-  ]
+  return [SavedFile(shard_name(number, len(shards)), tuple(shard)) for number, shard in enumerate(shards, 1)]
 
 
 def index_json(files: Sequence[SavedFile]) -> dict[str, bytes]:
