@@ -1,6 +1,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -50,3 +51,43 @@ def edit_config(checkpoint, tmp_path):
     return tmp_path
 
   return edit
+
+
+@pytest.fixture
+def write_gguf():
+  """Writes a quantised GGUF file of a random Llama of one layer, and returns its path."""
+  gguf = pytest.importorskip("gguf")
+
+  def write(path):
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(32)
+    shapes = {"token_embd.weight": (32, 32), "output_norm.weight": (32,), "output.weight": (32, 32)}
+    shapes |= {
+      f"blk.0.{n}.weight": (32, 32) for n in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    shapes |= {f"blk.0.{n}.weight": (16, 32) for n in ("attn_k", "attn_v")}
+    shapes |= {f"blk.0.{n}.weight": (32,) for n in ("attn_norm", "ffn_norm")}
+    for name, shape in shapes.items():
+      tensor = rng.normal(size=shape).astype(np.float32)
+      kind = gguf.GGMLQuantizationType.Q4_0
+      if len(shape) == 2:
+        writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+      else:
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+  return write

@@ -141,48 +141,14 @@ def test_with_a_download_path_files_are_kept(store, checkpoint, tmp_path):
   assert received == 0
 
 
-def test_a_gguf_file_is_streamed(store, tmp_path):
-  gguf = pytest.importorskip("gguf")
-  rng = np.random.default_rng(0)
-  path = tmp_path / "tiny.gguf"
-  _write_gguf(gguf, path, rng)
+def test_a_gguf_file_is_streamed(store, write_gguf, tmp_path):
+  path = write_gguf(tmp_path / "tiny.gguf")
   store.put("bucket/gguf/tiny.gguf", path.read_bytes())
   local, _ = AutoModel.from_pretrained(str(path), progress=False)
   remote, where = AutoModel.from_pretrained("gs://bucket/gguf/tiny.gguf", progress=False)
   assert where == "gs://bucket/gguf/tiny.gguf"
   same = jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(local), nnx.state(remote))
   assert all(jax.tree.leaves(same))
-
-
-def _write_gguf(gguf, path, rng):
-  writer = gguf.GGUFWriter(path, "llama")
-  writer.add_block_count(1)
-  writer.add_context_length(64)
-  writer.add_embedding_length(32)
-  writer.add_feed_forward_length(32)
-  writer.add_head_count(4)
-  writer.add_head_count_kv(2)
-  writer.add_layer_norm_rms_eps(1e-5)
-  writer.add_rope_freq_base(1e4)
-  writer.add_rope_dimension_count(8)
-  writer.add_vocab_size(32)
-  shapes = {"token_embd.weight": (32, 32), "output_norm.weight": (32,), "output.weight": (32, 32)}
-  shapes |= {
-    f"blk.0.{n}.weight": (32, 32) for n in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-  }
-  shapes |= {f"blk.0.{n}.weight": (16, 32) for n in ("attn_k", "attn_v")}
-  shapes |= {f"blk.0.{n}.weight": (32,) for n in ("attn_norm", "ffn_norm")}
-  for name, shape in shapes.items():
-    tensor = rng.normal(size=shape).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q4_0
-    if len(shape) == 2:
-      writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-    else:
-      writer.add_tensor(name, tensor)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
 
 
 def test_the_tokenizer_of_an_address(store, monkeypatch):
