@@ -1,4 +1,4 @@
-"""config.json as fields of a configuration, and the configuration in a GGUF header as config.json.
+"""config.json as fields of a configuration, the configuration in a GGUF header as config.json, and presets.
 
 May import: `formats`, the ground modules and `errors`.
 """

@@ -81,18 +81,18 @@ class ModelConfig:
     check_decoder(self)
 
   # fmt: off
-  #                                                        L    D      F      N    H
-  llama3_8b     = _llama3("Llama 3 8B.",                   32,  4096,  14336, 32,  128)
-  llama3_70b    = _llama3("Llama 3 70B.",                  80,  8192,  28672, 64,  128)
-  llama3p1_8b   = _llama3p1("Llama 3.1 8B.",               32,  4096,  14336, 32,  128)
-  llama3p1_70b  = _llama3p1("Llama 3.1 70B.",              80,  8192,  28672, 64,  128)
-  llama3p1_405b = _llama3p1("Llama 3.1 405B.",             126, 16384, 53248, 128, 128)
-  llama3p2_1b   = _llama3p2("Llama 3.2 1B.",               16,  2048,  8192,  32,  64)
-  llama3p2_3b   = _llama3p2("Llama 3.2 3B.",               28,  3072,  8192,  24,  128)
-  llama3p3_70b  = _llama3p1("Llama 3.3 70B.",              80,  8192,  28672, 64,  128)
-  deepseek_r1_distill_llama_8b  = _llama3p1("DeepSeek-R1-Distill-Llama 8B.",  32, 4096, 14336, 32, 128)
-  deepseek_r1_distill_llama_70b = _llama3p1("DeepSeek-R1-Distill-Llama 70B.", 80, 8192, 28672, 64, 128)
+  #                                            L    D      F      N    H
+  llama3_8b     = _llama3("Llama 3 8B.",       32,  4096,  14336, 32,  128)
+  llama3_70b    = _llama3("Llama 3 70B.",      80,  8192,  28672, 64,  128)
+  llama3p1_8b   = _llama3p1("Llama 3.1 8B.",   32,  4096,  14336, 32,  128)
+  llama3p1_70b  = _llama3p1("Llama 3.1 70B.",  80,  8192,  28672, 64,  128)
+  llama3p1_405b = _llama3p1("Llama 3.1 405B.", 126, 16384, 53248, 128, 128)
+  llama3p2_1b   = _llama3p2("Llama 3.2 1B.",   16,  2048,  8192,  32,  64)
+  llama3p2_3b   = _llama3p2("Llama 3.2 3B.",   28,  3072,  8192,  24,  128)
   # fmt: on
+  # The same numbers under other names.
+  llama3p3_70b = deepseek_r1_distill_llama_70b = llama3p1_70b
+  deepseek_r1_distill_llama_8b = llama3p1_8b
 
 
 class Attention(nnx.Module):
