@@ -187,18 +187,45 @@ def test_the_plan_costs_a_mesh_without_reading_weights(checkpoint, tmp_path):
   assert "4 devices, each holding" in str(plan)
 
 
-def test_a_model_is_cut_to_its_first_layers_and_nothing_else_is_read(checkpoint):
-  directory, tensors = checkpoint
-  plan = AutoModel.plan(str(directory), layers=range(1))
-  of_others = [name for name in tensors if ".layers." in name and ".layers.0." not in name]
-  assert sorted(name for name, _ in plan.ignored) == sorted(of_others)
-  kept = sum(array.nbytes for name, array in tensors.items() if name not in of_others)
-  assert plan.stored_nbytes == kept
-  model, _ = AutoModel.from_pretrained(str(directory), layers=range(1))
-  assert len(model.layers) == model.config.num_layers == 1
-  whole, _ = AutoModel.from_pretrained(str(directory))
-  for name, array in weights(model).items():
-    np.testing.assert_array_equal(array, weights(whole)[name])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_model_is_cut_to_its_first_layers_and_nothing_else_is_read(config, tmp_path, count):
+  """The files of the other layers are gone when weights are read."""
+  import safetensors.numpy
+
+  from models_core.dummy_model_creator import create_dummy_model
+  from models_core.loading import load
+  from models_core.testing import write_checkpoint
+  from models_llama.llama3 import FAMILY
+
+  deep = dataclasses.replace(config, num_layers=4)
+  tensors = write_checkpoint(tmp_path, FAMILY, deep, create_dummy_model(FAMILY.model_class, deep))
+  (tmp_path / "model.safetensors").unlink()
+  layer_of = {name: int(name.split(".")[2]) if ".layers." in name else -1 for name in tensors}
+  for layer in range(-1, 4):
+    own = {name: array for name, array in tensors.items() if layer_of[name] == layer}
+    safetensors.numpy.save_file(own, tmp_path / f"layer{layer}.safetensors")
+  plan = AutoModel.plan(tmp_path, layers=range(count))
+  others = {name for name, layer in layer_of.items() if layer >= count}
+  reason = f"layers from {count} on, beyond those that were asked for"
+  assert dict(plan.ignored) == dict.fromkeys(others, reason)
+  assert any(reason in note for note in plan.notes()) == (count < 4)
+  for layer in range(count, 4):
+    (tmp_path / f"layer{layer}.safetensors").unlink()
+  model = load(plan)
+  assert len(model.layers) == model.config.num_layers == count
+  assert plan.stored_nbytes == sum(array.nbytes for name, array in tensors.items() if name not in others)
+  for i, layer in enumerate(model.layers):
+    expected = tensors[f"model.layers.{i}.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(layer.mlp.up_proj.w[...], expected)
+
+
+def test_a_cut_model_computes_what_its_layers_do(checkpoint):
+  whole, _ = AutoModel.from_pretrained(checkpoint[0])
+  model, path = AutoModel.from_pretrained(checkpoint[0], layers=range(1))
+  assert path == str(checkpoint[0])
+  whole.layers = nnx.List(whole.layers[:1])
+  whole.config = model.config
+  np.testing.assert_array_equal(logits(model), logits(whole))
 
 
 @pytest.mark.parametrize("layers", [range(0), range(1, 2), range(99), 1])

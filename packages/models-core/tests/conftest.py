@@ -17,7 +17,6 @@ from jax.sharding import Mesh, PartitionSpec
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Programs run once here: compiling them is what takes time.
 
 # The format's names of element types, written down again as a check on the package's own table.
 KINDS = {

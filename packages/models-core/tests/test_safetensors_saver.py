@@ -196,6 +196,22 @@ def test_shards_hold_no_more_than_their_limit(limit, tmp_path):
   assert index == {"metadata": {"total_size": 96 + 64 + 64 + 4}, "weight_map": held}
 
 
+@pytest.mark.parametrize(
+  ("limit", "files"),
+  [
+    (159, [["embed.w"], ["layers.0.q", "layers.1.q", "steps"]]),
+    (160, [["embed.w", "layers.0.q"], ["layers.1.q", "steps"]]),
+    (228, [["embed.w", "layers.0.q", "layers.1.q", "steps"]]),
+    (227, [["embed.w", "layers.0.q", "layers.1.q"], ["steps"]]),
+  ],
+)
+def test_a_shard_is_filled_to_its_limit(limit, files, tmp_path):
+  """Of 96, 64, 64 and 4 bytes."""
+  save(STATE, tmp_path / "out", limit)
+  saved = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert [sorted(safetensors.numpy.load_file(path)) for path in saved] == files
+
+
 # By a table
 
 
@@ -248,6 +264,38 @@ def test_parameters_that_the_base_lacks_take_the_form_of_their_likes(family, tmp
   longer = parameters | {f"layers.1.experts.{p}": parameters[f"layers.0.experts.{p}"] for p in ("gate", "up")}
   found = save(longer, tmp_path / "longer", family=family, config=family.config_class(), base=base)
   assert found.keys() == tensors.keys() | {"layers.1.experts.gate_up"}
+
+
+@pytest.mark.parametrize("fused", [[0, 2], [1, 2], [1]], ids=str)
+def test_parameters_that_the_base_lacks_take_the_form_that_most_of_their_likes_have(fused, family, tmp_path):
+  """Of three layers of the base; the model has a fourth."""
+  parameters = model_of(layers=4)
+  tensors = {"embed": parameters["embed"], "turned": np.ascontiguousarray(parameters["turned"].T)}
+  for i in range(3):
+    gate, up = (parameters[f"layers.{i}.experts.{part}"] for part in ("gate", "up"))
+    if i in fused:
+      tensors[f"layers.{i}.experts.gate_up"] = np.concatenate([gate, up], axis=1)
+    else:
+      for part, array in (("gate", gate), ("up", up)):
+        tensors |= {f"layers.{i}.experts.{e}.{part}": array[e] for e in range(2)}
+  base = base_of(tmp_path / "base", tensors)
+  found = save(parameters, tmp_path / "out", family=family, config=family.config_class(), base=base)
+  split = {f"layers.3.experts.{e}.{part}" for e in range(2) for part in ("gate", "up")}
+  assert found.keys() - tensors.keys() == ({"layers.3.experts.gate_up"} if len(fused) > 1 else split)
+
+
+def test_parameters_without_their_likes_take_the_form_of_others_with_as_many(family, tmp_path):
+  """Most names of the base have the second prefix, those of layers the first one."""
+  both = lambda name: [Form(f"{prefix}{name}", "d") for prefix in ("", "text.")]
+  names = ("norm", "scale", "gain", "bias")
+  table = WeightTable(*((name, both(name)) for name in names), ("layers.{i}", both("m.{i}")))
+  family = dataclasses.replace(family, weights={"huggingface": table})
+  values = np.arange(3, dtype=np.float32)
+  held = dict.fromkeys(["text.norm", "text.scale", "text.gain", "m.0"], values)
+  base = base_of(tmp_path / "base", held)
+  parameters = dict.fromkeys([*names, "layers.0", "layers.1"], values)
+  found = save(parameters, tmp_path / "out", family=family, config=family.config_class(), base=base)
+  assert found.keys() - held.keys() == {"text.bias", "m.1"}
 
 
 def test_layers_that_the_model_lacks_are_left_out_and_named(family, tmp_path, caplog):
@@ -338,6 +386,32 @@ def test_numbers_that_do_not_fit_are_an_error(tmp_path):
   infinite = save({"a": np.array([np.inf, np.nan], BF16)}, tmp_path / "out", dtype="float16")
   assert np.isinf(infinite["a"][0])
   assert np.isnan(infinite["a"][1])
+
+
+@pytest.mark.parametrize(
+  ("dtype", "largest"),
+  [
+    ("float8_e4m3fn", 448),
+    ("float8_e5m2", 57344),
+    ("float8_e4m3fnuz", 240),
+    ("float8_e5m2fnuz", 57344),
+    ("float16", 65504),
+  ],
+)
+def test_the_largest_number_fits_and_none_beyond(dtype, largest, tmp_path):
+  """Some of these types have no infinity: what is too large for them would become NaN."""
+  dtype = np.dtype(jnp.dtype(dtype))
+  save_model_to_safetensors({"a": np.float32([largest, -largest, np.nan])}, tmp_path / "fits", dtype=dtype)
+  files = LocalFiles(str(tmp_path / "fits"))
+  info = read_safetensors(files).tensors["a"]
+  stored = np.frombuffer(files.read(info.file, info.start, info.stop), dtype).astype(np.float32)
+  np.testing.assert_array_equal(stored, [largest, -largest, np.nan])
+  for beyond in (2 * largest, -2 * largest):
+    with pytest.raises(
+      SaveError, match=rf"a: {beyond}.* does not fit into {dtype}: write it in another dtype"
+    ):
+      save_model_to_safetensors({"a": np.float32([0, beyond])}, tmp_path / "out", dtype=dtype)
+  assert os.listdir(tmp_path) == ["fits"]
 
 
 @pytest.mark.parametrize(

@@ -4,4 +4,3 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # A silent promotion to float32 is a defect.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Programs run once here: compiling them is what takes time.

@@ -39,5 +39,7 @@ def test_distribution_of(category, name, extra):
   assert category in {info.category for info in FAMILIES.values()}
 
 
-def test_a_third_party_s_category_has_no_distribution():
-  assert distribution_of("falcon") is None
+@pytest.mark.parametrize("category", ["falcon", "gemma3n", "gemma4", "llama", "llama3_vision", "qwen", ""])
+def test_a_third_party_s_category_has_no_distribution(category):
+  """Also one that begins with a name of ours, or that a name of ours begins with."""
+  assert distribution_of(category) is None

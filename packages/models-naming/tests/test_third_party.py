@@ -49,6 +49,16 @@ def test_a_family_of_another_package(announce):
   assert (again.model_name, again.model_config_category) == (naming.model_name, "falcon")
 
 
+def test_a_family_whose_name_begins_with_another_s(announce):
+  announce(
+    "{'falcon-': FamilyInfo('falcon', 'falcon'), 'falconmamba-': FamilyInfo('falcon_mamba', 'falcon_mamba')}"
+  )
+  naming = ModelNaming(model_config_id="falcon_mamba_7b")
+  assert (naming.model_name, naming.model_family) == ("falconmamba-7b", "falcon_mamba")
+  assert naming.model_config_category == "falcon_mamba"
+  assert ModelNaming(model_config_id="falcon_7b").model_config_category == "falcon"
+
+
 def test_a_prefix_without_a_dash(announce):
   announce("{'falcon': FamilyInfo('falcon', 'falcon')}")
   assert ModelNaming("falcon-7b").model_config_id == "falcon_7b"

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pathlib
@@ -5,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
@@ -227,6 +229,30 @@ def test_a_token_goes_to_the_hub_alone(hub, caplog):
   ]
   texts += [p.read_text(errors="replace") for p in files.cache.folder.rglob("*") if p.is_file()]
   assert not [text for text in texts if TOKEN in text]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_redirect_to_another_port_or_name_carries_no_token(hub, host):
+  """A port of the hub's own machine may be anybody's."""
+  hub.add(REPO, FILES, readers=frozenset({TOKEN}))
+  files = open_files(REPO, token=TOKEN)
+  place = urlsplit(hub.storage)._replace(netloc=f"{host}:{urlsplit(hub.storage).port}").geturl()
+  digest = hashlib.sha256(WEIGHTS).hexdigest()
+  hub.fail("hub GET .*/resolve/", status=302, headers={"Location": f"{place}/blobs/{digest}?{SIGNATURE}"})
+  assert files.read("model.safetensors", 8, 8 + len(HEADER)) == HEADER
+  asked, stored = hub.requests[-2:]
+  assert (asked.host, asked.headers["authorization"]) == ("hub", f"Bearer {TOKEN}")
+  assert stored.host == "storage"
+  assert stored.range == asked.range
+  assert "authorization" not in stored.headers
+
+
+def test_a_redirect_within_the_hub_carries_the_token(hub):
+  hub.add(REPO, FILES, readers=frozenset({TOKEN}))
+  files = open_files(REPO, token=TOKEN)
+  hub.move(REPO, "neworg/newname")
+  assert files.read("config.json", 0, len(CONFIG)) == CONFIG
+  assert [r.headers.get("authorization") for r in hub.requests] == [f"Bearer {TOKEN}"] * 3
 
 
 def test_the_users_token(hub, monkeypatch):

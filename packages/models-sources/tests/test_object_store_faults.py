@@ -1,5 +1,6 @@
 """What goes wrong with stores, disks and processes: each ends with the right bytes or with one clear error."""
 
+import hashlib
 import os
 import pathlib
 import resource
@@ -207,6 +208,17 @@ def test_an_object_that_is_replaced_between_two_ranges(store, files, store_waits
   store.put(KEY, other)
   with pytest.raises(CorruptFilesError, match=rf"{store.scheme}://{KEY} was replaced while it was read"):
     files.read("model.safetensors", len(DATA) - 1000, len(DATA))
+  assert store_waits == []
+
+
+def test_a_weak_etag_is_that_of_the_same_version(store, files, store_waits):
+  """Proxies that touch an answer mark its ETag as weak: it has `W/` in front then."""
+  tag = hashlib.md5(DATA, usedforsecurity=False).hexdigest()
+  store.fail("GET .*safetensors", headers={"ETag": f'W/"{tag}"'})
+  assert files.read("model.safetensors", 100, 2000) == DATA[100:2000]
+  store.fail("GET .*safetensors", headers={"ETag": f'W/"{tag[::-1]}"'})
+  with pytest.raises(CorruptFilesError, match="was replaced while it was read"):
+    files.read("model.safetensors", 100, 2000)
   assert store_waits == []
 
 

@@ -618,6 +618,12 @@ WRONG = {
     None,
     "llama.logit_scale is 8.0, which is not implemented",
   ),
+  "scaled positions": (
+    "llama",
+    LLAMA | {"rope.scale_linear": 2.0},
+    None,
+    "llama.rope.scale_linear is 2.0, which is not implemented",
+  ),
   "acausal": ("llama", LLAMA | {"attention.causal": False}, None, "llama.attention.causal is False"),
   "shared": ("qwen3moe", LLAMA | EXPERTS | {"expert_shared_count": 1}, None, "expert_shared_count is 1"),
   "longrope": ("llama", LLAMA | {"rope.scaling.type": "longrope"}, None, "rope.scaling.type is 'longrope'"),

@@ -141,6 +141,14 @@ def test_yarn(options, frequencies, magnitude):
   close(rotate(array(x), jnp.asarray(positions), *rotary), magnitude * np.asarray(plain), 1e-6)
 
 
+def test_yarn_s_ramp_ends_within_the_head_s_dimension():
+  """Beyond index 15 of a head of 16, where a small theta would put its end; there are 8 frequencies."""
+  # `_compute_yarn_parameters` of transformers, worked out for theta 4: from index 2 to min(38, 16 - 1).
+  expected = [1.0, 0.84089642, 0.70710678, 0.56029951, 0.44230769, 0.34767833, 0.27196415, 0.21154165]
+  scaling = rope_scaling.YarnScaling(4.0, 4096, beta_fast=400.0, beta_slow=1.0)
+  close(rope.rotary(16, 4.0, scaling).frequencies, expected, 1e-7)
+
+
 def test_a_projection_with_a_bias(rng):
   x, w, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 8), (4, 5, 8), (4, 5)))
   made = module(

@@ -6,6 +6,7 @@ import os
 import pathlib
 import threading
 import warnings
+import weakref
 
 import jax
 import ml_dtypes
@@ -20,7 +21,7 @@ from models_core.formats import byte_reader
 from models_core.formats.files import LocalFiles
 from models_core.formats.memory import aligned_empty
 from models_core.formats.safetensors import DTYPES, read_safetensors
-from models_core.loading import fill
+from models_core.loading import fill, loader
 from models_core.loading.abstract import abstract_model
 from models_core.loading.fill import cast_into
 from models_core.loading.loader import load, load_arrays
@@ -485,6 +486,97 @@ class TestMemory:
       state = step(state)
     np.testing.assert_allclose(nnx.merge(graphdef, state).x[...], x * 8 + 7, rtol=1e-6)
     assert_same(second.x[...], x)
+
+
+class Transferred:
+  """An array whose bytes leave host memory while somebody waits for it, as those of an accelerator do."""
+
+  def __init__(self, shape, sharding, parts):
+    self.sharding, self._shape, self._host, self._values = sharding, shape, parts, None
+
+  def block_until_ready(self):
+    if self._values is None:
+      self._values = np.empty(self._shape, self._host[0][0].dtype)
+      for (buffer, _), index in zip(
+        self._host, self.sharding.devices_indices_map(self._shape).values(), strict=True
+      ):
+        self._values[index] = buffer
+      self._host = None
+    return self
+
+  def values(self):
+    assert self._values is not None, "nobody waited for the transfer"
+    return self._values
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+  """Devices that are no CPUs to the loader. Returns the bytes of host memory after each change."""
+  levels, lock = [0], threading.Lock()
+
+  def count(nbytes):
+    with lock:
+      levels.append(levels[-1] + nbytes)
+
+  def counted_empty(shape, dtype):
+    buffer = aligned_empty(shape, dtype)
+    count(buffer.nbytes)
+    weakref.finalize(buffer, count, -buffer.nbytes)
+    return buffer
+
+  def transfer(shape, sharding, parts, dtype):
+    assert all(buffer.dtype == dtype for buffer, _ in parts)
+    return Transferred(shape, sharding, parts)
+
+  monkeypatch.setattr(loader, "_is_cpu", lambda plan: False)
+  monkeypatch.setattr(fill, "aligned_empty", counted_empty)
+  monkeypatch.setattr(jax, "device_put", lambda buffer, device: (buffer, device))
+  monkeypatch.setattr(jax, "make_array_from_single_device_arrays", transfer)
+  return levels
+
+
+class TestTransfers:
+  """Loading to devices that do not share the host's memory."""
+
+  COUNT, SHAPE, NBYTES = 24, (16, 32), 16 * 32 * 4
+
+  @pytest.fixture
+  def tensors(self, rng):
+    return {f"x{i}": rng.normal(size=self.SHAPE).astype(np.float32) for i in range(self.COUNT)}
+
+  @pytest.fixture
+  def made(self, save, plan, tensors, mesh):
+    parameters = dict.fromkeys(tensors, (self.SHAPE, P("fsdp", "tp")))
+    # Aligned in the file: a CPU would map it.
+    return plan(
+      save(tensors, data_start=0), parameters, WeightTable(*((name, name, "v d") for name in tensors)), mesh
+    )
+
+  @pytest.mark.parametrize("parameters", [1, 3, 1000])
+  def test_host_memory_of_transfers_is_bounded(self, parameters, made, tensors, accelerator, monkeypatch):
+    monkeypatch.setattr(loader, "_IN_FLIGHT", parameters * self.NBYTES)
+    arrays = load_arrays(made)
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(array.values(), tensors[name])
+    # The next parameter's memory is reserved while the first one's is waited for, and no more are waited for than
+    # must be. In the end none is left.
+    most = min(parameters + 1, self.COUNT) * self.NBYTES
+    assert max(accelerator) == most
+    assert accelerator.count(most) == max(1, self.COUNT - parameters)
+    assert accelerator[-1] == 0
+
+  def test_a_parameter_that_is_larger_than_the_bound_is_loaded_alone(
+    self, made, tensors, accelerator, monkeypatch
+  ):
+    monkeypatch.setattr(loader, "_IN_FLIGHT", self.NBYTES - 1)
+    for name, array in load_arrays(made).items():
+      np.testing.assert_array_equal(array.values(), tensors[name])
+    assert max(accelerator) == 2 * self.NBYTES
+
+  def test_every_shard_has_memory_of_its_own_and_none_is_the_mapped_file(self, made, accelerator):
+    before = pathlib.Path("/proc/self/maps").read_text().count("model.safetensors")
+    load_arrays(made)
+    assert pathlib.Path("/proc/self/maps").read_text().count("model.safetensors") == before
 
 
 class TestTies:

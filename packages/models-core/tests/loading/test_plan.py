@@ -202,6 +202,23 @@ class TestLeftovers:
     with pytest.raises(CheckpointError, match="unexpected"):
       plan(save(self.TENSORS | {name: zeros(1)}), self.PARAMETERS, self.TABLE)
 
+  def test_a_cut_leaves_out_the_layers_beyond_it_and_nothing_else(self, save, plan):
+    table = WeightTable(("emb", "embed", "d"), (f"{L}.w", "m.{i}.w", "d"), (f"{L}.bias", "m.{i}.bias", "d"))
+    tensors = {"embed": zeros(2)} | {f"m.{i}.w": zeros(2) for i in range(4)}
+    parameters = {"emb": ((2,), P())} | {f"layers.{i}.w": ((2,), P()) for i in range(2)}
+    made = plan(save(tensors), parameters, table, layers=2)
+    reason = "layers from 2 on, beyond those that were asked for"
+    assert made.ignored == (("m.2.w", reason), ("m.3.w", reason))
+    assert f"left out: 2 tensors: {reason}" in made.notes()
+    assert made.stored_nbytes == 3 * 8
+    # Within the cut a tensor must be the model's, as it must without a cut.
+    with pytest.raises(CheckpointError) as caught:
+      plan(save(tensors | {"m.1.bias": zeros(2)}), parameters, table, layers=2)
+    assert [problem.split()[0] for problem in caught.value.problems] == ["m.1.bias"]
+    with pytest.raises(CheckpointError) as caught:
+      plan(save(tensors), parameters, table)
+    assert [problem.split()[0] for problem in caught.value.problems] == ["m.2.w", "m.3.w"]
+
   def test_a_tied_head_in_the_file_is_a_promise_to_check(self, save, plan):
     made = plan(save(self.TENSORS | {"head.weight": zeros(4, 2)}), self.PARAMETERS, self.TABLE)
     assert made.ties == (Tied("head.weight", "embed.weight"),)

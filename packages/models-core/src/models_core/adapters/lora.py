@@ -296,7 +296,7 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
   """Puts the numbers of an adapter into the factors that a model has already, where and as they lie.
 
   Raises:
-    AdapterError: if the model's factors are not exactly those of the adapter.
+    AdapterError: if the model's factors are not exactly those of the adapter. They are as they were.
   """
   variables = {dotted(path): v for path, v in nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))}
   values = {name + A: factors.a for name, factors in adapter.factors.items()}
@@ -306,9 +306,10 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
       f"only one of the model and the adapter has {', '.join(odd[:8])}{', ...' if len(odd) > 8 else ''}"
     )
   for name, variable in variables.items():
+    if (shape := variable.get_value().shape) != values[name].shape:
+      raise AdapterError(f"{name} has shape {shape}, in the adapter {values[name].shape}")
+  for name, variable in variables.items():
     old = variable.get_value()
-    if old.shape != values[name].shape:
-      raise AdapterError(f"{name} has shape {old.shape}, in the adapter {values[name].shape}")
     variable.set_value(jax.device_put(jnp.asarray(values[name], old.dtype), old.sharding))
   nnx.update(lora_model, nnx.from_flat_state([(_path(name), v) for name, v in variables.items()]))
 

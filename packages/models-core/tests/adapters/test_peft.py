@@ -1,0 +1,391 @@
+"""Adapters in peft's files: names, shapes, what they change, what comes back, and what is refused."""
+
+import dataclasses
+import json
+import math
+import os
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models_core.adapters import (
+  Adapter,
+  Factors,
+  adapter_of,
+  load_peft_adapter,
+  merge_into,
+  save_peft_adapter,
+  set_adapter,
+)
+from models_core.errors import AdapterError, CheckpointError, SaveError
+from models_core.testing import to_tensors
+from models_core.weights import WeightTable
+
+from .tiny import ALPHA, CONFIG, FAMILY, RANK, TABLE, D, E, F, adapted, plain
+
+PREFIX = "base_model.model."
+EXPERTS = f"{PREFIX}model.layers.0.experts"
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """`saved(adapter)`: the directory that it was saved in."""
+
+  def save(adapter=None, folder="adapter", **options):
+    adapter = adapter or adapter_of(adapted(), alpha=ALPHA)
+    save_peft_adapter(adapter, tmp_path / folder, FAMILY, CONFIG, **options)
+    return tmp_path / folder
+
+  return save
+
+
+def tensors_in(directory):
+  return safetensors.numpy.load_file(directory / "adapter_model.safetensors")
+
+
+def config_in(directory):
+  return json.loads((directory / "adapter_config.json").read_text())
+
+
+def change(directory, **keys):
+  """Changes keys of adapter_config.json."""
+  (directory / "adapter_config.json").write_text(json.dumps(config_in(directory) | keys))
+
+
+def replace(directory, edit):
+  """Changes the tensors."""
+  tensors = tensors_in(directory)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def load(directory):
+  return load_peft_adapter(directory, FAMILY, CONFIG)
+
+
+class TestSaving:
+  @pytest.mark.parametrize("shared", [False, True], ids=["own b", "one b for all experts"])
+  def test_each_matrix_of_the_checkpoint_changes_by_its_b_times_a(self, shared, saved):
+    """W [out, in] + alpha / r * B [out, r] @ A [r, in], as peft computes it."""
+    adapter = adapter_of(adapted(shared=shared), alpha=ALPHA)
+    factors = tensors_in(saved(adapter))
+    before = to_tensors(plain(), TABLE)
+    after = to_tensors(merge_into(plain(), adapter, FAMILY), TABLE)
+    changed = set()
+    for name, tensor in before.items():
+      module = PREFIX + name.removesuffix(".weight")
+      if f"{module}.lora_A.weight" in factors:
+        a, b = (factors[f"{module}.lora_{side}.weight"] for side in "AB")
+        assert (a.shape, b.shape) == ((RANK, tensor.shape[1]), (tensor.shape[0], RANK))
+        np.testing.assert_allclose(after[name], tensor + ALPHA / RANK * b @ a, rtol=1e-5, atol=1e-6)
+        changed |= {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+      else:
+        np.testing.assert_array_equal(after[name], tensor)
+    assert changed == factors.keys()
+    assert len(factors) == 2 * 2 * (2 + 3 * E)
+
+  def test_the_configuration(self, saved):
+    config = config_in(saved(base_model="org/name"))
+    assert config == {
+      "peft_type": "LORA",
+      "task_type": "CAUSAL_LM",
+      "base_model_name_or_path": "org/name",
+      "r": RANK,
+      "lora_alpha": ALPHA,
+      "lora_dropout": 0.0,
+      "bias": "none",
+      "fan_in_fan_out": False,
+      "use_rslora": False,
+      "use_dora": False,
+      "inference_mode": True,
+      "target_modules": ["down", "gate", "o", "q", "up"],
+    }
+    assert config_in(saved(folder="unnamed"))["base_model_name_or_path"] is None
+
+  @pytest.mark.parametrize(
+    ("names", "modules"),
+    [
+      (["layers.0.q.w", "layers.1.q.w"], ["q"]),
+      (["layers.1.q.w"], ["model.layers.1.attn.q"]),
+      (["embed.w"], ["embed"]),
+    ],
+  )
+  def test_modules_are_named_in_full_where_not_all_of_a_name_are_adapted(self, names, modules, saved):
+    directory = saved(adapter_of(adapted(names=names), alpha=ALPHA))
+    assert config_in(directory)["target_modules"] == modules
+
+  def test_factors_on_a_mesh(self, saved, mesh):
+    adapter = adapter_of(adapted(), alpha=ALPHA)
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "tp") if x.shape[1] % 2 == 0 else P()))
+    moved = {name: Factors(place(f.a), place(f.b)) for name, f in adapter.factors.items()}
+    expected, found = tensors_in(saved(adapter)), tensors_in(saved(Adapter(moved, ALPHA, RANK), "moved"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+      np.testing.assert_array_equal(found[name], tensor)
+
+  def test_what_is_there_is_replaced_only_when_asked_for(self, saved):
+    directory = saved()
+    (directory / "README.md").write_text("mine")
+    with pytest.raises(SaveError, match="overwrite=True"):
+      saved()
+    saved(adapter_of(adapted(seed=1), alpha=ALPHA), overwrite=True)
+    assert sorted(os.listdir(directory)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    np.testing.assert_array_equal(
+      load(directory).factors["layers.0.q.w"].a,
+      adapter_of(adapted(seed=1), alpha=1.0).factors["layers.0.q.w"].a,
+    )
+
+  def test_both_files_are_on_the_disk_before_they_are_there(self, saved, tmp_path, monkeypatch):
+    fsync, on_disk = os.fsync, {}
+
+    def noted(descriptor):
+      fsync(descriptor)
+      assert not (tmp_path / "adapter").exists() or not on_disk.keys() & {os.fstat(descriptor).st_ino}
+      on_disk[os.fstat(descriptor).st_ino] = (os.fstat(descriptor).st_size, (tmp_path / "adapter").exists())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for path in saved().iterdir():
+      assert on_disk[path.stat().st_ino] == (path.stat().st_size, False)
+
+  def test_an_adapter_that_does_not_fit_is_not_saved(self, saved, tmp_path):
+    odd = Factors(np.zeros((1, 2), np.float32), np.zeros((2, 1), np.float32))
+    for name, message in [("layers.0.norm.w", "is no matrix"), ("layers.7.q.w", "which the model has not")]:
+      with pytest.raises(AdapterError, match=message):
+        saved(Adapter({name: odd}, 1.0, 2))
+    assert os.listdir(tmp_path) == []
+
+  def test_experts_that_are_one_tensor_have_no_factors_in_peft(self, tmp_path):
+    rows = [row for row in TABLE.rows if "experts" not in row.ours]
+    fused = [
+      (
+        "layers.{i}.experts." + part,
+        "model.layers.{i}.experts." + part,
+        "e f d" if part != "down" else "e d f",
+      )
+      for part in ("gate", "up", "down")
+    ]
+    table = WeightTable(*((row.ours, row.forms) for row in rows), *fused)
+    family = dataclasses.replace(FAMILY, weights={"huggingface": table})
+    adapter = adapter_of(adapted(), alpha=ALPHA)
+    with pytest.raises(AdapterError, match=r"experts\.down holds several matrices in one tensor"):
+      save_peft_adapter(adapter, tmp_path / "adapter", family, CONFIG)
+
+
+class TestLoading:
+  @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+  def test_what_was_saved_comes_back_bit_by_bit(self, dtype, saved):
+    model = adapted(dtype)
+    adapter = adapter_of(model, alpha=ALPHA)
+    again = load(saved(adapter))
+    assert (again.rank, again.alpha) == (RANK, ALPHA)
+    assert again.factors.keys() == adapter.factors.keys()
+    for name, factors in adapter.factors.items():
+      assert again.factors[name].a.dtype == factors.a.dtype
+      np.testing.assert_array_equal(again.factors[name].a, factors.a)
+      np.testing.assert_array_equal(again.factors[name].b, factors.b)
+    other = adapted(dtype, seed=1)
+    set_adapter(other, again)
+    ours, theirs = (jax.tree.leaves(nnx.state(m, nnx.LoRAParam)) for m in (model, other))
+    for one, another in zip(ours, theirs, strict=True):
+      np.testing.assert_array_equal(one, another)
+
+  def test_one_b_for_all_experts_comes_back_as_one_for_each(self, saved):
+    model = adapted(shared=True)
+    again = load(saved(adapter_of(model, alpha=ALPHA)))
+    own = model.layers[1].experts.up_lora_b[...]
+    np.testing.assert_array_equal(again.factors["layers.1.experts.up"].b, np.stack([own] * E))
+
+  def test_names_without_peft_s_prefix(self, saved):
+    directory = saved()
+    expected = load(directory)
+
+    def strip(tensors):
+      for name in list(tensors):
+        tensors[name.removeprefix(PREFIX)] = tensors.pop(name)
+
+    replace(directory, strip)
+    for name, factors in load(directory).factors.items():
+      np.testing.assert_array_equal(factors.a, expected.factors[name].a)
+
+  def test_rank_stabilised_lora_is_lora_with_a_larger_alpha(self, saved):
+    directory = saved()
+    change(directory, use_rslora=True)
+    assert load(directory).alpha == ALPHA * math.sqrt(RANK)
+    change(directory, use_rslora=False, lora_alpha=16)
+    assert load(directory).alpha == 16
+
+  @pytest.mark.parametrize(
+    "key", ["bias", "use_dora", "rank_pattern", "modules_to_save", "layer_replication"]
+  )
+  def test_keys_that_say_nothing(self, key, saved):
+    directory = saved()
+    change(directory, **{key: None}, lora_dropout=0.1, revision="main", init_lora_weights="gaussian")
+    assert load(directory).rank == RANK
+
+  @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+      ("peft_type", "IA3", "peft_type='IA3': not implemented"),
+      ("bias", "all", "bias='all': not implemented"),
+      ("fan_in_fan_out", True, "fan_in_fan_out=True: not implemented"),
+      ("use_dora", True, "use_dora=True: not implemented"),
+      ("use_qalora", True, "use_qalora=True: not implemented"),
+      ("lora_bias", True, "lora_bias=True: not implemented"),
+      ("rank_pattern", {"q": 4}, "rank_pattern={'q': 4}: not implemented"),
+      ("alpha_pattern", {"q": 4}, "alpha_pattern={'q': 4}: not implemented"),
+      ("modules_to_save", ["head"], r"modules_to_save=\['head'\]: not implemented"),
+      ("trainable_token_indices", [1], r"trainable_token_indices=\[1\]: not implemented"),
+      ("layer_replication", [[0, 1]], "layer_replication=.*: not implemented"),
+      ("alora_invocation_tokens", [5], "alora_invocation_tokens=.*: not implemented"),
+      ("r", "2", "r is '2', expected a positive whole number"),
+      ("r", 0, "r is 0, expected a positive whole number"),
+      ("r", True, "r is True, expected a positive whole number"),
+      ("r", 5, r"lora_A\.weight has shape \(2, 10\), but the model needs \(5, 10\)"),
+      ("lora_alpha", None, "lora_alpha is None, expected a number"),
+      ("lora_alpha", True, "lora_alpha is True, expected a number"),
+      ("lora_alpha", math.inf, "lora_alpha is inf, expected a number"),
+      ("lora_alpha", math.nan, "lora_alpha is nan, expected a number"),
+    ],
+  )
+  def test_adapters_of_other_kinds_are_refused(self, key, value, message, saved):
+    directory = saved()
+    change(directory, **{key: value})
+    with pytest.raises(AdapterError, match=message):
+      load(directory)
+
+  def test_all_keys_that_are_not_implemented_are_named_at_once(self, saved):
+    directory = saved()
+    change(directory, use_dora=True, bias="all")
+    with pytest.raises(AdapterError, match="bias='all', use_dora=True: not implemented, only plain LoRA is"):
+      load(directory)
+
+  @pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not valid JSON"), ("[]", "is list, expected an object")]
+  )
+  def test_a_configuration_that_is_none(self, text, message, saved):
+    directory = saved()
+    (directory / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json {message}"):
+      load(directory)
+
+  @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+  def test_a_directory_that_lacks_a_file(self, name, saved):
+    directory = saved()
+    (directory / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is missing: this is no adapter of peft"):
+      load(directory)
+
+  def test_both_files_that_are_missing_are_named(self, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+      load(tmp_path)
+    assert len(caught.value.problems) == 2
+
+  def test_a_file_that_is_cut_off(self, saved):
+    directory = saved()
+    os.truncate(directory / "adapter_model.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+      load(directory)
+
+  def test_a_part_of_a_parameter_alone(self, saved):
+    directory = saved()
+    replace(directory, lambda tensors: tensors.pop(f"{EXPERTS}.1.up.lora_A.weight"))
+    with pytest.raises(
+      AdapterError,
+      match=r"experts\.1\.up\.lora_A\.weight is missing: the adapter changes a part of layers\.0\.experts\.up alone",
+    ):
+      load(directory)
+
+  def test_an_expert_of_several_is_a_part(self, saved):
+    directory = saved()
+
+    def keep_one(tensors):
+      for name in [name for name in tensors if not name.startswith(f"{EXPERTS}.0.up.")]:
+        del tensors[name]
+
+    replace(directory, keep_one)
+    with pytest.raises(AdapterError, match=r"experts\.1\.up\.lora_A\.weight is missing"):
+      load(directory)
+
+  def test_tensors_that_fit_no_matrix(self, saved):
+    directory = saved()
+
+    def add(tensors):
+      for i in range(12):
+        tensors[f"{PREFIX}model.layers.{i}.attn.k.lora_A.weight"] = np.zeros((2, D), np.float32)
+
+    replace(directory, add)
+    with pytest.raises(
+      AdapterError, match=r"model\.layers\.0\.attn\.k\.lora_A\.weight, .*, \.\.\.: the model has no"
+    ):
+      load(directory)
+
+  def test_shapes_that_do_not_fit(self, saved):
+    directory = saved()
+    name = f"{PREFIX}model.layers.1.attn.o.lora_B.weight"
+    replace(directory, lambda tensors: tensors.update({name: np.zeros((2, D), np.float32)}))
+    with pytest.raises(
+      AdapterError, match=r"attn\.o\.lora_B\.weight has shape \(2, 8\), but the model needs \(8, 2\)"
+    ):
+      load(directory)
+
+  def test_an_adapter_of_a_deeper_model(self, saved):
+    shallow = dataclasses.replace(CONFIG, num_layers=1)
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\..* the model has no matrix for it"):
+      load_peft_adapter(saved(), FAMILY, shallow)
+
+
+class TestFusedExperts:
+  """What peft trains on experts that are one tensor: A [E * r, in] and B [out, r * E]."""
+
+  @pytest.fixture
+  def fused(self, tmp_path, rng):
+    def write(shapes):
+      tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+      safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+      config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_parameters": ["experts.down"]}
+      (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+      return tensors
+
+    return write
+
+  @pytest.mark.parametrize("deep", ["down", "gate_up"])
+  def test_they_are_those_of_each_expert(self, deep, fused, tmp_path):
+    """Of gate and up together, and of down: one of them at the module, the other one deeper in."""
+    modules = {"down": EXPERTS, "gate_up": EXPERTS} | {deep: f"{EXPERTS}.base_layer"}
+    sizes = {"gate_up": (D, 2 * F), "down": (F, D)}
+    tensors = fused(
+      {
+        f"{modules[name]}.lora_{side}.weight": (E * RANK, into) if side == "A" else (out, RANK * E)
+        for name, (into, out) in sizes.items()
+        for side in "AB"
+      }
+    )
+    adapter = load(tmp_path)
+    assert adapter.factors.keys() == {f"layers.0.experts.{part}" for part in ("gate", "up", "down")}
+
+    def found(part):
+      factors = adapter.factors[f"layers.0.experts.{part}"]
+      return np.einsum("eir,ero->eoi", factors.a, factors.b)
+
+    def expected(name):
+      a = tensors[f"{modules[name]}.lora_A.weight"].reshape(E, RANK, -1)
+      b = tensors[f"{modules[name]}.lora_B.weight"]
+      return np.einsum("ore,eri->eoi", b.reshape(b.shape[0], RANK, E), a)
+
+    both = np.concatenate([found("gate"), found("up")], axis=1)
+    np.testing.assert_allclose(both, expected("gate_up"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found("down"), expected("down"), rtol=1e-5, atol=1e-6)
+
+  def test_one_of_the_tensors_may_be_adapted_alone(self, fused, tmp_path):
+    fused({f"{EXPERTS}.lora_A.weight": (E * RANK, D), f"{EXPERTS}.lora_B.weight": (2 * F, RANK * E)})
+    assert load(tmp_path).factors.keys() == {"layers.0.experts.gate", "layers.0.experts.up"}
+
+  def test_those_that_fit_no_tensor_are_named(self, fused, tmp_path):
+    fused({f"{EXPERTS}.lora_A.weight": (E * RANK, F), f"{EXPERTS}.lora_B.weight": (D - 1, RANK * E)})
+    with pytest.raises(AdapterError, match=r"layers\.0\.experts\.lora_A\.weight.* the model has no matrix"):
+      load(tmp_path)

@@ -1,0 +1,296 @@
+"""Reading files of this machine: runs, boxes, blocks, mapped memory, and files that are not what they were."""
+
+import contextlib
+import gc
+import itertools
+import os
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from models_core.errors import CheckpointError
+from models_core.formats import byte_reader
+from models_core.formats.byte_reader import BytesCheckpoint, LocalReader
+from models_core.formats.checkpoint import Format, Header
+from models_core.formats.files import LocalFiles
+from models_core.formats.safetensors import read_safetensors
+from models_core.formats.tensors import Codec, TensorInfo
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@contextlib.contextmanager
+def opened(place, names=None, on_bytes=lambda count: None, checkpoint=None):
+  """The tensors of a directory or file, and a reader of its files."""
+  checkpoint = checkpoint or read_safetensors(LocalFiles(str(place)))
+  files = sorted({info.file for info in checkpoint.tensors.values()}) if names is None else names
+  made = checkpoint.open(files, on_bytes)
+  try:
+    yield checkpoint.tensors, made
+  finally:
+    made.close()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+  monkeypatch.setattr(LocalReader, "chunk", 64)
+
+
+@pytest.fixture
+def x(rng):
+  return rng.normal(size=(6, 8)).astype(np.float32)
+
+
+def descriptors():
+  return len(os.listdir("/proc/self/fd"))
+
+
+class TestRuns:
+  @pytest.mark.parametrize("dtype", [np.float32, BF16, np.int8, np.bool_], ids=str)
+  def test_elements_from_any_place_on(self, dtype, save, x):
+    values = (x * 50).astype(dtype)
+    with opened(save({"first": x, "values": values})) as (tensors, made):
+      for start, count in [(0, 48), (5, 20), (47, 1), (10, 0)]:
+        target = np.empty(count, dtype)
+        made.read_into(tensors["values"], start, target)
+        expected = values.reshape(-1)[start : start + count]
+        assert target.tobytes() == expected.tobytes()
+        assert made.read_elements(tensors["values"], start, count).tobytes() == expected.tobytes()
+
+  def test_more_than_a_chunk_at_a_time(self, save, x, small_chunks):
+    with opened(save({"x": x})) as (tensors, made):
+      np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 48), x.reshape(-1))
+
+  def test_the_system_may_read_less_than_it_was_asked_for(self, save, x, monkeypatch):
+    preadv = os.preadv
+
+    def a_part(descriptor, buffers, offset):
+      return preadv(descriptor, [buffers[0][:7]], offset)
+
+    monkeypatch.setattr(byte_reader.os, "preadv", a_part)
+    with opened(save({"x": x})) as (tensors, made):
+      np.testing.assert_array_equal(made.read_elements(tensors["x"], 3, 40), x.reshape(-1)[3:43])
+
+  def test_many_threads_have_memory_of_their_own(self, save, x):
+    together, found = threading.Barrier(6), {}
+
+    def work(row):
+      data = made.read_elements(tensors["x"], row * 8, 8)
+      together.wait(10)
+      found[row] = np.array(data)
+
+    with opened(save({"x": x})) as (tensors, made):
+      threads = [threading.Thread(target=work, args=(row,)) for row in range(6)]
+      for thread in threads:
+        thread.start()
+      for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal([found[row] for row in range(6)], x)
+
+  def test_bytes_are_counted_as_they_lie_in_the_file(self, save, x):
+    counts = []
+    with opened(save({"x": x}), on_bytes=counts.append) as (tensors, made):
+      made.read_into(tensors["x"], 0, np.empty(8, np.float32))
+      made.read_elements(tensors["x"], 8, 3)
+      assert counts == [32, 12]
+
+
+# Of four numbers each: a sum to add, and four bytes.
+SUMS = Codec(
+  "SUMS",
+  4,
+  5,
+  lambda data: (data.reshape(-1, 5)[:, 1:] + data.reshape(-1, 5)[:, :1]).astype(np.float32).reshape(-1),
+)
+
+
+class Blocks(BytesCheckpoint):
+  """A file of blocks, whose first bytes are its header."""
+
+  @property
+  def format(self) -> Format:
+    raise NotImplementedError
+
+
+@pytest.fixture
+def coded(tmp_path, rng):
+  """A file of blocks, behind 3 other bytes, and the numbers [6, 8] that they stand for."""
+  blocks = rng.integers(0, 100, (12, 5), np.uint8)
+  (tmp_path / "blocks.bin").write_bytes(b"abc" + blocks.tobytes())
+  info = TensorInfo("x", np.dtype(np.float32), (6, 8), "blocks.bin", 3, 63, SUMS)
+  checkpoint = Blocks(LocalFiles(str(tmp_path)), {"x": info}, headers={"blocks.bin": Header.of(b"abc")})
+  return checkpoint, SUMS.decode(blocks).reshape(6, 8)
+
+
+class TestBlocks:
+  def test_runs_of_blocks_are_decoded(self, coded):
+    checkpoint, values = coded
+    counts = []
+    with opened(None, checkpoint=checkpoint, on_bytes=counts.append) as (tensors, made):
+      for start, count in [(0, 48), (8, 16), (44, 4)]:
+        decoded = made.read_elements(tensors["x"], start, count)
+        np.testing.assert_array_equal(decoded, values.reshape(-1)[start : start + count])
+    assert counts == [60, 20, 5]
+
+  def test_boxes_that_cut_through_blocks(self, coded):
+    checkpoint, values = coded
+    with opened(None, checkpoint=checkpoint) as (tensors, made):
+      for rows, columns in itertools.product([(0, 6), (2, 3), (1, 5)], [(0, 8), (1, 3), (3, 6), (7, 8)]):
+        index = slice(*rows), slice(*columns)
+        np.testing.assert_array_equal(made.read_box(tensors["x"], index), values[index])
+
+  def test_they_are_never_mapped(self, tmp_path, rng):
+    blocks = rng.integers(0, 100, (16, 5), np.uint8)
+    (tmp_path / "blocks.bin").write_bytes(blocks.tobytes())
+    info = TensorInfo("x", np.dtype(np.float32), (64,), "blocks.bin", 0, 80, SUMS)
+    checkpoint = Blocks(LocalFiles(str(tmp_path)), {"x": info}, headers={"blocks.bin": Header.of(b"")})
+    with opened(None, checkpoint=checkpoint) as (tensors, made):
+      assert made.map_elements(tensors["x"], 0, 64) is None
+
+
+class TestBoxes:
+  @pytest.mark.parametrize("shape", [(), (5,), (4, 6), (3, 4, 5), (2, 1, 3, 4)], ids=str)
+  def test_any_box_of_any_tensor(self, shape, save, rng, small_chunks):
+    values = rng.normal(size=shape).astype(np.float32)
+    spans = [sorted({(0, size), (size // 2, size // 2 + 1), (0, max(1, size - 1))}) for size in shape]
+    with opened(save({"before": np.zeros(3, np.int8), "x": values})) as (tensors, made):
+      for bounds in itertools.product(*spans):
+        index = tuple(slice(*bound) for bound in bounds)
+        np.testing.assert_array_equal(made.read_box(tensors["x"], index), values[index])
+
+  @pytest.mark.parametrize(
+    ("index", "elements"),
+    [
+      ((slice(0, 3), slice(0, 4), slice(0, 5)), 60),
+      ((slice(1, 2), slice(0, 4), slice(0, 5)), 20),
+      ((slice(1, 2), slice(1, 3), slice(0, 5)), 10),
+      ((slice(1, 2), slice(2, 3), slice(1, 4)), 3),
+      # Only the run that spans it: rows 0 and 1 whole.
+      ((slice(0, 2), slice(1, 2), slice(0, 1)), 40),
+    ],
+  )
+  def test_no_more_is_read_than_the_run_that_spans_it(self, index, elements, save, rng):
+    counts = []
+    values = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    with opened(save({"x": values}), on_bytes=counts.append) as (tensors, made):
+      np.testing.assert_array_equal(made.read_box(tensors["x"], index), values[index])
+    assert counts == [4 * elements]
+
+
+class TestMaps:
+  @pytest.mark.parametrize("offset", [0, 4, 8, 32, 60])
+  def test_only_memory_that_a_device_can_alias(self, offset, save, x):
+    """Where the data starts, and each element within it, at a multiple of 64 bytes or not."""
+    directory = save({"x": x}, data_start=offset)
+    with opened(directory) as (tensors, made):
+      for element in range(48):
+        mapped = made.map_elements(tensors["x"], element, 48 - element)
+        assert (mapped is not None) == ((offset + 4 * element) % 64 == 0)
+        if mapped is not None:
+          np.testing.assert_array_equal(mapped, x.reshape(-1)[element:])
+          assert mapped.ctypes.data % 64 == 0
+          assert not mapped.flags.writeable
+
+  def test_nothing_is_no_memory(self, save):
+    with opened(save({"x": np.zeros((0, 4), np.float32)}, data_start=0)) as (tensors, made):
+      assert made.map_elements(tensors["x"], 0, 0) is None
+
+  def test_it_outlives_the_reader_and_the_file_s_name(self, save, x):
+    directory = save({"x": x}, data_start=0)
+    with opened(directory) as (tensors, made):
+      mapped = made.map_elements(tensors["x"], 0, 48)
+    os.remove(directory / "model.safetensors")
+    del made
+    gc.collect()
+    np.testing.assert_array_equal(mapped, x.reshape(-1))
+
+  def test_its_bytes_count_as_read(self, save, x):
+    counts = []
+    with opened(save({"x": x}, data_start=0), on_bytes=counts.append) as (tensors, made):
+      made.map_elements(tensors["x"], 16, 20)
+    assert counts == [80]
+
+
+class TestTwins:
+  def test_a_part_of_the_comparison_is_of_that_part_alone(self, save, x, small_chunks):
+    """Of three parts the middle one differs."""
+    other = x.copy()
+    other[3, 0] += 1
+    with opened(save({"a": x, "b": other, "same": x})) as (_, made):
+      made.check_equal("a", "same")
+      for part, parts in [(0, 1), (1, 3), (1, 2)]:
+        with pytest.raises(CheckpointError, match="a differs from b"):
+          made.check_equal("a", "b", part, parts)
+      for part in (0, 2):
+        made.check_equal("a", "b", part, 3)
+
+
+class TestFiles:
+  def test_one_file_is_read_by_its_path(self, save, x):
+    with opened(save({"x": x}) / "model.safetensors") as (tensors, made):
+      np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 48), x.reshape(-1))
+
+  def test_only_the_named_files_are_opened(self, save_sharded, x):
+    directory = save_sharded({f"m-{name}.safetensors": {name: x} for name in "abc"})
+    checkpoint = read_safetensors(LocalFiles(str(directory)))
+    os.remove(directory / "m-b.safetensors")
+    before = descriptors()
+    names = ["m-a.safetensors", "m-c.safetensors"]
+    with opened(None, names, checkpoint=checkpoint) as (tensors, made):
+      assert descriptors() == before + 2
+      np.testing.assert_array_equal(made.read_elements(tensors["c"], 0, 48), x.reshape(-1))
+    assert descriptors() == before
+
+  @pytest.mark.parametrize("change", ["gone", "shorter", "replaced"])
+  def test_nothing_stays_open_where_one_of_them_cannot_be_read(self, change, save_sharded, save, x):
+    directory = save_sharded({f"m-{name}.safetensors": {name: x} for name in "ab"})
+    checkpoint = read_safetensors(LocalFiles(str(directory)))
+    last = directory / "m-b.safetensors"
+    if change == "gone":
+      last.unlink()
+    elif change == "shorter":
+      os.truncate(last, last.stat().st_size - 1)
+    else:
+      save({"b": x.T.copy()}, last.name)
+    before = descriptors()
+    with (
+      pytest.raises(FileNotFoundError if change == "gone" else CheckpointError, match=r"m-b\.safetensors"),
+      opened(None, checkpoint=checkpoint),
+    ):
+      pytest.fail("nothing is read")
+    assert descriptors() == before
+
+  @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+      (lambda data: data[:62], "it has 62 bytes, but its header described 63: it changed meanwhile"),
+      (
+        lambda data: b"abd" + data[3:],
+        "its header is another one than was read before: it changed meanwhile",
+      ),
+    ],
+  )
+  def test_a_file_that_was_replaced_before_it_is_opened_is_an_error(self, change, message, coded, tmp_path):
+    checkpoint, _ = coded
+    path = tmp_path / "blocks.bin"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message), opened(None, checkpoint=checkpoint):
+      pytest.fail("nothing is read")
+
+  def test_a_file_that_shrinks_meanwhile_is_an_error(self, save, x):
+    directory = save({"x": x})
+    with opened(directory) as (tensors, made):
+      made.read_elements(tensors["x"], 0, 48)
+      os.truncate(directory / "model.safetensors", tensors["x"].stop - 4)
+      np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 47), x.reshape(-1)[:47])
+      with pytest.raises(CheckpointError, match="x: the file ended early; it changed meanwhile"):
+        made.read_elements(tensors["x"], 0, 48)
+
+  def test_a_file_that_is_replaced_meanwhile_is_still_the_old_one(self, save, x):
+    directory = save({"x": x})
+    with opened(directory) as (tensors, made):
+      (directory / "other").write_bytes((directory / "model.safetensors").read_bytes()[::-1])
+      os.replace(directory / "other", directory / "model.safetensors")
+      np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 48), x.reshape(-1))
