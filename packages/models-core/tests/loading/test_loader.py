@@ -645,3 +645,30 @@ class TestModel:
     made = plan(Store(str(remote)), {"a": ((4, 6), P())}, table)
     assert_same(load_arrays(made)["a"], x)
     assert Store.fetched == ("m-1.safetensors",)
+
+
+class TestOpenedPlans:
+  def test_parameters_are_read_one_by_one_in_any_order(self, save, plan, rng, mesh):
+    tensors = {name: rng.normal(size=(8, 4)).astype(np.float32) for name in "abc"}
+    table = WeightTable(*((name, name, "v d") for name in tensors))
+    made = plan(save(tensors), dict.fromkeys(tensors, ((8, 4), P("fsdp", "tp"))), table, mesh)
+    with made.open() as opened:
+      for name in "cabc":
+        assert_same(opened.read(name), tensors[name])
+      assert opened.read_all("ba").keys() == {"a", "b"}
+
+  def test_nothing_is_opened_before_the_first_read(self, save, plan, mesh):
+    directory = save({"a": np.zeros((8, 4), np.float32)})
+    made = plan(directory, {"a": ((8, 4), P())}, WeightTable(("a", "a", "v d")), mesh)
+    (directory / "model.safetensors").unlink()
+    with made.open() as opened, pytest.raises(FileNotFoundError):
+      opened.read("a")
+
+  def test_a_head_that_differs_is_found_by_each_read(self, save, plan, mesh):
+    x = np.zeros((8, 4), np.float32)
+    table = WeightTable(("emb", "embed", "v d"), tied=[Tied("head", "embed")])
+    made = plan(save({"embed": x, "head": x + 1}), {"emb": ((8, 4), P())}, table, mesh)
+    with made.open() as opened:
+      for _ in range(2):
+        with pytest.raises(CheckpointError, match="head differs from embed"):
+          opened.read("emb")

@@ -91,15 +91,20 @@ class OpenedPlan:
   def reader(self) -> TensorReader:
     """The reader of the checkpoint, for tensors that no parameter takes."""
     if self._reader is None:
-      mesh = self.plan.mesh
+      mesh, ties = self.plan.mesh, self.plan.ties
       check_same(mesh, "checkpoint", _fingerprint(self.plan))
       with together(mesh):
-        self._reader = self.plan.checkpoint.open(files_of_process(self.plan), self._on_bytes)
-      self._pool = concurrent.futures.ThreadPoolExecutor(self._reader.threads)
-      with together(mesh):
-        at = self._processes.index(jax.process_index())
-        for tie in self.plan.ties:
-          self._reader.check_equal(tie.tensor, tie.twin, at, len(self._processes))
+        reader = self.plan.checkpoint.open(files_of_process(self.plan), self._on_bytes)
+      try:
+        with together(mesh):
+          for tie in ties:
+            part = self._processes.index(jax.process_index())
+            reader.check_equal(tie.tensor, tie.twin, part, len(self._processes))
+      except BaseException:
+        reader.close()
+        raise
+      self._reader = reader
+      self._pool = concurrent.futures.ThreadPoolExecutor(reader.threads)
     return self._reader
 
   def read(self, name: str) -> jax.Array:
