@@ -1,5 +1,6 @@
 """What is on the disk when a directory takes its name: a power cut never leaves a name without its content."""
 
+import errno
 import os
 import pathlib
 import stat
@@ -86,9 +87,10 @@ def target(request, tmp_path, trace, monkeypatch):
   return directory
 
 
-def assert_durable(trace, target):
+def assert_durable(trace, target, *, linked=True):
   """Every file and folder that is new was on the disk before the rename, and the name itself after it."""
-  old = {target / "runs" / "log"}  # under its second name; nothing was written into it
+  # Under its second name: nothing was written into it, unless it had to be copied.
+  old = {target / "runs" / "log"} if linked else set()
   everything = {target, *target.rglob("*")} - old
   before, after = trace.around(target)
   missing = [str(path.relative_to(target)) for path in everything if state_of(path) not in before]
@@ -101,6 +103,15 @@ def test_files_of_safetensors(target, trace):
   assert len(list(target.glob("*.safetensors"))) == 3
   assert (target / "model.safetensors.index.json").exists()
   assert_durable(trace, target)
+
+
+def test_what_stays_is_copied_where_there_are_no_hard_links(target, trace, monkeypatch):
+  def refuse(source, target):
+    raise OSError(errno.EPERM, "no links here", source)
+
+  monkeypatch.setattr(os, "link", refuse)
+  save_model_to_safetensors(STATE, target, overwrite=True)
+  assert_durable(trace, target, linked=False)
 
 
 def test_several_devices_hold_what_is_saved(target, trace):

@@ -228,6 +228,8 @@ def _link(source: str, target: str) -> None:
       if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
         raise
       shutil.copy2(source, target)
+      with open(target, "rb") as copy:
+        os.fsync(copy.fileno())
 
 
 def _exchange(building: str, target: str) -> None:
