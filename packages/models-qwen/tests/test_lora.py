@@ -289,7 +289,8 @@ def test_a_directory_that_is_no_adapter_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("text", "message"), [("{", "is not valid JSON"), ("[]", "is list, expected an object")]
+  ("text", "message"),
+  [("{", "is not valid JSON"), ("[]", "holds a value of type list, expected a JSON object")],
 )
 def test_a_broken_adapter_config_says_so(tmp_path, text, message):
   save_peft_adapter(adapter_of(adapted(), alpha=ALPHA), tmp_path, FAMILY, CONFIG)
