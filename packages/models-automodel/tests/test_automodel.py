@@ -162,7 +162,7 @@ def test_one_error_names_what_is_missing_extra_mis_shaped_and_doubled(edit_confi
   assert "model.layers.0.mlp.up_proj.weight is missing" in text
   assert "model.layers.0.mlp.side_proj.weight (3, 3) is unexpected" in text
   assert "lm_head.weight has shape (63, 16), but the parameter lm_head.w (64, 16) needs (64, 16)" in text
-  assert "model.norm.weight is doubled: in a.safetensors and in b.safetensors" in text
+  assert "model.norm.weight occurs twice: in a.safetensors and in b.safetensors" in text
 
 
 def test_the_plan_costs_a_mesh_without_reading_weights(checkpoint, tmp_path):
@@ -275,7 +275,7 @@ def test_a_family_that_is_not_installed_is_refused_with_the_command_that_install
 def test_broken_json_is_a_config_error_that_names_the_file(edit_config):
   directory = edit_config()
   (directory / "config.json").write_text('{"model_type": "llama", "model_type": "qwen2"}')
-  with pytest.raises(ConfigError, match=r"config\.json is not valid JSON: 'model_type' is doubled"):
+  with pytest.raises(ConfigError, match=r"config\.json is not valid JSON: the key 'model_type' occurs twice"):
     AutoModel.from_pretrained(str(directory))
 
 

@@ -132,7 +132,10 @@ def test_a_file_that_was_replaced_after_the_plan_is_refused(folder):
   renamed = {f"{key}2": entry for key, entry in entries.items()}
   text = json.dumps(renamed).encode().ljust(length)
   (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-  with plan.open() as opened, pytest.raises(ValueError, match=f"{name}: 1 problem\n.*changed meanwhile"):
+  with (
+    plan.open() as opened,
+    pytest.raises(ValueError, match=f"{name}: 1 problem\n.*has changed since its header was read"),
+  ):
     opened.read(plan.parameters[0].parameter.name)
 
 

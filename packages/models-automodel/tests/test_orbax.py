@@ -173,7 +173,7 @@ def test_a_licence_that_is_not_accepted(server, tmp_path):
 
 def test_a_tree_without_data_says_so(tmp_path):
   (tmp_path / "_METADATA").write_text("[]")
-  with pytest.raises(CheckpointError, match="no list of a tree's arrays"):
+  with pytest.raises(CheckpointError, match="not the metadata of an Orbax checkpoint"):
     read_orbax(LocalFiles(str(tmp_path)))
 
 

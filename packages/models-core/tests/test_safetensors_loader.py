@@ -132,7 +132,7 @@ class TestProblems:
     directory = save(tensors)
     (directory / "model.safetensors").write_bytes(b"")
     (problem,) = self.problems(directory, toy, MAPPING)
-    assert problem.startswith("model.safetensors: 0 bytes")
+    assert problem.startswith("model.safetensors: not a safetensors file: it has only 0 bytes")
 
   def test_a_directory_without_weights_is_refused(self, toy, tmp_path):
     assert self.problems(tmp_path, toy, MAPPING) == ("no safetensors file: the directory is empty",)

@@ -265,7 +265,8 @@ class TestLoading:
       load(directory)
 
   @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not valid JSON"), ("[]", "is list, expected an object")]
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[]", "holds a value of type list, expected a JSON object")],
   )
   def test_a_configuration_that_is_none(self, text, message, saved):
     directory = saved()

@@ -44,7 +44,7 @@ NUMBERS = {"num_kv_heads": 2, "rope_theta": 1e4, "norm_eps": 1e-6}
     ("hidden_dim", True, "hidden_dim is True"),
     ("rope_theta", "1e4", "rope_theta is '1e4', expected a positive number"),
     ("norm_eps", float("nan"), "norm_eps is nan"),
-    ("num_kv_heads", 3, "num_heads=4 is no multiple of num_kv_heads=3"),
+    ("num_kv_heads", 3, "num_heads=4 is not a multiple of num_kv_heads=3"),
     ("head_dim", 3, "head_dim=3 is odd"),
   ],
 )

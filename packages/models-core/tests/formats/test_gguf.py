@@ -242,16 +242,16 @@ def test_exchanged_parts(split):
   a, b, c = sorted(split.glob("*.gguf"))
   a_data, b_data = a.read_bytes(), b.read_bytes()
   a.write_bytes(b_data), b.write_bytes(a_data)
-  with pytest.raises(CheckpointError, match=r"split.no is 1, but by its name it is part 0"):
+  with pytest.raises(CheckpointError, match=r"split.no is 1, but the file name says 0"):
     read_gguf(LocalFiles(str(split)))
   a.write_bytes(a_data), b.write_bytes(c.read_bytes())
-  with pytest.raises(CheckpointError, match=r"w4 is in m-00002-of-00003.gguf already"):
+  with pytest.raises(CheckpointError, match=r"w4 is also in m-00002-of-00003.gguf"):
     read_gguf(LocalFiles(str(split)))
 
 
 def test_a_renamed_part(split):
   data = (split / "m-00001-of-00003.gguf").read_bytes()
-  with pytest.raises(CheckpointError, match=r"split.count is 3, but by the file names"):
+  with pytest.raises(CheckpointError, match=r"split.count is 3, but the file names give 1"):
     read_gguf(MemoryFiles({"m.gguf": data}))
 
 
@@ -291,7 +291,7 @@ def blob(keys=(), tensors=(), data=64, magic=b"GGUF", version=3, counts=None):
 
 HUGE = 2**64 - 1
 MALFORMED = {
-  "empty": (b"", "cut off"),
+  "empty": (b"", "truncated or malformed: the magic number at byte 0 needs 4 bytes"),
   "magic": (blob(magic=b"GGML"), "not a GGUF file"),
   "version 1": (blob(version=1), "GGUF version 1"),
   "version 4": (blob(version=4), "GGUF version 4"),
@@ -299,21 +299,24 @@ MALFORMED = {
   "big-endian": (blob(version=3 << 24), "big-endian"),
   "tensor count": (blob(counts=(HUGE, 0)), "tensors, more than"),
   "key count": (blob(counts=(0, HUGE)), "keys, more than"),
-  "cut in keys": (blob([key("a", 4, b"1234")])[:40], "cut off"),
-  "long key": (blob([struct.pack("<Q", HUGE)], data=99), "more than its"),
+  "truncated in keys": (
+    blob([key("a", 4, b"1234")])[:40],
+    "truncated or malformed: a at byte 37 needs 4 bytes",
+  ),
+  "long key": (blob([struct.pack("<Q", HUGE)], data=99), "bytes of a key, more than the file's"),
   "key not UTF-8": (blob([key(b"\xff", 4, b"1234")]), "not UTF-8"),
   "value not UTF-8": (blob([key("a", 8, text(b"\xff"))]), "not UTF-8"),
   "element not UTF-8": (
     blob([key("a", 9, struct.pack("<IQ", 8, 1) + text(b"\xff"))]),
-    "string 0 is not UTF-8",
+    "string 0 of a is not UTF-8",
   ),
-  "doubled key": (blob([key("a", 0, b"1"), key("a", 0, b"2")]), "the key a is doubled"),
+  "duplicate key": (blob([key("a", 0, b"1"), key("a", 0, b"2")]), "the key a occurs twice"),
   "type of value": (blob([key("a", 13, b"1234")]), "unknown type 13"),
   "type of elements": (blob([key("a", 9, struct.pack("<IQ", 99, 1))]), "unknown type 99"),
   "nested array": (blob([key("a", 9, struct.pack("<IQIQ", 9, 1, 0, 1) + b"1")]), "unknown type 9"),
   "long array": (blob([key("a", 9, struct.pack("<IQ", 12, HUGE))]), "elements of a, more than"),
   "many strings": (blob([key("a", 9, struct.pack("<IQ", 8, HUGE))]), "strings of a, more than"),
-  "long element": (blob([key("a", 9, struct.pack("<IQQ", 8, 1, HUGE))]), "cut off or malformed: a at byte"),
+  "long element": (blob([key("a", 9, struct.pack("<IQQ", 8, 1, HUGE))]), "truncated or malformed: a at byte"),
   "truth value": (blob([key("a", 7, b"\2")]), "neither true nor false"),
   "truth values": (blob([key("a", 9, struct.pack("<IQ", 7, 2) + b"\0\3")]), "neither true nor false"),
   "alignment": (blob([key("general.alignment", 4, struct.pack("<I", 48))]), "expected a power of two"),
@@ -322,15 +325,24 @@ MALFORMED = {
   "text alignment": (blob([key("general.alignment", 8, text("32"))]), "expected a power of two"),
   "type": (blob(tensors=[tensor(kind=4)]), "w has the unknown type 4"),
   "rank": (blob(tensors=[tensor(shape=(1,) * 5)]), "has 5 axes"),
-  "huge rank": (blob(tensors=[text("w") + struct.pack("<IQQ", 2**32 - 1, 0, 0)]), "axes, at most"),
+  "huge rank": (
+    blob(tensors=[text("w") + struct.pack("<IQQ", 2**32 - 1, 0, 0)]),
+    "axes, but GGUF allows at most 4",
+  ),
   "empty tensor": (blob(tensors=[tensor(shape=(0, 4))]), "is empty"),
-  "half a block": (blob(tensors=[tensor(shape=(48,), kind=8)]), "Q8_0's blocks of 32"),
-  "scalar block": (blob(tensors=[tensor(shape=(), kind=8)]), "Q8_0's blocks of 32"),
+  "half a block": (
+    blob(tensors=[tensor(shape=(48,), kind=8)]),
+    "Q8_0 stores the last axis in blocks of 32 elements",
+  ),
+  "scalar block": (
+    blob(tensors=[tensor(shape=(), kind=8)]),
+    "Q8_0 stores the last axis in blocks of 32 elements",
+  ),
   "past the end": (blob(tensors=[tensor(shape=(17,))]), "ends at byte"),
   "huge offset": (blob(tensors=[tensor(offset=2**64 - 32)]), "ends at byte"),
   "huge shape": (blob(tensors=[tensor(shape=(HUGE,) * 4)]), "ends at byte"),
   "misaligned": (blob(tensors=[tensor(offset=4)]), "is misaligned"),
-  "doubled tensor": (blob(tensors=[tensor(), tensor(offset=32)]), "the tensor w is doubled"),
+  "duplicate tensor": (blob(tensors=[tensor(), tensor(offset=32)]), "the tensor w occurs twice"),
   "overlap": (blob(tensors=[tensor("a", (16,)), tensor("b", offset=32)]), r"a \(bytes .* and b \(.* overlap"),
   "tensor total": (blob([key("split.tensors.count", 5, struct.pack("<i", 7))]), "split.tensors.count is 7"),
 }
@@ -587,7 +599,12 @@ def without(name):
 
 
 WRONG = {
-  "architecture": ("mamba", {}, None, r"general.architecture is 'mamba'; the known ones are llama"),
+  "architecture": (
+    "mamba",
+    {},
+    None,
+    r"general.architecture is 'mamba', which is not implemented; implemented are llama",
+  ),
   "text": (
     "llama",
     LLAMA | {"block_count": "2"},
@@ -597,7 +614,12 @@ WRONG = {
   "list": ("llama", LLAMA | {"feed_forward_length": [1, 2]}, None, "llama.feed_forward_length is array"),
   "zero": ("llama", LLAMA | {"block_count": 0}, None, "llama.block_count is 0"),
   "nan": ("llama", LLAMA | {"rope.freq_base": float("nan")}, None, "llama.rope.freq_base is nan"),
-  "heads": ("llama", LLAMA | {"attention.head_count": 5}, None, "5 heads do not divide 64"),
+  "heads": (
+    "llama",
+    LLAMA | {"attention.head_count": 5},
+    None,
+    "embedding_length 64 is not a multiple of attention.head_count 5",
+  ),
   "partial": ("llama", LLAMA | {"rope.dimension_count": 8}, None, "rope.dimension_count is 8; only 16 is"),
   "list of dimensions": (
     "llama",
@@ -638,12 +660,17 @@ WRONG = {
     "gemma3",
     GEMMA3 | {"attention.sliding_window_pattern": [True]},
     None,
-    "each of 2 layers",
+    "expected 2 booleans, one for each layer",
   ),
   "caps": ("gemma2", GEMMA2, None, "gemma2.attn_logit_softcapping is missing"),
-  "two scalings": ("llama", LLAMA | {"rope.scaling.factor": 2.0}, np.ones(8, np.float32), "two scalings"),
-  "factors": ("llama", LLAMA, np.zeros(8, np.float32), "other than positive numbers"),
-  "shape of factors": ("llama", LLAMA, np.ones(4, np.float32), r"expected float32 \(8,\)"),
+  "two scalings": (
+    "llama",
+    LLAMA | {"rope.scaling.factor": 2.0},
+    np.ones(8, np.float32),
+    "RoPE is scaled twice",
+  ),
+  "factors": ("llama", LLAMA, np.zeros(8, np.float32), "must hold finite positive numbers alone"),
+  "shape of factors": ("llama", LLAMA, np.ones(4, np.float32), r"expected float32 of shape \(8,\)"),
 } | {
   f"no {name}": ("llama", without(name), None, f"the key llama.{name} is missing")
   for name in LLAMA
@@ -661,7 +688,9 @@ def test_wrong_configs(tmp_path, architecture, keys, factors, message):
 
 def test_no_embedding(tmp_path):
   write(tmp_path / "m.gguf", tensors={"w": np.zeros(4, np.float32)})
-  with pytest.raises(CheckpointError, match=r"token_embd.weight \[vocabulary, width\] is missing"):
+  with pytest.raises(
+    CheckpointError, match=r"token_embd.weight of shape \[vocab_size, hidden_size\] is missing"
+  ):
     gguf_config(read_gguf(LocalFiles(str(tmp_path))))
 
 

@@ -7,15 +7,18 @@ from models_core.formats import LocalFiles, read_json
 
 WRONG = {
   "empty": (b"", "is not valid JSON"),
-  "cut off": (b'{"a": 1', "is not valid JSON"),
+  "truncated": (b'{"a": 1', "is not valid JSON"),
   "not UTF-8": (b'{"a": "\xff"}', "is not valid JSON: 'utf-8' codec"),
   "with a byte order mark": (b'\xef\xbb\xbf{"a": 1}', "is not valid JSON"),
   "too deep": (b'{"a": ' + b"[" * 100_000, "is not valid JSON: maximum recursion depth"),
-  "a doubled key": (b'{"a": 1, "a": 1}', "is not valid JSON: 'a' is doubled"),
-  "a doubled key within": (b'{"a": {"b": 1, "b": 1}}', "is not valid JSON: 'b' is doubled"),
-  "a list": (b"[]", "is list, expected an object"),
-  "null": (b"null", "is NoneType, expected an object"),
-  "a text": (b'"a"', "is str, expected an object"),
+  "a duplicate key": (b'{"a": 1, "a": 1}', "is not valid JSON: the key 'a' occurs twice"),
+  "a duplicate key in a nested object": (
+    b'{"a": {"b": 1, "b": 1}}',
+    "is not valid JSON: the key 'b' occurs twice",
+  ),
+  "a list": (b"[]", "holds a value of type list, expected a JSON object"),
+  "null": (b"null", "holds a value of type NoneType, expected a JSON object"),
+  "a text": (b'"a"', "holds a value of type str, expected a JSON object"),
 }
 
 

@@ -265,10 +265,13 @@ class TestFiles:
   @pytest.mark.parametrize(
     ("change", "message"),
     [
-      (lambda data: data[:62], "it has 62 bytes, but its header described 63: it changed meanwhile"),
+      (
+        lambda data: data[:62],
+        "the file has 62 bytes, but its header describes 63: the file has changed since",
+      ),
       (
         lambda data: b"abd" + data[3:],
-        "its header is another one than was read before: it changed meanwhile",
+        "the file has changed since its header was read: load it again",
       ),
     ],
   )
@@ -285,7 +288,10 @@ class TestFiles:
       made.read_elements(tensors["x"], 0, 48)
       os.truncate(directory / "model.safetensors", tensors["x"].stop - 4)
       np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 47), x.reshape(-1)[:47])
-      with pytest.raises(CheckpointError, match="x: the file ended early; it changed meanwhile"):
+      with pytest.raises(
+        CheckpointError,
+        match="the file ends within x: it has changed since its header was read; load it again",
+      ):
         made.read_elements(tensors["x"], 0, 48)
 
   def test_a_file_that_is_replaced_meanwhile_is_still_the_old_one(self, save, x):

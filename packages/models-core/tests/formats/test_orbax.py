@@ -1,4 +1,4 @@
-"""Orbax trees: what their metadata say, in every way to write them, and what is wrong with broken ones."""
+"""Orbax trees: what their metadata says, in each way of writing them, and the problems of broken ones."""
 
 import msgpack
 import numpy as np
@@ -46,7 +46,7 @@ def test_names_shapes_and_numbers(save, database):
 
 
 def write_aggregate(directory, tree):
-  """Turns a tree of directories into what older versions wrote: a file `checkpoint`, no `_METADATA`."""
+  """Makes a tree of directories look as older versions wrote it: with a file `checkpoint`, without `_METADATA`."""
   (directory / "_METADATA").unlink()
   (directory / "checkpoint").write_bytes(msgpack.packb(tree))
 
@@ -58,13 +58,13 @@ def test_the_older_file_of_the_structure(save):
   np.testing.assert_array_equal(values(read(directory))["scale"], TREE["scale"])
 
 
-def test_what_the_older_file_says_must_be_there(save):
+def test_arrays_that_the_older_file_lists_must_be_there(save):
   directory = save(TREE, use_ocdbt=False)
   inside = msgpack.ExtType(1, msgpack.packb(((1,), "float32", b"\0\0\0\0")))
   write_aggregate(directory, {"bias": "PLACEHOLDER://bias", "scale": inside})
   missing, within = read(directory).problems
-  assert missing == "bias is missing: checkpoint lists it"
-  assert within.startswith("scale is a part of the file checkpoint")
+  assert missing == "bias is missing, but checkpoint lists it: copy or download the checkpoint again"
+  assert within.startswith("scale is stored inside the file checkpoint")
 
 
 def test_a_tree_is_found_one_folder_below(save, tmp_path):
@@ -72,33 +72,35 @@ def test_a_tree_is_found_one_folder_below(save, tmp_path):
   (tmp_path / "tokenizer.model").write_bytes(b"")
   assert find_orbax(LocalFiles(str(tmp_path))) == "2b/"
   save(TREE, "7b")
-  with pytest.raises(CheckpointError, match=r"several checkpoints lie here \(2b, 7b\)"):
+  with pytest.raises(CheckpointError, match=r"the directory holds several checkpoints \(2b, 7b\)"):
     read(tmp_path)
 
 
-def test_what_is_none(tmp_path):
+def test_files_without_a_tree(tmp_path):
   (tmp_path / "checkpoint").write_text('model_checkpoint_path: "of TensorFlow"')
   assert find_orbax(LocalFiles(str(tmp_path))) is None
   with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
     read(tmp_path)
 
 
-def test_a_file_that_is_missing_is_no_zeros(save):
+def test_a_missing_file_is_a_problem_and_not_zeros(save):
   directory = save(TREE, use_ocdbt=False)
   (directory / f"{KEY}.w" / "0.0.0").unlink()
   assert read(directory).problems == (
-    f"{KEY}.w is incomplete: 1 of its 1 files are missing; copy or download it anew",
+    f"{KEY}.w is incomplete (1 of 1 files are missing): copy or download it again",
   )
 
 
-def test_an_array_that_is_missing(save):
+def test_a_missing_array(save):
   directory = save(TREE, use_ocdbt=False)
   for file in (directory / "scale").iterdir():
     file.unlink()
-  assert read(directory).problems == ("scale is missing: _METADATA lists it",)
+  assert read(directory).problems == (
+    "scale is missing, but _METADATA lists it: copy or download the checkpoint again",
+  )
 
 
-def test_data_that_is_cut_off(save):
+def test_truncated_data(save):
   tree = {"w": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)}
   directory = save(tree)
   for file in [p for p in directory.rglob("d/*") if p.stat().st_size > 4096]:
@@ -114,7 +116,7 @@ def test_a_save_that_was_never_finished(save):
     read(unfinished)
 
 
-def test_an_alone_and_a_stacked_layer(save):
+def test_stacked_layers_and_a_layer_that_occurs_twice(save):
   stacked = {
     f"transformer/stacked_layers/attention_type_{p}/mlp": {"w": np.full((2, 3), p, np.float32)}
     for p in (0, 1)
@@ -122,7 +124,7 @@ def test_an_alone_and_a_stacked_layer(save):
   found = values(read(save(stacked)))
   assert {n: int(x[0]) for n, x in found.items()} == {f"transformer/layer_{i}/mlp.w": i % 2 for i in range(4)}
   both = read(save(stacked | {"transformer/layer_3/mlp": {"w": np.zeros(3, np.float32)}}, "both"))
-  assert both.problems[0].startswith("transformer/layer_3/mlp.w is doubled")
+  assert both.problems[0].startswith("transformer/layer_3/mlp.w occurs twice")
 
 
 class Addressed:
@@ -146,7 +148,7 @@ class Addressed:
 
 
 @pytest.mark.parametrize("database", [True, False])
-def test_an_address_is_read_where_it_lies(save, tmp_path, database):
+def test_files_at_an_address_are_read_in_place(save, tmp_path, database):
   save(TREE, use_ocdbt=database)
   checkpoint = read_orbax(Addressed(tmp_path))
   np.testing.assert_array_equal(values(checkpoint)[f"{KEY}.w"], TREE[KEY]["w"])

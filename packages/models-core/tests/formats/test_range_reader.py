@@ -1,4 +1,4 @@
-"""Reading where the files lie: which ranges are asked for, how many at a time, and what an error does."""
+"""Reading files in place: which ranges are requested, how many at a time, and what an error does."""
 
 import collections
 import threading

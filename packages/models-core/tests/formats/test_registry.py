@@ -91,7 +91,9 @@ def test_a_header_that_changed_after_it_was_read_is_refused(write, format, tmp_p
   at = data.index(b"x", 8)
   data[at : at + 1] = b"y"
   path.write_bytes(data)
-  with pytest.raises(CheckpointError, match=f"{name}: 1 problem\n.*changed meanwhile"):
+  with pytest.raises(
+    CheckpointError, match=f"{name}: 1 problem\n.*has changed since its header was read: load it again"
+  ):
     checkpoint.open([name])
 
 

@@ -25,7 +25,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 def problems(directory):
-  """All that is wrong with a checkpoint: in its headers, or so wrong that there is none."""
+  """All problems of a checkpoint: those of its headers, or the error if it cannot be read at all."""
   try:
     return read_safetensors(LocalFiles(str(directory))).problems
   except CheckpointError as error:
@@ -34,7 +34,7 @@ def problems(directory):
 
 @pytest.fixture
 def broken(tmp_path):
-  """What is wrong with a file of these bytes."""
+  """Writes a file and returns its only problem."""
 
   def write(content):
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -117,11 +117,11 @@ def test_without_an_index_model_safetensors_counts_alone(save):
   assert checkpoint.tensors["a"].file == "model.safetensors"
 
 
-def test_without_either_all_files_count_and_doubles_are_named(save):
+def test_without_either_all_files_count_and_duplicates_are_named(save):
   save({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, "x-1.safetensors")
   directory = save({"b": np.zeros(2, np.float32), "c": np.zeros(2, np.float32)}, "x-2.safetensors")
   (problem,) = problems(directory)
-  assert problem == "b is doubled: in x-1.safetensors and in x-2.safetensors; remove one"
+  assert problem == "b occurs twice: in x-1.safetensors and in x-2.safetensors; remove one"
 
 
 def test_a_missing_shard_is_named(save_sharded):
@@ -158,20 +158,20 @@ def test_all_broken_shards_are_named_at_once(save_sharded):
   ("content", "message"),
   [
     ("{", "is not valid JSON"),
-    ("[]", "list, expected an object"),
+    ("[]", "type list, expected a JSON object"),
     ("{}", "no weight_map"),
     ('{"weight_map": {}}', "no weight_map"),
     ('{"weight_map": []}', "no weight_map"),
-    ('{"weight_map": {"a": 1}}', "leaves the directory"),
-    ('{"weight_map": {"a": "../m.safetensors"}}', "leaves the directory"),
-    ('{"weight_map": {"a": "x/../../m.safetensors"}}', "leaves the directory"),
-    ('{"weight_map": {"a": "/etc/passwd"}}', "leaves the directory"),
-    ('{"weight_map": {"a": "..\\\\m.safetensors"}}', "leaves the directory"),
-    ('{"weight_map": {"a": "m\\u0000.safetensors"}}', "leaves the directory"),
-    ('{"weight_map": {"a": ""}}', "leaves the directory"),
-    ('{"weight_map": {"a": "m", "a": "n"}}', "'a' is doubled"),
+    ('{"weight_map": {"a": 1}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "../m.safetensors"}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "x/../../m.safetensors"}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "/etc/passwd"}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "..\\\\m.safetensors"}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "m\\u0000.safetensors"}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": ""}}', "which is not a file name within the directory"),
+    ('{"weight_map": {"a": "m", "a": "n"}}', "the key 'a' occurs twice"),
     ("[" * 100_000, "is not valid JSON"),
-    ("{}" + " " * (16 << 20), "more than the 16777216"),
+    ("{}" + " " * (16 << 20), "it has 16777218 bytes, but at most 16777216 are read"),
   ],
 )
 def test_an_index_that_cannot_be_trusted_is_one_problem(tmp_path, content, message):
@@ -233,51 +233,66 @@ def test_an_adapter_is_refused_as_one(tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b"", "0 bytes are no safetensors file"),
-    (b"1234567", "7 bytes are no safetensors file"),
+    (b"", "not a safetensors file: it has only 0 bytes"),
+    (b"1234567", "not a safetensors file: it has only 7 bytes"),
     (raw({}, length=2**63), "truncated"),
     (raw({}, length=2**64 - 1), "truncated"),
     (raw({}, length=100_000_001), "truncated"),
-    (raw(b" " * ((16 << 20) + 1)), "header of 16777217 bytes is longer than the 16777216"),
+    (raw(b" " * ((16 << 20) + 1)), "the header has 16777217 bytes, but at most 16777216 are read"),
     (raw({}, length=3), "truncated"),
     (raw(b"{"), "not valid"),
     (raw(b""), "not valid"),
     (raw(b'{"a": \xff}'), "not valid"),
     (raw(b"[" * 100_000), "not valid"),
     (raw(b'{"a": ' + b"1" * 5000 + b"}"), "not valid"),
-    (raw(b'{"a": 1, "a": 2}'), "'a' is doubled"),
-    (raw(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "'dtype' is doubled"),
-    (raw([]), "list, expected an object"),
-    (raw(None), "NoneType, expected an object"),
-    (raw({"__metadata__": [1]}), "__metadata__ is no object"),
-    (raw({"a": 1}), "a: its entry is no object"),
-    (raw({"a": {}}), "a: its entry lacks dtype, shape, data_offsets"),
-    (raw({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "a: its entry lacks data_offsets"),
+    (raw(b'{"a": 1, "a": 2}'), "the key 'a' occurs twice"),
+    (raw(b'{"a": {"dtype": "F32", "dtype": "F32"}}'), "the key 'dtype' occurs twice"),
+    (raw([]), "type list, expected a JSON object"),
+    (raw(None), "type NoneType, expected a JSON object"),
+    (raw({"__metadata__": [1]}), "__metadata__ in the header is not a JSON object"),
+    (raw({"a": 1}), "a: its header entry is not a JSON object"),
+    (raw({"a": {}}), "a: its header entry lacks dtype, shape, data_offsets"),
+    (raw({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "a: its header entry lacks data_offsets"),
     (raw({"a": entry("F4")}, bytes(8)), "'F4' is not one of"),
     (raw({"a": entry("f32")}, bytes(8)), "'f32' is not one of"),
-    (raw({"a": entry(["F32"])}, bytes(8)), "a: "),
+    (raw({"a": entry(["F32"])}, bytes(8)), "a: its dtype ['F32'] is not one of"),
     (raw({"a": entry(None)}, bytes(8)), "None is not one of"),
-    (raw({"a": entry(shape=[3])}, bytes(8)), "does not take the 8 bytes"),
-    (raw({"a": entry("BF16")}, bytes(8)), "does not take the 8 bytes"),
-    (raw({"a": entry(shape=[-2])}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry(shape=[-1, -2])}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry(shape=[2.0])}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry("U8", [True], [0, 1])}, bytes(1)), "no list of whole numbers"),
-    (raw({"a": entry(shape=["2"])}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry(shape=[2**64])}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry(shape=[2**62, 2**62])}, bytes(8)), "does not take the 8 bytes"),
-    (raw({"a": entry() | {"shape": 2}}, bytes(8)), "no list of whole numbers"),
-    (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "does not take the -8 bytes"),
-    (raw({"a": entry(offsets=[0])}, bytes(8)), "a: "),
-    (raw({"a": entry(offsets=[0, 8, 8])}, bytes(8)), "a: "),
-    (raw({"a": entry(offsets=[-8, 0])}, bytes(8)), "no list of whole numbers"),
+    (raw({"a": entry(shape=[3])}, bytes(8)), "its data_offsets span 8 bytes, which does not fit"),
+    (raw({"a": entry("BF16")}, bytes(8)), "its data_offsets span 8 bytes, which does not fit"),
+    (raw({"a": entry(shape=[-2])}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry(shape=[-1, -2])}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry(shape=[2.0])}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry("U8", [True], [0, 1])}, bytes(1)), "expected a list of whole numbers"),
+    (raw({"a": entry(shape=["2"])}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry(shape=[2**64])}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry(shape=[2**62, 2**62])}, bytes(8)), "its data_offsets span 8 bytes, which does not fit"),
+    (raw({"a": entry() | {"shape": 2}}, bytes(8)), "expected a list of whole numbers"),
+    (raw({"a": entry(offsets=[8, 0])}, bytes(8)), "its data_offsets span -8 bytes, which does not fit"),
+    (raw({"a": entry(offsets=[0])}, bytes(8)), "a: its data_offsets is [0], expected two numbers"),
+    (
+      raw({"a": entry(offsets=[0, 8, 8])}, bytes(8)),
+      "a: its data_offsets is [0, 8, 8], expected two numbers",
+    ),
+    (
+      raw({"a": entry(offsets=[-8, 0])}, bytes(8)),
+      "its data_offsets is [-8, 0], expected a list of whole numbers",
+    ),
     (raw({"a": entry()}, bytes(7)), "truncated or overwritten"),
     (raw({"a": entry()}, bytes(9)), "truncated or overwritten"),
     (raw({}, bytes(1)), "truncated or overwritten"),
-    (raw({"a": entry(offsets=[4, 12])}, bytes(12)), "leaves a gap after the one before"),
-    (raw({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)), "b: its data leaves a gap"),
-    (raw({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "b: its data overlaps"),
-    (raw({"a": entry(), "b": entry()}, bytes(8)), "b: its data overlaps"),
+    (
+      raw({"a": entry(offsets=[4, 12])}, bytes(12)),
+      "a: its data starts at byte 74 and leaves a gap after what precedes it, which ends at byte 70",
+    ),
+    (
+      raw({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)),
+      "b: its data starts at byte 144 and leaves a gap",
+    ),
+    (
+      raw({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
+      "b: its data starts at byte 135 and overlaps",
+    ),
+    (raw({"a": entry(), "b": entry()}, bytes(8)), "b: its data starts at byte 130 and overlaps"),
   ],
   ids=range(45),
 )
@@ -305,7 +320,7 @@ def test_tensors_may_be_empty_scalar_and_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b'{"a": 1, "b": {"a": 1}}', b"[1]", b"null"])
-def test_json_without_doubles_is_what_json_says(text):
+def test_json_without_duplicate_keys_is_what_json_says(text):
   assert parse_json(text) == json.loads(text)
 
 
@@ -345,7 +360,7 @@ def test_a_mutated_file_is_read_consistently_or_refused_as_a_checkpoint_error(sa
           del mutant[at : at + rnd.randrange(1, 9)]
         case 3:
           mutant[at:at] = rnd.choice([b"0", b"9", b"-", b"e9", b",1", b"null", mutant[at : at + 20]])
-    if rnd.random() < 0.7:  # Else the stated length is wrong, and nothing else is looked at.
+    if rnd.random() < 0.7:  # Otherwise the length is wrong, and nothing else is checked.
       mutant[:8] = struct.pack("<Q", len(mutant) - 8 - (len(good) - header))
     content = bytes(mutant)
     try:

@@ -97,7 +97,7 @@ class TestProblems:
     with pytest.raises(CheckpointError) as caught:
       plan(directory, {"a": ((3,), P()), "b": ((2,), P())}, WeightTable(("a", "a", "d"), ("b", "b", "d")))
     broken, shape, missing = caught.value.problems
-    assert broken.startswith("m-2.safetensors: 0 bytes")
+    assert broken.startswith("m-2.safetensors: not a safetensors file: it has only 0 bytes")
     assert shape.startswith("a has shape (2,)")
     assert missing.startswith("b is missing")
 

@@ -178,11 +178,15 @@ def zstd(data):
 @pytest.mark.parametrize(
   ("compressor", "stored", "problem"),
   [
-    (None, bytes(1000), r"w cannot be read: a cell has 1000 bytes, not the 1920 that the metadata say"),
-    (None, bytes(1921), r"w cannot be read: a cell has more than the 1920 bytes"),
-    (ZSTD, zstd(bytes(1000)), r"w cannot be read: a cell has 1000 bytes, not the 1920"),
-    (ZSTD, zstd(bytes(1921)), r"w cannot be read: a cell has more than the 1920 bytes"),
-    (ZSTD, zstd(np.random.default_rng(0).bytes(1920))[:900], r"w cannot be read: a cell has \d+ bytes, not"),
+    (
+      None,
+      bytes(1000),
+      r"w cannot be read: a chunk has 1000 bytes, not the 1920 that the array's metadata state",
+    ),
+    (None, bytes(1921), r"w cannot be read: a chunk has more than the 1920 bytes"),
+    (ZSTD, zstd(bytes(1000)), r"w cannot be read: a chunk has 1000 bytes, not the 1920"),
+    (ZSTD, zstd(bytes(1921)), r"w cannot be read: a chunk has more than the 1920 bytes"),
+    (ZSTD, zstd(np.random.default_rng(0).bytes(1920))[:900], r"w cannot be read: a chunk has \d+ bytes, not"),
     (ZSTD, b"no zstd at all, but something else", r"w cannot be read: .*zstd.*Unknown frame"),
     (ZSTD, zstd(bytes(1920)) + b"and more", r"w cannot be read: .*zstd.*Unknown frame"),
   ],

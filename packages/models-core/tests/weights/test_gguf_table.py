@@ -38,7 +38,7 @@ def test_a_row_of_ones_own_replaces_the_common_one_and_norms_may_hold_other_numb
 
 def test_a_parameter_without_a_common_name_wants_a_row():
   odd = WeightTable(("layers.{i}.mlp.gate.w", "model.layers.{i}.gate", "f d"))
-  with pytest.raises(ValueError, match=r"layers\.\{i\}\.mlp\.gate\.w: give its row"):
+  with pytest.raises(ValueError, match=r"layers\.\{i\}\.mlp\.gate\.w: pass a row for it"):
     gguf_table(odd)
   row = ("layers.{i}.mlp.gate.w", "blk.{i}.gate", "f d")
   assert rows(gguf_table(odd, row)) == rows(WeightTable(row))

@@ -127,14 +127,14 @@ def test_a_placeholder_is_a_whole_number_and_names_match_as_a_whole(name, found)
 @pytest.mark.parametrize(
   ("layout", "shape", "message"),
   [
-    ("f d", (4,), "has 2 axes for a parameter of shape"),
+    ("f d", (4,), "has 2 axes, but the parameter has shape"),
     ("f d -> e f d", (3, 4, 5), "different axes on its two sides"),
     ("e f d -> f d", (4, 5), "different axes on its two sides"),
     ("1 d -> d", (5,), "different axes on its two sides"),
-    ("(n h 2) d -> n (2 h) d", (2, 5, 5), "does not split an axis of 5"),
-    ("a b -> (a b)", (6,), "does not split an axis of 6"),
+    ("(n h 2) d -> n (2 h) d", (2, 5, 5), "cannot split an axis of size 5"),
+    ("a b -> (a b)", (6,), "cannot split an axis of size 6"),
     ("d d", (4, 5), "two sizes"),
-    ("(2/2 f) d -> f d", (4, 5), "parts count from 0"),
+    ("(2/2 f) d -> f d", (4, 5), "parts are counted from 0"),
   ],
 )
 def test_a_layout_that_does_not_fit_is_a_fault_of_the_table(layout, shape, message):

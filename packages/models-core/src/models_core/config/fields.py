@@ -1,4 +1,4 @@
-"""The fields that every architecture's configuration has, read from config.json and written to it."""
+"""Reads and writes the fields that the configurations of all architectures share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models_core.config.keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
 from models_core.rope_scaling import RopeScaling
 
-# Our field -> config.json's key.
+# Field of a configuration -> key of config.json.
 SIZES = {
   "num_layers": "num_hidden_layers",
   "vocab_size": "vocab_size",
@@ -27,11 +27,14 @@ _NUMBERS = ("rope_theta", "local_rope_theta", "norm_eps")
 
 
 def check_decoder(config: Any) -> None:
-  """Refuses a configuration that no decoder could have, whoever made it.
+  """Checks that a decoder can have this configuration, whether it was read from a file or made in code.
+
+  Args:
+    config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta` and `norm_eps`.
 
   Raises:
-    ConfigError: for a size that is no positive whole number, heads that don't share the KV heads evenly, heads of an
-      odd dimension, which RoPE cannot turn, or a RoPE base or epsilon that is no positive number.
+    ConfigError: if a size is not a positive whole number, RoPE's theta or the epsilon is not a positive number, the
+      number of heads is not a multiple of the number of KV heads, or the heads have an odd dimension.
   """
   for field in (*SIZES, "num_embed"):
     size = getattr(config, field, 1)
@@ -43,23 +46,29 @@ def check_decoder(config: Any) -> None:
       raise ConfigError(f"{field} is {number!r}, expected a positive number")
   if config.num_heads % config.num_kv_heads:
     raise ConfigError(
-      f"num_heads={config.num_heads} is no multiple of num_kv_heads={config.num_kv_heads}: "
-      "each KV head serves as many query heads"
+      f"num_heads={config.num_heads} is not a multiple of num_kv_heads={config.num_kv_heads}: "
+      "every KV head must serve the same number of query heads"
     )
   if config.head_dim % 2:
-    raise ConfigError(f"head_dim={config.head_dim} is odd: RoPE turns pairs")
+    raise ConfigError(
+      f"head_dim={config.head_dim} is odd, but RoPE rotates pairs of dimensions: it must be even"
+    )
 
 
 def read_sizes(keys: ConfigKeys, fields: Mapping[str, str] = SIZES, **defaults: int) -> dict[str, Any]:
-  """Fields that are sizes, and `norm_eps`.
+  """Reads the sizes, and `norm_eps`, from config.json.
 
   Args:
     keys: of config.json.
-    fields: key by field.
-    **defaults: by field, of those that config.json may leave out.
+    fields: field of the configuration -> key of config.json.
+    **defaults: values, by field, for keys that config.json may leave out.
+
+  Returns:
+    The values, by field.
 
   Raises:
-    ConfigError: on a missing key, or one that is no positive whole number.
+    ConfigError: if a key is missing without a default, a size is not a positive whole number, or `norm_eps` is not a
+      positive number.
   """
   sizes: dict[str, Any] = {}
   for field, key in fields.items():
@@ -68,12 +77,15 @@ def read_sizes(keys: ConfigKeys, fields: Mapping[str, str] = SIZES, **defaults: 
 
 
 def write_sizes(config: Any, fields: Mapping[str, str] = SIZES) -> dict[str, Any]:
-  """The inverse of `read_sizes`."""
+  """The keys of config.json for the sizes and `norm_eps` of a configuration. The inverse of `read_sizes`."""
   return {key: getattr(config, field) for field, key in fields.items()} | {"rms_norm_eps": config.norm_eps}
 
 
 def write_rope(theta: float, scaling: RopeScaling | None = None) -> dict[str, Any]:
-  """RoPE's theta and scaling in the spellings of transformers 4 and 5, the inverse of `ConfigKeys.rope`."""
+  """The keys of config.json for RoPE's theta and scaling, as transformers 4 and 5 both read them.
+
+  This is the inverse of `ConfigKeys.rope`.
+  """
   written = write_scaling(scaling)
   return {
     "rope_theta": theta,

@@ -1,4 +1,4 @@
-"""The configuration in a GGUF file's metadata, in the keys of config.json."""
+"""Reads the configuration from a GGUF file's metadata, as config.json would state it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _count(value: object) -> int:
 
 
 def _number(value: object) -> float:
-  """The shortest decimal that is the same float32, so that 1e-5 is 1e-5."""
+  """The number, rounded to the shortest decimal that is the same float32: 1e-5 instead of 9.999999747378752e-06."""
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
     raise ValueError("expected a positive number")
   with np.errstate(over="ignore"):
@@ -32,7 +32,8 @@ def _number(value: object) -> float:
   return float(str(single)) if float(single) == value else float(value)
 
 
-# A row: config.json's key, the key after "{architecture}.", how to read it, the value where it is absent (None: no key).
+# A row: config.json's key, GGUF's key after "{architecture}.", the function that reads its value, and the value if the
+# file does not have the key (None: config.json's key is left out, too).
 _Row = tuple[str, str, Callable[[object], Any], Any]
 
 _EVERY: tuple[_Row, ...] = (
@@ -46,7 +47,7 @@ _EVERY: tuple[_Row, ...] = (
   ("max_position_embeddings", "context_length", _count, _REQUIRED),
 )
 _THETA: tuple[_Row, ...] = (("rope_theta", "rope.freq_base", _number, _REQUIRED),)
-# Files of Gemma 1 and 2 leave it out.
+# Files of Gemma 1 and 2 do not have this key.
 _GEMMA_THETA: tuple[_Row, ...] = (("rope_theta", "rope.freq_base", _number, 10000.0),)
 _WINDOW: tuple[_Row, ...] = (("sliding_window", "attention.sliding_window", _count, _REQUIRED),)
 _SOFTCAPS: tuple[_Row, ...] = (
@@ -69,15 +70,17 @@ _GELU_TANH = "gelu_pytorch_tanh"
 
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
-  """What a value of general.architecture stands for.
+  """How an architecture, a value of `general.architecture`, is read.
 
   Attributes:
-    model_type: config.json's name of it.
-    rows: the keys that it has.
-    implied: what no GGUF file states.
-    inert: keys that its computation does not read.
-    query_by_width: the number of layers at which queries are scaled by hidden_size / heads, not head_dim.
-    pattern: one global layer in so many, where config.json states it.
+    model_type: the architecture's name in config.json.
+    rows: of the keys that its files have.
+    implied: keys of config.json, with their values, that follow from the architecture alone.
+    inert: keys of GGUF that change no logit of this architecture.
+    query_by_width: models with this number of layers have hidden_size / num_attention_heads as query_pre_attn_scalar,
+      all others have head_dim; None if the architecture does not have that key.
+    pattern: default of config.json's sliding_window_pattern; None if config.json does not have the key. In a pattern of
+      6, every sixth layer has full attention.
   """
 
   model_type: str
@@ -121,7 +124,7 @@ _ARCHITECTURES = {
   ),
 }
 
-# Keys that say nothing new with these values, and are refused with others. None: with any value.
+# Keys that change nothing if they have one of these values, and are refused otherwise. None accepts any value.
 _NEUTRAL: Mapping[str, tuple[object, ...] | None] = {
   "vocab_size": None,
   "rope.scaling.finetuned": None,
@@ -143,7 +146,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...] | None] = {
   "use_parallel_residual": (False,),
 }
 
-# Scaling of RoPE: type -> rows.
+# rope.scaling.type -> rows of config.json's rope_scaling.
 _SCALINGS: Mapping[str, tuple[_Row, ...]] = {
   "none": (),
   "linear": (("factor", "rope.scaling.factor", _number, _REQUIRED),),
@@ -159,28 +162,34 @@ _SCALING_TYPE, _SCALING_FACTOR = "rope.scaling.type", "rope.scaling.factor"
 
 
 def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
-  """The configuration of a GGUF checkpoint, as a config.json would state it.
+  """The configuration of a GGUF checkpoint, in the keys of config.json.
 
-  The scaling of frequencies that a tensor `rope_freqs.weight` [head_dim / 2] holds becomes that of Llama 3.1 or 3.2
-  if it is theirs, which transformers knows, else
-  `rope_scaling: {"rope_type": "frequency_factors", "factors": [...]}`; its few bytes are read here. YaRN's
-  `attention_factor` is the whole factor, as config.json means it; the file's is multiplied by 0.1 ln(factor) + 1.
+  A tensor `rope_freqs.weight` [head_dim / 2] holds divisors of RoPE's frequencies. If they are those of Llama 3.1 or
+  3.2, `rope_scaling` is the `llama3` scaling that transformers knows; otherwise it is
+  `{"rope_type": "frequency_factors", "factors": [...]}`. This function reads the tensor, which has a few hundred bytes.
+
+  YaRN's `attention_factor` in config.json is the whole factor. It is the one in the GGUF file times 0.1 ln(factor) + 1.
+
+  Args:
+    checkpoint: whose format is GGUF.
 
   Raises:
-    CheckpointError: naming every key that is missing, malformed, or unknown and so perhaps not without effect.
+    CheckpointError: with every key that is missing, malformed or unknown: an unknown key may change the logits.
   """
   where, metadata = checkpoint.files.path, checkpoint.metadata
   name = metadata.get("general.architecture")
   if not isinstance(name, str) or name not in _ARCHITECTURES:
     known = ", ".join(_ARCHITECTURES)
-    raise CheckpointError(where, [f"general.architecture is {name!r}; the known ones are {known}"])
+    raise CheckpointError(
+      where, [f"general.architecture is {name!r}, which is not implemented; implemented are {known}"]
+    )
   architecture = _ARCHITECTURES[name]
   keys = _Keys(name, metadata)
   config: dict[str, Any] = {"model_type": architecture.model_type, **architecture.implied}
   config |= keys.read(architecture.rows)
   embedding = checkpoint.tensors.get("token_embd.weight")
   if embedding is None or len(embedding.shape) != 2:
-    keys.problems.append("the tensor token_embd.weight [vocabulary, width] is missing")
+    keys.problems.append("the tensor token_embd.weight of shape [vocab_size, hidden_size] is missing")
   else:
     config["vocab_size"] = embedding.shape[0]
   config["tie_word_embeddings"] = "output.weight" not in checkpoint.tensors
@@ -190,7 +199,9 @@ def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
   scaling = _scaling(keys)
   if not keys.problems and factors is not None:
     if scaling is not None:
-      keys.problems.append("rope_freqs.weight and rope.scaling are both there: two scalings")
+      keys.problems.append(
+        f"RoPE is scaled twice, by the tensor rope_freqs.weight and by the keys {keys.prefix}rope.scaling.*: remove one"
+      )
     divisors = _factors(checkpoint, factors, config["head_dim"], keys)
     scaling = _published(divisors, config["rope_theta"]) or {
       "rope_type": "frequency_factors",
@@ -205,7 +216,14 @@ def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 class _Keys:
-  """An architecture's part of the metadata: remembers what was read and what was wrong."""
+  """The metadata of an architecture. Remembers which keys were read, and which problems they have.
+
+  Attributes:
+    prefix: of the architecture's keys, such as "llama.".
+    values: by key, without the prefix.
+    used: keys that were read.
+    problems: one sentence each.
+  """
 
   def __init__(self, architecture: str, metadata: Mapping[str, object]):
     self.prefix = f"{architecture}."
@@ -214,6 +232,7 @@ class _Keys:
     self.problems: list[str] = []
 
   def read(self, rows: tuple[_Row, ...]) -> dict[str, Any]:
+    """Reads the keys of rows. Notes a problem for each key that is missing or malformed."""
     found = {}
     for ours, key, convert, absent in rows:
       self.used.add(key)
@@ -229,16 +248,17 @@ class _Keys:
     return found
 
   def expect(self, key: str, value: object) -> None:
-    """Refuses a key that is there with another value."""
+    """Notes a problem if the file has the key with another value."""
     self.used.add(key)
     if key in self.values and not (np.isscalar(self.values[key]) and self.values[key] == value):
       self.problems.append(f"{self.prefix}{key} is {_short(self.values[key])}; only {value!r} is implemented")
 
   def refuse_unknown(self, inert: tuple[str, ...]) -> None:
+    """Notes a problem for each key that was not read and may change the logits."""
     for key in sorted(self.values.keys() - self.used - set(inert)):
       value = self.values[key]
       if (accepted := _NEUTRAL.get(key, ())) is not None and not (np.isscalar(value) and value in accepted):
-        self.problems.append(f"{self.prefix}{key} is {_short(value)}, which is not implemented here")
+        self.problems.append(f"{self.prefix}{key} is {_short(value)}, which is not implemented")
 
 
 def _short(value: object) -> str:
@@ -247,13 +267,14 @@ def _short(value: object) -> str:
 
 
 def _complete(config: dict[str, Any], architecture: _Architecture, keys: _Keys) -> None:
-  """What follows from other keys."""
+  """Adds the keys that follow from others, and checks those that must agree with them."""
   hidden, heads, layers = (config[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
   config.setdefault("num_key_value_heads", heads)
   if "head_dim" not in config:
     if hidden % heads:
       keys.problems.append(
-        f"{keys.prefix}attention.key_length is missing, and {heads} heads do not divide {hidden}"
+        f"{keys.prefix}attention.key_length is missing, and embedding_length {hidden} is not a multiple of "
+        f"attention.head_count {heads}: add it"
       )
     config["head_dim"] = hidden // heads
   keys.expect("rope.dimension_count", config["head_dim"])
@@ -266,14 +287,20 @@ def _complete(config: dict[str, Any], architecture: _Architecture, keys: _Keys) 
 
 
 def _pattern(default: int | None, layers: int, keys: _Keys) -> dict[str, Any]:
-  """Which layers slide: one global layer in so many, or a list."""
+  """The keys that say which layers have a sliding window: a list of all layers, or a pattern.
+
+  Args:
+    default: the pattern if the file states none; None if only the pattern of 2 is implemented.
+    layers: number of layers.
+    keys: of the architecture.
+  """
   key = "attention.sliding_window_pattern"
   value = keys.values.get(key)
   if isinstance(value, np.ndarray):
     keys.used.add(key)
     if value.dtype != np.bool_ or len(value) != layers:
       keys.problems.append(
-        f"{keys.prefix}{key} holds {_short(value)}: expected a truth value for each of {layers} layers"
+        f"{keys.prefix}{key} is {_short(value)}: expected {layers} booleans, one for each layer"
       )
     return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in value]}
   if default is None:
@@ -283,13 +310,14 @@ def _pattern(default: int | None, layers: int, keys: _Keys) -> dict[str, Any]:
 
 
 def _scaling(keys: _Keys) -> dict[str, Any] | None:
-  """config.json's rope_scaling."""
+  """config.json's `rope_scaling`, from the keys `rope.scaling.*`; None without scaling."""
   keys.used |= {_SCALING_TYPE, _SCALING_FACTOR}
-  # A factor without a type is linear.
+  # A file with a factor but no type means linear scaling.
   kind = keys.values.get(_SCALING_TYPE, "linear" if _SCALING_FACTOR in keys.values else "none")
   if not isinstance(kind, str) or kind not in _SCALINGS:
     keys.problems.append(
-      f"{keys.prefix}{_SCALING_TYPE} is {_short(kind)}; implemented are {', '.join(_SCALINGS)}"
+      f"{keys.prefix}{_SCALING_TYPE} is {_short(kind)}, which is not implemented; "
+      f"implemented are {', '.join(_SCALINGS)}"
     )
     return None
   found = keys.read(_SCALINGS[kind])
@@ -299,7 +327,7 @@ def _scaling(keys: _Keys) -> dict[str, Any] | None:
 
 
 def _published(divisors: list[float], theta: float) -> dict[str, Any] | None:
-  """The scaling of Llama 3.1 (8) or 3.2 (32), if these are its divisors to the precision of the file."""
+  """The scaling of Llama 3.1 (by 8) or 3.2 (by 32), if these are its divisors, up to rounding; None otherwise."""
   frequencies = theta ** -(np.arange(len(divisors)) / max(1, len(divisors)))
   for factor in (8.0, 32.0):
     scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
@@ -309,15 +337,15 @@ def _published(divisors: list[float], theta: float) -> dict[str, Any] | None:
 
 
 def _factors(checkpoint: Checkpoint, info: TensorInfo, head_dim: int, keys: _Keys) -> list[float]:
-  """The numbers of rope_freqs.weight."""
+  """Reads the numbers of the tensor rope_freqs.weight. Notes a problem, if there is one."""
   if info.dtype != np.float32 or info.codec is not None or info.shape != (head_dim // 2,):
     keys.problems.append(
-      f"rope_freqs.weight is {info.codec.name if info.codec else info.dtype} {info.shape}, "
-      f"expected float32 ({head_dim // 2},)"
+      f"the tensor rope_freqs.weight is {info.codec.name if info.codec else info.dtype} of shape {info.shape}, "
+      f"expected float32 of shape ({head_dim // 2},)"
     )
     return []
   data = checkpoint.files.read(info.file, info.start, info.stop)
   factors = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
   if factors.shape != info.shape or not np.all(np.isfinite(factors) & (factors > 0)):
-    keys.problems.append("rope_freqs.weight holds other than positive numbers")
+    keys.problems.append("the tensor rope_freqs.weight must hold finite positive numbers alone")
   return [float(f) for f in factors]

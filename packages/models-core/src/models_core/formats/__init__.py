@@ -1,6 +1,6 @@
-"""What checkpoints are made of: files, headers, tensors, and the readers of their bytes; one module a format.
+"""The parts of a checkpoint: files, headers, tensors and the readers of their bytes, with a module for each format.
 
-Formats know no model. May import: the ground modules and `errors`.
+This room knows nothing of models. May import: the ground modules and `errors`.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Tensors that are contiguous bytes of files: read from local files, or by ranges where the files lie elsewhere."""
+"""Readers of tensors whose bytes are contiguous in files: in local files, or by byte ranges in a store."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from models_core.formats.reader import OnBytes, RunReader
 from models_core.formats.tensors import Index, TensorInfo
 from models_core.threads import THREADS
 
-# Bytes of one request to a store: large enough that its latency does not count.
+# Bytes of one request to a store: large enough to make its latency negligible.
 RANGE = 8 << 20
-# Requests to a store at a time. They wait for the network, not for a core.
+# Concurrent requests to a store. They wait for the network, so there may be more of them than cores.
 _REQUESTS = 32
 
 
@@ -33,20 +33,20 @@ class BytesCheckpoint(Checkpoint):
   """A checkpoint whose tensors are contiguous bytes of its files.
 
   Attributes:
-    headers: of the files, by name.
+    headers: fingerprints of the files' headers, by file name.
   """
 
   headers: Mapping[str, Header] = dataclasses.field(default_factory=dict, repr=False)
 
   def open(self, names: Sequence[str], on_bytes: OnBytes = lambda count: None) -> ByteReader:
-    """A reader by ranges where the files offer them, else of fetched files."""
+    """Opens a reader by byte ranges where the files support them, otherwise one of fetched files."""
     if isinstance(self.files, RangeFiles):
       return RangeReader(self.files, self.tensors, on_bytes)
     return LocalReader(self.files, self.tensors, self.headers, names, on_bytes)
 
 
 class ByteReader(abc.ABC):
-  """What readers of bytes share: decoding, scratch memory and the comparison of twins."""
+  """The common part of both readers: decoding, scratch memory and the comparison of tied tensors."""
 
   tensors: Mapping[str, TensorInfo]
   chunk: int
@@ -60,23 +60,23 @@ class ByteReader(abc.ABC):
 
   @abc.abstractmethod
   def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    """Fills a uint8 buffer from byte `start` of a tensor."""
+    """Fills a uint8 buffer with a tensor's bytes, from the tensor's byte `start` on."""
 
   @abc.abstractmethod
   def close(self) -> None:
-    """Lets go of files and threads. No read may be under way."""
+    """Closes the files and stops the threads. No read may be running."""
 
   @abc.abstractmethod
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
+    """Maps elements as read-only memory, valid as long as an array refers to it; None where that is not possible."""
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
-    """Elements from `element` on, into contiguous memory of the same dtype."""
+    """Fills `target`, contiguous memory of the tensor's dtype, with the elements from `element` on."""
     self._fill(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
     self._on_bytes(target.nbytes)
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
-    """Elements, decoded; valid until this thread's next call."""
+    """Reads and decodes elements, whole blocks where there is a codec; valid until this thread's next call."""
     codec = info.codec
     if codec is None:
       start, nbytes = element * info.dtype.itemsize, count * info.dtype.itemsize
@@ -91,23 +91,24 @@ class ByteReader(abc.ABC):
 
   @property
   def runs(self) -> RunReader:
-    """Itself: elements are contiguous."""
+    """The reader itself: elements are contiguous in the file."""
     return self
 
-  # There are no cells.
+  # The formats of these readers do not store tensors in cells.
   cells: None = None
 
   def read_box(self, info: TensorInfo, index: Index) -> np.ndarray:
-    """The elements of a tensor within an index of one slice an axis; valid until this thread's next call.
+    """Reads one box of a tensor; the array is valid until this thread's next call.
 
-    The contiguous elements that span the box are read: nothing else where all axes behind the first one that is longer
-    than 1 are whole.
+    This reads the contiguous elements that span the box. Of a tensor [8, 16], for example, it reads 32 elements for
+    rows 2:4, but all 128 for columns 2:4. Only the box itself is read if it spans the whole of each axis that follows
+    the first axis on which it is longer than 1.
     """
     shape = info.shape
     if not shape:
       return self.read_elements(info, 0, 1).reshape(())
     outer = next((a for a, s in enumerate(index) if s.stop - s.start > 1), len(shape) - 1)
-    # A codec's blocks lie along the last axis.
+    # A codec's blocks run along the last axis, so bounds along it are widened to whole blocks.
     unit = info.codec.block_size if info.codec and outer == len(shape) - 1 else 1
     low, high = index[outer].start // unit * unit, -(-index[outer].stop // unit) * unit
     row = math.prod(shape[outer + 1 :])
@@ -120,7 +121,7 @@ class ByteReader(abc.ABC):
     return rows[(..., *within)]
 
   def parts(self, info: TensorInfo) -> Iterator[np.ndarray]:
-    """All elements of a tensor, a few megabytes at a time; each part is valid until the next one."""
+    """Yields all elements of a tensor in order, a few megabytes at a time. Each array is valid until the next one."""
     count = math.prod(info.shape)
     unit = info.codec.block_size if info.codec else 1
     step = max(1, self.chunk // info.dtype.itemsize // unit) * unit
@@ -128,10 +129,16 @@ class ByteReader(abc.ABC):
       yield self.read_elements(info, element, min(step, count - element))
 
   def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Compares two tensors' bytes, or one of some parts of them.
+    """Checks that two tensors have the same bytes.
+
+    Args:
+      name: of the tensor to check.
+      twin: name of the tensor that it must equal.
+      part: which part of the bytes to compare, counted from 0.
+      parts: number of parts that the comparison is divided into, such as one for each process.
 
     Raises:
-      CheckpointError: if they differ.
+      CheckpointError: if the tensors differ in shape, dtype or this part of their bytes.
     """
     a, b = self.tensors[name], self.tensors[twin]
     nbytes = a.stop - a.start
@@ -148,29 +155,31 @@ class ByteReader(abc.ABC):
       raise CheckpointError(
         self._where,
         [
-          f"the config ties the head to the embedding, but {name} differs from {twin}: untie it in the config to load "
-          f"both, or remove {name} from the checkpoint"
+          f"{name} differs from {twin}, but the configuration ties the head to the embedding: untie them in the "
+          f"configuration to load both, or remove {name} from the checkpoint"
         ],
       )
 
 
 @final
 class LocalReader(ByteReader):
-  """The tensors of files of this machine. Each file is opened once, and its header compared with the one that was read.
+  """Reads tensors of files on this machine.
+
+  Each file is opened once, and its header is compared with the fingerprint of the header that described the tensors.
 
   Args:
     files: of the checkpoint.
-    tensors: as the headers described them.
-    headers: of the files, by name.
-    names: of the files that will be read: they are fetched and opened at once, any other one when it is read. All stay
-      open until `close`.
-    on_bytes: called with the number of bytes that were read.
+    tensors: by name, as the headers describe them.
+    headers: fingerprints of the files' headers, by file name.
+    names: of the files to fetch and open immediately. Any other file is fetched and opened when it is first read. All
+      files stay open until `close`.
+    on_bytes: called with the number of bytes that were just read.
 
   Raises:
-    CheckpointError: if a file is not what its header described.
+    CheckpointError: if a file has changed since its header was read.
   """
 
-  # Scratch that stays in a core's cache.
+  # Scratch memory of this size stays in a core's cache.
   chunk = 2 << 20
 
   def __init__(
@@ -200,7 +209,7 @@ class LocalReader(ByteReader):
       raise
 
   def _descriptor(self, name: str) -> int:
-    """Of an open file."""
+    """The descriptor of a file, which is opened if it is not open yet."""
     if (descriptor := self._open.get(name)) is not None:
       return descriptor
     with self._lock:
@@ -218,18 +227,21 @@ class LocalReader(ByteReader):
       if size < self._ends[name]:
         raise CheckpointError(
           path,
-          [f"it has {size} bytes, but its header described {self._ends[name]}: it changed meanwhile"],
+          [
+            f"the file has {size} bytes, but its header describes {self._ends[name]}: the file has changed since its "
+            "header was read; load it again"
+          ],
         )
       header = self._headers[name]
       if Header.of(os.pread(descriptor, header.nbytes, 0)) != header:
-        raise CheckpointError(path, ["its header is another one than was read before: it changed meanwhile"])
+        raise CheckpointError(path, ["the file has changed since its header was read: load it again"])
     except BaseException:
       os.close(descriptor)
       raise
     return descriptor
 
   def close(self) -> None:
-    """Closes the files. Mapped memory lives as long as an array refers to it."""
+    """Closes the files. Mapped memory stays valid as long as an array refers to it."""
     self._maps.clear()
     for descriptor in self._open.values():
       os.close(descriptor)
@@ -242,12 +254,13 @@ class LocalReader(ByteReader):
       count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
       if not count:
         raise CheckpointError(
-          f"{self._where}/{info.file}", [f"{info.name}: the file ended early; it changed meanwhile"]
+          f"{self._where}/{info.file}",
+          [f"the file ends within {info.name}: it has changed since its header was read; load it again"],
         )
       done += count
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """Elements as read-only memory of the mapped file; None where a CPU device could not alias it."""
+    """Maps elements of the file as read-only memory; None if they are quantised, or not aligned for a CPU device."""
     start = info.start + element * info.dtype.itemsize
     if start % ALIGNMENT or not count or info.codec is not None:
       return None
@@ -260,12 +273,12 @@ class LocalReader(ByteReader):
 
 @final
 class RangeReader(ByteReader):
-  """The tensors of files elsewhere, of which only the bytes that are asked for travel, many ranges at a time.
+  """Reads tensors of files in a store. Transfers only the bytes that are needed, many ranges at a time.
 
   Args:
-    files: of the checkpoint, pinned to one version by themselves.
-    tensors: as the headers described them.
-    on_bytes: called with the number of bytes that were read.
+    files: of the checkpoint. All ranges that they read belong to one version.
+    tensors: by name, as the headers describe them.
+    on_bytes: called with the number of bytes that were just read.
   """
 
   chunk = RANGE
@@ -277,7 +290,7 @@ class RangeReader(ByteReader):
     self._pool = concurrent.futures.ThreadPoolExecutor(_REQUESTS, "ranges")
 
   def close(self) -> None:
-    """Ends the threads."""
+    """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
 
   def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
@@ -294,11 +307,11 @@ class RangeReader(ByteReader):
       for read in reads:
         read.result()
     finally:
-      # After an error nothing may be written into memory that others use by then.
+      # After an error the caller may reuse the buffer, so no request may still write into it.
       for read in reads:
         read.cancel()
       concurrent.futures.wait(reads)
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """None: there is no file to map."""
+    """Returns None: there is no local file to map."""
     return None

@@ -1,4 +1,4 @@
-"""What a checkpoint is to the rest of the house: named tensors in files of one format, and a reader of them."""
+"""A checkpoint as other rooms see it: named tensors in files of one format, and a reader of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from models_core.formats.tensors import TensorInfo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-  """What identifies a header that was read, so that a file which was replaced meanwhile is found out.
+  """The fingerprint of a file's header. Comparing it detects a file that has changed since its header was read.
 
   Attributes:
-    nbytes: of the header, from the file's first byte on.
-    digest: of these bytes.
+    nbytes: length of the header in bytes, from the file's first byte on.
+    digest: BLAKE2b digest of these bytes.
   """
 
   nbytes: int
@@ -26,23 +26,24 @@ class Header:
 
   @classmethod
   def of(cls, data: bytes) -> Header:
-    """Of a file's first bytes."""
+    """Computes the fingerprint of a header from its bytes."""
     return cls(len(data), hashlib.blake2b(data, digest_size=16).digest())
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A kind of files that hold checkpoints.
+  """A file format of checkpoints.
 
   Attributes:
     name: such as "safetensors".
-    naming: the naming scheme of its tensors, the key of a family's weight table.
-    keeps_own_names: a family without a table for the naming scheme has its parameters' own names in such files.
+    naming: naming scheme of the format's tensors, which is the key of a family's weight table.
     owns: whether a file of this name holds weights in this format.
-    is_in: whether files hold a checkpoint of this format. May read the first bytes of some.
-    read: reads the headers.
-    entries: a directory -> names of the files and folders in it that make up its checkpoint: those that a new one
-      takes the place of.
+    is_in: whether the files include a checkpoint in this format. May read the first bytes of some of them.
+    read: reads the headers of the files' checkpoint.
+    entries: a directory -> names of the files and folders in it that belong to its checkpoint in this format. A new
+      checkpoint that is saved to the directory replaces them.
+    keeps_own_names: whether files in this format name tensors as the model names its parameters, if the family has
+      no weight table for the naming scheme.
   """
 
   name: str
@@ -56,14 +57,14 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(abc.ABC):
-  """All that the headers of a checkpoint say. No tensor data has been read.
+  """Everything that the headers of a checkpoint say. No tensor data has been read.
 
   Attributes:
-    files: where the bytes come from.
+    files: of the checkpoint.
     tensors: by name.
-    metadata: what the headers hold besides tensors.
-    problems: what is wrong with the headers themselves; reported together with what doesn't fit a model.
-    shared_files: names of files that are needed whichever tensors are read.
+    metadata: entries of the headers besides tensors, such as the keys of a GGUF file.
+    problems: errors in the headers, one sentence each. They are reported together with tensors that do not fit a model.
+    shared_files: names of the files that are needed whichever tensors are read.
   """
 
   files: Files
@@ -75,16 +76,16 @@ class Checkpoint(abc.ABC):
   @property
   @abc.abstractmethod
   def format(self) -> Format:
-    """What kind of files these are."""
+    """The format of the files."""
 
   @abc.abstractmethod
   def open(self, names: Sequence[str], on_bytes: OnBytes = lambda count: None) -> TensorReader:
-    """A reader of the tensors, for many threads at once.
+    """Opens the files and returns a reader of the tensors, which any number of threads may use at once.
 
     Args:
-      names: of the files that will be read. They are fetched where they lie elsewhere and cannot be read there.
-      on_bytes: called with the number of bytes that were read, from several threads.
+      names: of the files to read. Files that are neither on this machine nor readable in place are fetched first.
+      on_bytes: called with the number of bytes that were just read, from several threads.
 
     Raises:
-      CheckpointError: if a file is not what its header described.
+      CheckpointError: if a file has changed since its header was read.
     """

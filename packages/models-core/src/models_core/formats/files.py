@@ -1,4 +1,4 @@
-"""The files of a checkpoint, wherever they lie."""
+"""Access to the files of a checkpoint, on this machine or in a store."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Protocol, runtime_checkable
 
 from models_core.errors import CheckpointError
 
-# Bytes [start, stop) of one file, fewer where it ends before `stop`.
+# Reads bytes [start, stop) of one file; returns fewer where it ends before `stop`.
 ReadRange = Callable[[int, int], bytes]
 
 
 class Files(Protocol):
-  """The files of one checkpoint, wherever they lie."""
+  """The files of one checkpoint, on this machine or in a store."""
 
   @property
   def path(self) -> str:
-    """Where the files are: a directory, or the address of a store."""
+    """Where the files are: a directory, or an address such as `gs://bucket/folder`."""
 
   def names(self) -> Sequence[str]:
-    """Names of all files, relative to the root."""
+    """Names of all files, relative to `path`."""
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
@@ -38,29 +38,37 @@ class Files(Protocol):
 
 @runtime_checkable
 class RangeFiles(Files, Protocol):
-  """Files that are read where they lie, range by range, by many threads at once. All ranges are of one version."""
+  """Files that many threads can read in place, range by range. All ranges belong to one version of a file."""
 
   def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-    """Fills a buffer with a file's bytes from `start` on, or raises."""
+    """Fills a buffer with a file's bytes from `start` on; raises an error where it cannot fill all of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalFiles:
-  """A directory, or one file, of this machine."""
+  """A directory, or one file, on this machine.
+
+  Attributes:
+    path: of the directory or file.
+  """
 
   path: str
 
   def names(self) -> Sequence[str]:
-    """Names of the regular files in the directory, sorted."""
+    """Names of the regular files in the directory, sorted.
+
+    Raises:
+      CheckpointError: if the path does not exist.
+    """
     if os.path.isfile(self.path):
       return [os.path.basename(self.path)]
     if not os.path.isdir(self.path):
       raise CheckpointError(self.path, ["there is no such file or directory"])
-    # Of a loop of links, the entry itself would raise.
+    # Not entry.is_file(), which raises an error for a symbolic link that leads back to itself.
     return sorted(entry.name for entry in os.scandir(self.path) if os.path.isfile(entry.path))
 
   def locate(self, name: str) -> str:
-    """The path of a file by its name."""
+    """The path of the file with this name."""
     return self.path if os.path.isfile(self.path) else os.path.join(self.path, name)
 
   def size(self, name: str) -> int:
@@ -68,18 +76,18 @@ class LocalFiles:
     return os.stat(self.locate(name)).st_size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file."""
+    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
     with open(self.locate(name), "rb") as file:
       file.seek(start)
       return file.read(stop - start)
 
   def fetch(self, names: Sequence[str]) -> str:
-    """They are here already. Returns the directory that holds them."""
+    """Returns the directory that holds the files. They are already on this machine."""
     return os.path.dirname(self.path) if os.path.isfile(self.path) else self.path
 
 
 def as_files(place: str | os.PathLike | Files) -> Files:
-  """A path of this machine, or files as they are."""
+  """Makes `LocalFiles` of a path on this machine; returns `Files` unchanged."""
   if isinstance(place, (str, os.PathLike)):
     return LocalFiles(str(pathlib.Path(place).expanduser()))
   return place
@@ -87,9 +95,10 @@ def as_files(place: str | os.PathLike | Files) -> Files:
 
 @contextlib.contextmanager
 def open_file(files: Files, name: str) -> Iterator[ReadRange]:
-  """Reads of one file: through a single descriptor where the files have a method `locate`, which gives its path.
+  """Opens one file and yields a function that reads ranges of its bytes.
 
-  `locate` is optional: it returns None for a file that is not on this machine.
+  Files may have a method `locate(name)`, which returns the file's path, or None if the file is not on this machine.
+  If there is a path, all ranges are read through a single descriptor; otherwise `files.read` reads each of them.
   """
   locate = getattr(files, "locate", None)
   path = None if locate is None else locate(name)

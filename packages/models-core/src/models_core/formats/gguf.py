@@ -1,4 +1,4 @@
-"""GGUF files: the header, read by byte ranges, and the codecs of quantised tensors.
+"""GGUF files: headers, read by byte ranges, and the codecs of quantised tensors.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -26,20 +26,20 @@ from models_core.formats.tensors import Codec, TensorInfo
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _FIRST_READ = 256 * 1024
-# The largest vocabularies make headers of some 20 MB.
+# Headers with the largest vocabularies have about 20 MB.
 _MAX_HEADER = 128 * 1024 * 1024
 _MAX_DIMENSIONS = 4
 _ALIGNMENT = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
-# Elements decoded at a time: 1 MiB of float32 stays in the cache, and the interpreter's share is small.
+# Elements to decode at a time: as float32 they take 1 MiB, which fits in a cache, and Python's overhead is small.
 _DECODED_AT_ONCE = 1 << 18
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
-# Metadata's scalar types: struct's letter, which is numpy's too.
+# Scalar types of metadata -> struct's format character, which is NumPy's too.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-# Tensor types whose bytes are the elements.
+# Tensor types whose bytes are the elements -> dtype.
 _PLAIN = {
   0: np.dtype(np.float32),
   1: np.dtype(np.float16),
@@ -51,7 +51,7 @@ _PLAIN = {
   30: np.dtype(ml_dtypes.bfloat16),
 }
 
-# Quantised tensor types: name, elements of a block, bytes of a block.
+# Quantised tensor types -> name, elements in a block, bytes in a block.
 _QUANTISED = {
   2: ("Q4_0", 32, 18),
   3: ("Q4_1", 32, 20),
@@ -79,26 +79,26 @@ _QUANTISED = {
 
 
 class GgufCheckpoint(BytesCheckpoint):
-  """The tensors of GGUF files, whose metadata hold the configuration and the tokenizer."""
+  """A checkpoint in GGUF files. Its metadata includes the configuration and the tokenizer."""
 
   @property
   def format(self) -> Format:
-    """GGUF."""
+    """The GGUF format."""
     return GGUF
 
 
 def read_gguf(files: Files) -> GgufCheckpoint:
   """Reads the headers of a GGUF checkpoint: one file, or all parts of a split one.
 
-  Shapes are slowest axis first. A quantised tensor has dtype float32 and a codec. Metadata holds every key: numbers,
-  strings and booleans as Python's, arrays of strings as tuples, other arrays as numpy's. Of a split checkpoint, the
-  first part's value counts.
+  Shapes have the slowest axis first, unlike in the files. A quantised tensor has dtype float32 and a codec. The
+  metadata includes every key: numbers, strings and booleans as Python values, arrays of strings as tuples, other arrays
+  as NumPy arrays. If the parts of a split checkpoint give a key different values, the first part's value counts.
 
   Args:
-    files: a directory with one checkpoint, or one file.
+    files: a directory that holds one checkpoint, or one file.
 
   Raises:
-    CheckpointError: for files that are missing, ambiguous, cut off or malformed in any way.
+    CheckpointError: if files are missing, ambiguous, truncated or malformed in any way.
   """
   parts = _parts(files)
   tensors: dict[str, TensorInfo] = {}
@@ -111,11 +111,12 @@ def read_gguf(files: Files) -> GgufCheckpoint:
     metadata = keys | metadata
     for info in found:
       if (twin := tensors.setdefault(info.name, info)) is not info:
-        problems.append(f"{name}: the tensor {info.name} is in {twin.file} already")
+        problems.append(f"{name}: the tensor {info.name} is also in {twin.file}: download both files again")
   total = metadata.get("split.tensors.count", len(tensors))
   if not problems and total != len(tensors):
     problems.append(
-      f"{parts[0]}: split.tensors.count is {total!r}, but the parts hold {len(tensors)} tensors"
+      f"{parts[0]}: split.tensors.count is {total!r}, but the number of tensors is {len(tensors)}: "
+      "download the checkpoint again"
     )
   if problems:
     raise CheckpointError(files.path, problems)
@@ -123,47 +124,52 @@ def read_gguf(files: Files) -> GgufCheckpoint:
 
 
 def _parts(files: Files) -> Sequence[str]:
-  """The names of the one checkpoint's files, in order."""
+  """Names of the files of the only checkpoint, in the order of their numbers."""
   checkpoints: dict[tuple[str, int], dict[int, str]] = {}
   for name in sorted(filter(_is_gguf, files.names())):
     part = _PART.fullmatch(name)
     key = (part["stem"], int(part["count"])) if part else (name, 0)
     checkpoints.setdefault(key, {})[int(part["number"]) if part else 0] = name
   if not checkpoints:
-    raise CheckpointError(files.path, ["there is no .gguf file"])
+    raise CheckpointError(
+      files.path, ["there is no .gguf file: pass the path of a GGUF file or of its directory"]
+    )
   if len(checkpoints) > 1:
     firsts = ", ".join(numbers[min(numbers)] for numbers in checkpoints.values())
-    raise CheckpointError(files.path, [f"several checkpoints lie here ({firsts}): pass the path of one file"])
+    raise CheckpointError(
+      files.path, [f"the directory holds several checkpoints ({firsts}): pass the path of one file"]
+    )
   (((stem, count), numbers),) = checkpoints.items()
   if not count:
     return list(numbers.values())
-  # Compared as sets of what is there, so that an absurd count allocates nothing.
+  # Only the numbers of existing files are compared, since a file name may claim 99999 parts.
   if len(numbers) != count or min(numbers) != 1 or max(numbers) != count:
     missing = next(n for n in range(1, len(numbers) + 2) if n not in numbers)
     name = f"{stem}-{missing:05}-of-{count:05}.gguf"
     raise CheckpointError(
       files.path,
       [
-        f"{len(numbers)} of {count} parts are here, {name} is missing: pass the directory that holds all parts"
+        f"{len(numbers)} of {count} parts are here, but {name} is missing: pass the directory that holds all parts"
       ],
     )
   return [numbers[n] for n in sorted(numbers)]
 
 
 def _split_problems(name: str, metadata: dict[str, object], number: int, count: int) -> list[str]:
-  """Where a part's own account of the split differs from the file names."""
+  """Contradictions between the `split` keys of a part and the file names."""
   stated = metadata.get("split.count", 1 if count == 1 else None)
   if stated != count and not (count == 1 and stated == 0):
-    return [f"{name}: split.count is {stated!r}, but by the file names there are {count} parts"]
+    return [f"{name}: split.count is {stated!r}, but the file names give {count}: restore the original names"]
   if count > 1 and metadata.get("split.no") != number:
     return [
-      f"{name}: split.no is {metadata.get('split.no')!r}, but by its name it is part {number}, counted from 0"
+      f"{name}: split.no is {metadata.get('split.no')!r}, but the file name says {number} (counted from 0): "
+      "restore the original names"
     ]
   return []
 
 
 class _Cursor:
-  """A position in a file's header; bytes are fetched in chunks that grow."""
+  """A position in a file's header, which is fetched in chunks of increasing size."""
 
   def __init__(self, read: ReadRange, size: int, name: str, where: str):
     self.read, self.size, self.name, self.where = read, size, name, where
@@ -174,20 +180,26 @@ class _Cursor:
     raise CheckpointError(self.where, [f"{self.name}: {problem}"])
 
   def need(self, count: int, what: str) -> None:
-    """Makes `count` bytes from the position on available."""
+    """Makes sure that `count` bytes from the position on are in the buffer; an error calls them `what`."""
     stop = self.position + count
     if stop <= len(self.buffer):
       return
     if stop > self.size:
       self.fail(
-        f"cut off or malformed: {what} at byte {self.position} needs {count} bytes, the file has {self.size}"
+        f"truncated or malformed: {what} at byte {self.position} needs {count} bytes, but the file has "
+        f"{self.size} in all; download it again"
       )
     if stop > _MAX_HEADER:
-      self.fail(f"malformed: {what} at byte {self.position} makes the header longer than {_MAX_HEADER} bytes")
+      self.fail(
+        f"malformed: {what} at byte {self.position} makes the header longer than {_MAX_HEADER} bytes, "
+        "the most that is read"
+      )
     target = min(max(stop, 2 * len(self.buffer), _FIRST_READ), self.size)
     self.buffer += self.read(len(self.buffer), target)
     if len(self.buffer) < stop:
-      self.fail(f"cut off: its size is {self.size} bytes, reading ends at byte {len(self.buffer)}")
+      self.fail(
+        f"truncated: the file has {self.size} bytes, but reading ends at byte {len(self.buffer)}; download it again"
+      )
 
   def take(self, count: int, what: str) -> bytes:
     self.need(count, what)
@@ -199,11 +211,12 @@ class _Cursor:
     return value
 
   def count(self, least: int, what: str) -> int:
-    """A number of items that take at least `least` bytes each."""
+    """Reads a number of items, and checks that the file has room for so many of at least `least` bytes each."""
     count = self.scalar("Q", f"the number of {what}")
     if count * least > self.size - self.position:
       self.fail(
-        f"cut off or malformed: it announces {count} {what}, more than its {self.size} bytes can hold"
+        f"truncated or malformed: the header announces {count} {what}, more than the file's {self.size} bytes can "
+        "hold; download it again"
       )
     return count
 
@@ -212,10 +225,10 @@ class _Cursor:
     try:
       return data.decode()
     except UnicodeDecodeError:
-      self.fail(f"malformed: {what} before byte {self.position} is not UTF-8: {data[:40]!r}")
+      self.fail(f"malformed: {what}, ending at byte {self.position}, is not UTF-8: {data[:40]!r}")
 
   def strings(self, count: int, what: str) -> tuple[str, ...]:
-    # A loop without calls, since vocabularies hold hundreds of thousands.
+    # The loop calls no method for most strings, since a vocabulary has hundreds of thousands of them.
     unpack, values = struct.Struct("<Q").unpack_from, []
     buffer, position = self.buffer, self.position
     try:
@@ -232,7 +245,7 @@ class _Cursor:
           buffer = self.buffer
         values.append(buffer[start:position].decode())
     except UnicodeDecodeError as error:
-      self.fail(f"malformed: {what}: string {len(values)} is not UTF-8: {error.object[:40]!r}")
+      self.fail(f"malformed: string {len(values)} of {what} is not UTF-8: {error.object[:40]!r}")
     self.position = position
     return tuple(values)
 
@@ -262,12 +275,14 @@ class _Cursor:
   def booleans(self, count: int, what: str) -> bytes:
     data = self.take(count, what)
     if data.strip(b"\0\1"):
-      self.fail(f"malformed: {what} before byte {self.position} is neither true nor false")
+      self.fail(
+        f"malformed: {what}, ending at byte {self.position}, has a value that is neither true nor false"
+      )
     return data
 
 
 def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[TensorInfo], Header]:
-  """Metadata and tensors of one file, and what its header is recognised by."""
+  """The metadata, the tensors and the header's fingerprint of one file."""
   with open_file(files, name) as read:
     return _parse(_Cursor(read, files.size(name), name, files.path))
 
@@ -280,7 +295,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, object], list[TensorInfo], Header
   for _ in range(key_count):
     key = cursor.string("a key")
     if key in metadata:
-      cursor.fail(f"malformed: the key {key} is doubled")
+      cursor.fail(f"malformed: the key {key} occurs twice")
     metadata[key] = cursor.value(cursor.scalar("I", f"the type of {key}"), key)
   raw = [_read_tensor(cursor) for _ in range(tensor_count)]
   alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
@@ -307,22 +322,23 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, object], list[TensorInfo], Header
 def _check_version(cursor: _Cursor) -> None:
   magic = cursor.take(4, "the magic number")
   if magic != _MAGIC:
-    cursor.fail(f"not a GGUF file: it begins with {magic!r}")
+    cursor.fail(f"not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}")
   version = cursor.scalar("I", "the version")
   if version and not version & 0xFFFF:
     cursor.fail(
-      "a big-endian GGUF file; only little-endian ones are read: convert it with gguf-convert-endian"
+      "the file is big-endian, but only little-endian GGUF files are read: convert it with gguf-convert-endian"
     )
   if version not in _VERSIONS:
-    cursor.fail(f"GGUF version {version}; only {' and '.join(map(str, _VERSIONS))} are read")
+    versions = " and ".join(map(str, _VERSIONS))
+    cursor.fail(f"GGUF version {version} is not supported, only {versions}: convert the model again")
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-  """Name, shape, type and offset."""
+  """Reads the name, shape, type and offset of the next tensor."""
   name = cursor.string("a tensor's name")
   rank = cursor.scalar("I", f"the rank of {name}")
   if rank > _MAX_DIMENSIONS:
-    cursor.fail(f"malformed: the tensor {name} has {rank} axes, at most {_MAX_DIMENSIONS} are possible")
+    cursor.fail(f"malformed: the tensor {name} has {rank} axes, but GGUF allows at most {_MAX_DIMENSIONS}")
   # The file lists the fastest axis first.
   shape = struct.unpack(f"<{rank}Q", cursor.take(8 * rank, f"the shape of {name}"))[::-1]
   kind, offset = struct.unpack("<IQ", cursor.take(12, f"the place of {name}"))
@@ -339,10 +355,14 @@ def _locate(
   alignment: int,
   size: int,
 ) -> TensorInfo:
-  """A tensor with its place in the file, checked. Raises ValueError with the rest of a sentence."""
+  """Checks the header's entry of a tensor and computes which bytes of the file it takes.
+
+  Raises:
+    ValueError: with the end of a sentence that begins with the tensor's name.
+  """
   if kind not in _PLAIN and kind not in _QUANTISED:
     known = ", ".join([str(d) for d in _PLAIN.values()] + [n for n, _, _ in _QUANTISED.values()])
-    raise ValueError(f"has the unknown type {kind}; known are {known}")
+    raise ValueError(f"has the unknown type {kind}; the known types are {known}")
   dtype, codec = _PLAIN.get(kind, np.dtype(np.float32)), _codec(kind) if kind in _QUANTISED else None
   if 0 in shape:
     raise ValueError(f"is empty: its shape is {shape}")
@@ -350,15 +370,17 @@ def _locate(
   if codec is None:
     length = count * dtype.itemsize
   elif not shape or shape[-1] % codec.block_size:
-    raise ValueError(f"of shape {shape} does not consist of {codec.name}'s blocks of {codec.block_size}")
+    raise ValueError(
+      f"has shape {shape}, but {codec.name} stores the last axis in blocks of {codec.block_size} elements"
+    )
   else:
     length = count // codec.block_size * codec.block_bytes
   start = data_start + offset
   if offset % alignment:
-    raise ValueError(f"is misaligned: its offset {offset} is no multiple of {alignment}")
+    raise ValueError(f"is misaligned: its offset {offset} is not a multiple of {alignment}")
   if start + length > size:
     raise ValueError(
-      f"of shape {shape} ends at byte {start + length}, beyond the file's {size}: the file is cut off"
+      f"of shape {shape} ends at byte {start + length}, but the file has {size} bytes: download it again"
     )
   return TensorInfo(
     name=name, dtype=dtype, shape=shape, file=file, start=start, stop=start + length, codec=codec
@@ -366,11 +388,11 @@ def _locate(
 
 
 def _clashes(tensors: Sequence[TensorInfo]) -> list[str]:
-  """Tensors of one file with one name or with common bytes."""
+  """Problems of tensors of one file that have the same name or overlap."""
   problems, names = [], set()
   for info in tensors:
     if info.name in names:
-      problems.append(f"the tensor {info.name} is doubled")
+      problems.append(f"the tensor {info.name} occurs twice")
     names.add(info.name)
   placed = sorted(tensors, key=lambda info: info.start)
   problems += [
@@ -388,7 +410,7 @@ def _codec(kind: int) -> Codec:
 
 
 def _decoder(kind: int, name: str, block_size: int, block_bytes: int) -> Callable[[np.ndarray], np.ndarray]:
-  """uint8 [n * block_bytes] -> float32 [n * block_size]."""
+  """A function that decodes blocks: uint8 [n * block_bytes] -> float32 [n * block_size]."""
 
   def decode(data: np.ndarray) -> np.ndarray:
     quants = require("gguf.quants", "models-core[gguf]", f"Decoding {name} tensors")
@@ -396,8 +418,8 @@ def _decoder(kind: int, name: str, block_size: int, block_bytes: int) -> Callabl
     out = np.empty(data.size // block_bytes * block_size, np.float32)
     step = _DECODED_AT_ONCE // block_size
     for block in range(0, data.size // block_bytes, step):
-      piece = data[block * block_bytes : (block + step) * block_bytes]
-      out[block * block_size : (block + step) * block_size] = quants.dequantize(piece, encoding)
+      encoded = data[block * block_bytes : (block + step) * block_bytes]
+      out[block * block_size : (block + step) * block_size] = quants.dequantize(encoded, encoding)
     return out
 
   return decode
@@ -413,6 +435,6 @@ GGUF = Format(
   owns=_is_gguf,
   is_in=lambda files: any(map(_is_gguf, files.names())),
   read=read_gguf,
-  # Files of whatever name, which no saver writes: a checkpoint in another format lies beside them.
+  # No saver writes GGUF, so a new checkpoint replaces no GGUF files: it is saved beside them.
   entries=lambda directory: frozenset(),
 )

@@ -1,4 +1,4 @@
-"""JSON beside weights and in headers."""
+"""JSON in headers and in files beside the weights."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from models_core.formats.checkpoint import Files
 
 
 def parse_json(data: bytes) -> Any:
-  """JSON in which no object states a key twice.
+  """Parses JSON, in which no object may have the same key twice.
 
   Raises:
-    RecursionError: if it is nested too deeply.
-    ValueError: if it is not that.
+    RecursionError: if the data is nested too deeply.
+    ValueError: if the data is not valid JSON in UTF-8, or an object has the same key twice.
   """
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
       seen: set[str] = set()
-      double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-      raise ValueError(f"{double!r} is doubled")
+      repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+      raise ValueError(f"the key {repeated!r} occurs twice")
     return result
 
   return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
 
 
 def read_json(files: Files, name: str) -> dict[str, Any]:
-  """The JSON object of a file, in which no object states a key twice.
+  """Reads a file that holds a JSON object, in which no object may have the same key twice.
 
   Args:
     files: that the file belongs to.
     name: of the file.
 
   Raises:
-    ConfigError: naming the file, if it holds anything else.
+    ConfigError: if the file holds anything else.
     OSError: if there is no such file.
   """
   where = f"{files.path}/{name}"
@@ -45,5 +45,5 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"{where} is not valid JSON: {error}") from None
   if not isinstance(value, dict):
-    raise ConfigError(f"{where} is {type(value).__name__}, expected an object")
+    raise ConfigError(f"{where} holds a value of type {type(value).__name__}, expected a JSON object")
   return value

@@ -1,4 +1,4 @@
-"""Host memory that a CPU device can alias."""
+"""Host memory that a CPU device can use without a copy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import mmap
 
 import numpy as np
 
-# XLA's CPU client aliases host memory that starts at such a multiple, in bytes.
+# XLA's CPU client aliases host memory only if its address is a multiple of this, in bytes.
 ALIGNMENT = 64
 
-# From this many bytes on, memory is pages of its own, which go back to the system one by one.
+# Arrays of at least this many bytes get pages of their own, which return to the system as soon as the array is freed.
 _OWN_PAGES = 1 << 20
 
 
@@ -21,7 +21,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
   else:
-    # The system gives the pages, which costs more than reading into them, to the threads that read.
+    # The kernel provides each page when a reading thread first writes to it. This costs more than the read itself, so
+    # the threads should share it.
     pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory, start = np.frombuffer(pages, np.uint8), 0
   return memory[start : start + nbytes].view(dtype).reshape(shape)

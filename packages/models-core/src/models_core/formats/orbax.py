@@ -1,13 +1,16 @@
-"""Orbax trees, read where they lie: names, shapes and cells from their metadata, numbers box by box.
+"""Orbax trees, read in place: names, shapes and cells from their metadata, numbers box by box.
 
-A tree is a store of zarr arrays: one database (OCDBT, `manifest.ocdbt`), or, as older versions wrote it, a directory
-for each array. Its structure is in `_METADATA`, or in the older msgpack file `checkpoint`. The arrays are read by
-TensorStore, not by Orbax, which would restore them whole; cells that are plain or compressed by zstd are decoded
-straight into the shards (`models_core.formats.orbax_cells`).
+A tree consists of zarr arrays, in one OCDBT database (`manifest.ocdbt`) or, as older versions of Orbax wrote it, in one
+directory for each array. `_METADATA`, or the older msgpack file `checkpoint`, lists the arrays. TensorStore reads them;
+Orbax itself would restore whole arrays. Large cells that are uncompressed or compressed with zstd are decoded straight
+into the shards (`models_core.formats.orbax_cells`).
 
-Names are those of Google's Gemma trees, `transformer/layer_0/attn/q_einsum.w`: keys joined by dots, a slash being part
-of a key. A tree that wraps them (`{"params": ..., "step": ...}`) is read as if it did not, and so is one that stacks
-its layers (`transformer/stacked_layers/attention_type_1/...`: in a cycle of attention types, each has an array).
+Tensors have the names of Google's Gemma trees, such as `transformer/layer_0/attn/q_einsum.w`: dots join the keys of
+the tree, and a slash is part of a key. Two other kinds of trees get the same names:
+
+- If parameters are wrapped, as in `{"params": ..., "step": ...}`, the prefix `params.` is dropped.
+- If layers are stacked, `transformer/stacked_layers/attention_type_1/...` is an array of all layers at position 1 of
+  the cycle of attention types. In a cycle of 2, its index 3 along the first axis is layer 3 * 2 + 1 = 7.
 """
 
 from __future__ import annotations
@@ -38,38 +41,42 @@ from models_core.threads import THREADS
 
 DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
-# Bytes of a read: much more than a request costs, and little enough for a core's cache.
+# Bytes to read at a time: enough to outweigh the cost of a request, but few enough for a core's cache.
 _CHUNK = 4 << 20
-# Bytes of a cell that are decoded at a time: they and their copy stay in a core's own cache.
+# Bytes of a cell to decode at a time: together with a copy of them they fit in a core's own cache.
 _RUN = 512 << 10
-# Cells of more bytes are decoded where they shall lie; smaller ones faster by TensorStore, into memory of their own.
+# In bytes: larger cells are decoded straight into the destination buffer; for smaller ones TensorStore is faster.
 _LARGE = 16 << 20
-# Cells that several reads share wait for the next one: so many bytes, and one of the largest besides.
+# Bytes of decoded cells that are kept for further reads of the same cells, in addition to the largest cell.
 _CACHE = 48 << 20
 
-# What Orbax writes beside the arrays, and what makes up a database.
+# Names, as patterns, of what Orbax writes beside the arrays, and of the parts of an OCDBT database.
 _ACCOUNTS = ("_sharding", "_CHECKPOINT_METADATA", "array_metadatas", "commit_success.txt")
 _DATABASE_PARTS = ("d", "ocdbt.process_*")
 
-# What describes an array, and TensorStore's driver for it.
+# Name of the file that describes an array -> TensorStore's driver for the array.
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
-# How `checkpoint` marks an array that lies beside it.
+# How `checkpoint` marks an array that is stored beside it.
 _BESIDE = ("PLACEHOLDER://", "AGGREGATED://")
-# How `_METADATA` marks leaves that are no arrays.
+# How `_METADATA` marks leaves that are not arrays.
 _EMPTY = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
 _STACKED = re.compile(r"(?P<head>.*?)stacked_layers/attention_type_(?P<position>\d+)(?P<tail>/.*)")
 _WRAPPING = "params."
 
 
 def find_orbax(files: Files) -> str | None:
-  """Where an Orbax tree lies among some files: "", or a folder's name and a slash; None where there is none.
+  """Finds the Orbax tree among some files.
+
+  Returns:
+    The folder that holds the tree, with a slash at the end, such as "2b/"; "" if the tree is not in a folder; None if
+    there is no tree.
 
   Raises:
-    CheckpointError: for several trees.
+    CheckpointError: if several folders hold trees.
   """
   names = set(files.names())
   if os.path.isdir(files.path):
-    # Files of a directory may list its top level alone.
+    # For a directory, `names()` may list the top level alone.
     folders = sorted(entry.name for entry in os.scandir(files.path) if entry.is_dir())
     marks = [f"{folder}/{mark}" for folder in folders for mark in (DATABASE, METADATA, AGGREGATE)]
     names.update(mark for mark in marks if os.path.isfile(os.path.join(files.path, mark)))
@@ -83,24 +90,26 @@ def find_orbax(files: Files) -> str | None:
     return "" if found else None
   if len(found) > 1:
     listed = ", ".join(sorted(folder.rstrip("/") for folder in found))
-    raise CheckpointError(files.path, [f"several checkpoints lie here ({listed}): pass the path of one"])
+    raise CheckpointError(
+      files.path, [f"the directory holds several checkpoints ({listed}): pass the path of one"]
+    )
   return found.pop()
 
 
 def _is_mark(name: str, mark: str) -> bool:
   folder, _, last = name.rpartition("/")
-  # A process's own database is a part of a tree.
+  # A folder `ocdbt.process_*` holds one process's part of a tree, not a tree.
   return last == mark and "/" not in folder and not folder.startswith("ocdbt.process_")
 
 
 def _is_map(files: Files, name: str) -> bool:
-  """Whether a file is a msgpack map: TensorFlow, too, calls a file `checkpoint`."""
+  """Whether a file is a msgpack map, by its first byte. TensorFlow also writes a file named `checkpoint`."""
   first = files.read(name, 0, 1)
   return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
 
 
 def tree_entries(directory: str) -> set[str]:
-  """Names of the files and folders of a directory that belong to a tree that lies in it; none where there is no tree."""
+  """Names of the files and folders in a directory that belong to its Orbax tree; none if it is not a tree."""
   names = set(os.listdir(directory))
   own = names & {DATABASE, METADATA}
   if AGGREGATE in names and _is_map(LocalFiles(directory), AGGREGATE):
@@ -114,13 +123,13 @@ def tree_entries(directory: str) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrbaxCheckpoint(Checkpoint):
-  """The arrays of an Orbax tree.
+  """A checkpoint that is an Orbax tree.
 
   Attributes:
     store: that holds the arrays.
-    places: of the tensors in it, by name.
-    drivers: TensorStore's, by the array's name.
-    keys: of the store's values.
+    places: where each tensor is in the arrays, by the tensor's name.
+    drivers: TensorStore's driver for each array, by the array's name.
+    keys: all keys of the store.
   """
 
   store: _Store = dataclasses.field(repr=False)
@@ -130,34 +139,41 @@ class OrbaxCheckpoint(Checkpoint):
 
   @property
   def format(self) -> Format:
-    """ORBAX."""
+    """The Orbax format."""
     return ORBAX
 
   def open(self, names: Sequence[str], on_bytes: OnBytes = lambda count: None) -> OrbaxReader:
-    """A reader of all arrays, whatever files are named: the store finds its own."""
+    """Opens a reader of all tensors. `names` has no effect: TensorStore opens the files that it needs.
+
+    Raises:
+      CheckpointError: if an array cannot be opened, or has changed since its metadata was read.
+    """
     largest = max(map(_cell_bytes, self.tensors.values()), default=0)
     arrays = self.store.open(self.drivers, _CACHE + largest)
     return OrbaxReader(self, arrays, on_bytes)
 
 
 def read_orbax(files: Files) -> OrbaxCheckpoint:
-  """The tensors of an Orbax tree, which lies in a directory, or in a folder of it.
+  """Reads the metadata of an Orbax tree: of the directory itself, or of the only folder in it that holds one.
 
-  Files whose `path` is an address, such as `gs://bucket/tree`, are read where they lie, all others are fetched first.
+  Files whose `path` is an address, such as `gs://bucket/tree`, are read in place; all others are fetched first.
 
   Raises:
-    CheckpointError: if there is no tree, or none that can be read.
+    CheckpointError: if there is no tree, several trees, or one that cannot be read.
     MissingExtraError: if TensorStore is not installed.
   """
   folder = find_orbax(files)
   if folder is None:
-    raise CheckpointError(files.path, [f"no Orbax checkpoint: neither {DATABASE} nor {METADATA} is here"])
+    raise CheckpointError(
+      files.path,
+      [f"no Orbax checkpoint: there is no {DATABASE}, no {METADATA} and no {AGGREGATE} file of Orbax"],
+    )
   own = tuple(name for name in files.names() if name.startswith(folder))
   stays = "://" in files.path
   root = files.path if stays else files.fetch(own)
   where = f"{root.rstrip('/')}/{folder}".rstrip("/")
   if ".orbax-checkpoint-tmp" in where:
-    raise CheckpointError(where, ["its save was never finished: use another checkpoint"])
+    raise CheckpointError(where, ["saving this checkpoint was never finished: use another one"])
   structure = _Structure.read(files, folder)
   store = _Store(where, is_database=_has(files, folder + DATABASE))
   keys = store.keys()
@@ -170,7 +186,9 @@ def read_orbax(files: Files) -> OrbaxCheckpoint:
   places: dict[str, _Place] = {}
   for name, place in _places(arrays):
     if name in places:
-      problems.append(f"{name} is doubled: the tree holds it as {places[name].array} and as {place.array}")
+      problems.append(
+        f"{name} occurs twice: the arrays {places[name].array} and {place.array} both hold it; remove one"
+      )
     array, stacked = arrays[place.array], place.layer is not None
     shape, cell = tuple(array.shape)[stacked:], _cell(array)[stacked:]
     dtype = np.dtype(array.dtype.numpy_dtype)
@@ -197,12 +215,12 @@ def _has(files: Files, name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Structure:
-  """What a tree's own account of it says.
+  """The arrays that a tree should have, as `_METADATA` or `checkpoint` lists them.
 
   Attributes:
-    file: that holds the account.
-    arrays: names of all arrays.
-    inline: names of those that lie within the file itself.
+    file: name of the file that lists them; "" if there is none.
+    arrays: names of the arrays that should be stored beside the file.
+    inline: names of the arrays that are stored inside the file.
   """
 
   file: str
@@ -211,7 +229,7 @@ class _Structure:
 
   @classmethod
   def read(cls, files: Files, folder: str) -> _Structure:
-    """The account of the tree in that folder, an empty one where the tree has none."""
+    """Reads the list of the tree in a folder; without a list, the result is empty."""
     if _has(files, name := folder + METADATA):
       return cls(METADATA, _listed(files, name))
     if _has(files, name := folder + AGGREGATE):
@@ -219,16 +237,19 @@ class _Structure:
     return cls("", frozenset())
 
   def problems(self, arrays: Mapping[str, Any]) -> list[str]:
-    """Where the account differs from what is there."""
+    """Problems of listed arrays that are missing or stored inside the file."""
     missing = sorted(self.arrays - arrays.keys())
-    return [f"{name} is missing: {self.file} lists it" for name in missing] + [
-      f"{name} is a part of the file {self.file} instead of lying beside it: save the tree with a newer Orbax"
+    return [
+      f"{name} is missing, but {self.file} lists it: copy or download the checkpoint again"
+      for name in missing
+    ] + [
+      f"{name} is stored inside the file {self.file}, which is not supported: save the checkpoint with a newer Orbax"
       for name in sorted(self.inline)
     ]
 
 
 def _listed(files: Files, name: str) -> frozenset[str]:
-  """Names of the arrays that a `_METADATA` lists."""
+  """Names of the arrays that a `_METADATA` file lists."""
   where = f"{files.path}/{name}"
   try:
     tree = read_json(files, name)["tree_metadata"]
@@ -238,18 +259,22 @@ def _listed(files: Files, name: str) -> frozenset[str]:
       if entry["value_metadata"]["value_type"] not in _EMPTY
     )
   except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError) as error:
-    raise CheckpointError(where, [f"it is no list of a tree's arrays: {error!r}"]) from None
+    raise CheckpointError(
+      where, [f"the file is not the metadata of an Orbax checkpoint: {error!r}"]
+    ) from None
 
 
 def _aggregated(files: Files, name: str) -> tuple[frozenset[str], frozenset[str]]:
-  """Names of the arrays beside a `checkpoint` file, and of those within."""
+  """Names of the arrays that are stored beside a `checkpoint` file, and of those that are stored inside it."""
   where = f"{files.path}/{name}"
   msgpack = require("msgpack", "models-core[orbax]", "Reading an Orbax checkpoint")
   try:
     tree = msgpack.unpackb(files.read(name, 0, files.size(name)), raw=False, strict_map_key=False)
     leaves = dict(_leaves(tree))
   except (ValueError, AttributeError, RecursionError) as error:
-    raise CheckpointError(where, [f"it is no msgpack file of a tree: {error!r}"]) from None
+    raise CheckpointError(
+      where, [f"the file is not the msgpack map of an Orbax checkpoint: {error!r}"]
+    ) from None
   beside = {name for name, leaf in leaves.items() if isinstance(leaf, str) and leaf.startswith(_BESIDE)}
   inline = {name for name, leaf in leaves.items() if isinstance(leaf, msgpack.ExtType)}
   return frozenset(beside), frozenset(inline)
@@ -265,18 +290,18 @@ def _leaves(tree: Any, *path: str) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Store:
-  """A tree's keys and values.
+  """The keys and values of a tree, as TensorStore reads them.
 
   Attributes:
-    where: a directory, or the address of one.
-    is_database: its arrays lie in an OCDBT database, not in directories.
+    where: directory or address of the tree.
+    is_database: whether the arrays are in an OCDBT database, not in a directory each.
   """
 
   where: str
   is_database: bool
 
   def _at(self, path: str) -> Any:
-    """TensorStore's specification of what lies below a path."""
+    """TensorStore's specification of the keys below a path."""
     outer = "" if self.is_database else path
     base: Any = f"{self.where}/{outer}"
     if "://" not in self.where:
@@ -289,11 +314,17 @@ class _Store:
       return [key.decode() for key in _tensorstore().KvStore.open(self._at("")).result().list().result()]
 
   def open(self, drivers: Mapping[str, str], cache: int) -> dict[str, Any]:
-    """TensorStore's arrays by name.
+    """Opens arrays.
 
     Args:
-      drivers: by the array's name.
-      cache: bytes of cells that all of them keep together.
+      drivers: TensorStore's driver for each array, by the array's name.
+      cache: size of the cache of decoded cells that the arrays share, in bytes.
+
+    Returns:
+      TensorStore's arrays, by name.
+
+    Raises:
+      CheckpointError: if an array cannot be opened.
     """
     ts = _tensorstore()
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
@@ -307,7 +338,7 @@ class _Store:
       return {name: array.result() for name, array in opened.items()}
 
   def values(self) -> KeyValues:
-    """All values, by key."""
+    """Opens the values for reads by key."""
     ts = _tensorstore()
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     with self.errors():
@@ -315,12 +346,12 @@ class _Store:
     return KeyValues(kvstore, is_local="://" not in self.where)
 
   @contextlib.contextmanager
-  def errors(self, what: str = "") -> Iterator[None]:
-    """Turns TensorStore's errors into a CheckpointError."""
+  def errors(self, what: str = "the checkpoint ") -> Iterator[None]:
+    """Turns errors of TensorStore into a CheckpointError, which says that `what` cannot be read."""
     try:
       yield
     except (ValueError, OSError, RuntimeError) as error:
-      # The rest is TensorStore's specification.
+      # What follows in TensorStore's message is its specification, which tells a user nothing.
       problem = str(error).partition(" [tensorstore_spec=")[0]
       raise CheckpointError(self.where, [f"{what}cannot be read: {problem}"]) from None
 
@@ -330,13 +361,13 @@ def _tensorstore() -> Any:
 
 
 def _drivers(keys: Sequence[str]) -> dict[str, str]:
-  """TensorStore's driver for each array."""
+  """TensorStore's driver for each array, by the array's name."""
   split = (key.rpartition("/") for key in keys)
   return {name: _DRIVERS[last] for name, _, last in sorted(split) if name and last in _DRIVERS}
 
 
 def _missing_cells(arrays: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-  """Arrays that lack files. TensorStore takes what is not there for zeros."""
+  """Problems of arrays that lack files. TensorStore would read missing cells as zeros."""
   held = collections.Counter()  # type: ignore[var-annotated]
   for key in keys:
     for name in _prefixes(key):
@@ -346,13 +377,13 @@ def _missing_cells(arrays: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     cells = math.prod(-(-size // cell) for size, cell in zip(array.shape, _cell(array), strict=True))
     if missing := cells + 1 - held[name]:
       problems.append(
-        f"{name} is incomplete: {missing} of its {cells} files are missing; copy or download it anew"
+        f"{name} is incomplete ({missing} of {cells} files are missing): copy or download it again"
       )
   return problems
 
 
 def _prefixes(key: str) -> Iterator[str]:
-  """Of `a/b/c`: `a` and `a/b`."""
+  """Yields the folders above a key: `a` and `a/b` for `a/b/c`."""
   for place, letter in enumerate(key):
     if letter == "/":
       yield key[:place]
@@ -368,14 +399,19 @@ def _cell(array: Any) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """Where a tensor lies: in an array of its own, or at a position along the first axis of one that stacks layers."""
+  """Where a tensor is stored.
+
+  Attributes:
+    array: name of the array.
+    layer: index of the tensor along the array's first axis, if the array stacks layers; None if it holds one tensor.
+  """
 
   array: str
   layer: int | None = None
 
 
 def _places(arrays: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:
-  """The tensors that arrays hold."""
+  """Yields the name and the place of each tensor that the arrays hold."""
   wrapped = any(name.startswith(_WRAPPING) for name in arrays)
   found = {name: _STACKED.fullmatch(name) for name in arrays}
   cycle = max((int(match["position"]) + 1 for match in found.values() if match), default=0)
@@ -390,21 +426,21 @@ def _places(arrays: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:
 
 @final
 class OrbaxReader:
-  """The tensors of an Orbax tree, for many threads at once.
+  """Reads the tensors of an Orbax tree, in any number of threads at once.
 
   Args:
-    checkpoint: as its metadata described it.
-    arrays: of its store, by name.
-    on_bytes: called with the number of bytes that were read.
+    checkpoint: the tree, as its metadata describes it.
+    arrays: the store's open arrays, by name.
+    on_bytes: called with the number of bytes that were just read.
 
   Raises:
-    CheckpointError: if an array is not what its metadata described.
+    CheckpointError: if an array has changed since its metadata was read.
   """
 
   chunk = _CHUNK
   run = _RUN
   threads = THREADS
-  # The elements of an array lie in cells.
+  # Arrays are stored in cells, so their elements are not contiguous.
   runs = None
 
   def __init__(self, checkpoint: OrbaxCheckpoint, arrays: Mapping[str, Any], on_bytes: OnBytes):
@@ -425,16 +461,17 @@ class OrbaxReader:
       shape = tuple(array.shape)[place.layer is not None :]
       if (shape, np.dtype(array.dtype.numpy_dtype)) != (info.shape, info.dtype):
         raise CheckpointError(
-          self._store.where, [f"{info.name} is not what it was described as: it changed meanwhile"]
+          self._store.where,
+          [f"{info.name} has changed since its metadata was read: load the checkpoint again"],
         )
 
   @property
   def cells(self) -> OrbaxReader:
-    """Itself: arrays are stored in cells."""
+    """The reader itself: arrays are stored in cells."""
     return self
 
   def read_box(self, info: TensorInfo, index: Index) -> np.ndarray:
-    """The elements of a tensor within an index of one slice an axis."""
+    """Reads one box of a tensor into new memory."""
     place = self._places[info.name]
     whole = index if place.layer is None else (place.layer, *index)
     with self._store.errors(f"{info.name} "):
@@ -443,18 +480,18 @@ class OrbaxReader:
     return data
 
   def parts(self, info: TensorInfo) -> Iterator[np.ndarray]:
-    """All elements of a tensor, cell by cell."""
+    """Yields all elements of a tensor, cell by cell."""
     for index in cells_of(info.shape, info.cell or info.shape):
       yield self.read_box(info, index)
 
   def has_streams(self, info: TensorInfo) -> bool:
-    """Whether each cell is large, of this tensor alone, and stored so that it can be decoded front to back."""
+    """Whether a tensor's cells are large, hold no other tensor, and can be decoded front to back."""
     place = self._places[info.name]
     alone = place.layer is None or _cell(self._arrays[place.array])[0] == 1
     return _cell_bytes(info) > _LARGE and alone and place.array in self._metadata
 
   def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> CellStream:
-    """The cell at a position of a tensor's grid, for one thread."""
+    """Opens the cell at a position of the tensor's grid, for use by one thread."""
     place = self._places[info.name]
     metadata = self._metadata[place.array]
     key = f"{place.array}/{cell_key(metadata, position if place.layer is None else (place.layer, *position))}"
@@ -468,10 +505,16 @@ class OrbaxReader:
     )
 
   def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Compares two tensors' numbers, or one of some parts of their rows.
+    """Checks that two tensors hold the same numbers.
+
+    Args:
+      name: of the tensor to check.
+      twin: name of the tensor that it must equal.
+      part: which part of the rows to compare, counted from 0.
+      parts: number of parts that the comparison is divided into, such as one for each process.
 
     Raises:
-      CheckpointError: if they differ.
+      CheckpointError: if the tensors differ in shape, dtype or this part of their rows.
     """
     a, b = self.tensors[name], self.tensors[twin]
     same = (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -481,11 +524,12 @@ class OrbaxReader:
       same = same and self.read_box(a, index).tobytes() == self.read_box(b, index).tobytes()
     if not same:
       raise CheckpointError(
-        self._store.where, [f"{name} differs from {twin}, which it should repeat: remove {name}"]
+        self._store.where,
+        [f"{name} differs from {twin}, but the model ties the two: remove {name} from the checkpoint"],
       )
 
   def close(self) -> None:
-    """Lets go of the arrays and of what is cached of them."""
+    """Releases the arrays and their cache."""
     self._arrays.clear()
 
 
@@ -493,7 +537,7 @@ ORBAX = Format(
   name="orbax",
   naming="orbax",
   keeps_own_names=True,
-  # Its files have the names of arrays and of a database, which are none of a format's own.
+  # No file name shows that a file is Orbax's: files have the names of arrays, or are parts of a database.
   owns=lambda name: False,
   is_in=lambda files: find_orbax(files) is not None,
   read=read_orbax,

@@ -1,7 +1,8 @@
-"""Cells of zarr arrays as streams: read by ranges, and decoded straight into memory that the caller has.
+"""Cells of zarr arrays as streams: read by byte ranges, and decoded straight into the caller's memory.
 
-TensorStore decodes a cell into memory that it asks the system for anew, which costs more than decoding it. It stays the
-way to read what is stored in any other manner: other compressors, filters, shards, orders of axes or of bytes.
+TensorStore decodes each cell into newly allocated memory, and the allocation costs more than the decoding. It still
+reads the arrays that this module cannot: those of zarr 3, and those with other compressors, filters, column-major axes,
+big-endian elements or fill values other than zero.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ import numpy as np
 
 from models_core.extras import require
 
-# Bytes of a request: enough that its cost does not count. Each thread holds two at a time.
+# Bytes of a request to local files and to a store: large enough to make its cost negligible. Each thread holds the
+# data of two requests.
 _LOCAL, _REMOTE = 1 << 20, 8 << 20
-# What is passed over is decoded so many bytes at a time.
+# Where bytes of a cell are skipped, they are decoded this many at a time.
 _PASSED = 256 << 10
 
-# Fills memory from its front on, and says how many bytes that were; 0 at the end.
+# Fills memory from its start on and returns the number of bytes, which is 0 at the end of the stream.
 _ReadInto = Callable[[memoryview], int]
 
 
 def is_stream(driver: str, metadata: Mapping[str, Any]) -> bool:
-  """Whether an array's cells can be read as streams here.
+  """Whether this module can read an array's cells as streams.
 
   Args:
-    driver: TensorStore's, of the array.
-    metadata: of the array, as that driver gives them.
+    driver: TensorStore's driver for the array.
+    metadata: of the array, as the driver reports it.
   """
   if driver != "zarr" or metadata["order"] != "C" or metadata.get("filters"):
     return False
-  # A cell that is not stored is the fill value.
+  # A cell that is not stored has the fill value everywhere; CellStream makes zeros of it.
   zeros = str(metadata.get("fill_value")) in ("None", "0", "0.0")
   native = isinstance(metadata["dtype"], str) and not metadata["dtype"].startswith(">")
   compressor = _compressor(metadata)
@@ -47,17 +49,17 @@ def _compressor(metadata: Mapping[str, Any]) -> str | None:
 
 
 def cell_key(metadata: Mapping[str, Any], position: tuple[int, ...]) -> str:
-  """A cell's name within its array."""
+  """The key of a cell within its array, such as `0.2`."""
   return str(metadata.get("dimension_separator", ".")).join(map(str, position)) or "0"
 
 
 @final
 class KeyValues:
-  """The values of a key-value store, as they are when this is made.
+  """The values of a key-value store, at least as recent as this object.
 
   Args:
-    kvstore: TensorStore's, open, with a cache for what it knows of itself.
-    is_local: whether a request costs no more than a call of the system.
+    kvstore: TensorStore's open store, with a cache for its own metadata.
+    is_local: whether the store is on this machine, so that a request costs no more than a system call.
   """
 
   def __init__(self, kvstore: Any, *, is_local: bool):
@@ -66,21 +68,25 @@ class KeyValues:
     self.step = _LOCAL if is_local else _REMOTE
 
   def ask(self, key: str, start: int, stop: int | None) -> Any:
-    """The future of a part of a value: of a ValueError, where the value ends in front of `stop`."""
+    """Requests the bytes `[start, stop)` of a value, to its end if `stop` is None.
+
+    Returns:
+      TensorStore's future. Its result raises a ValueError if the value ends before `stop`.
+    """
     return self._kvstore.read(key, byte_range=slice(start, stop), staleness_bound=self._since)
 
 
 @final
 class CellStream:
-  """The elements of one cell as bytes, front to back.
+  """The decoded bytes of one cell, read front to back.
 
   Args:
-    values: that hold the cell.
-    key: of the cell; None for one that is not stored, whose elements are zeros.
+    values: of the store that holds the cell.
+    key: of the cell; None for a cell that is not stored, whose elements are zeros.
     metadata: of the array.
-    nbytes: that the cell has, decoded.
-    errors: a context that says of a ValueError what could not be read.
-    on_bytes: called with the number of bytes that were read.
+    nbytes: size of the decoded cell in bytes.
+    errors: makes a context that turns a ValueError into a CheckpointError, which says what cannot be read.
+    on_bytes: called with the number of bytes that were just read.
   """
 
   def __init__(
@@ -100,48 +106,50 @@ class CellStream:
     self._at = 0
 
   def read_into(self, start: int, target: np.ndarray) -> None:
-    """Fills contiguous memory from byte `start` on, which lies behind all that was read.
+    """Fills contiguous memory with the bytes from `start` on, which must not be before the end of the last read.
 
     Raises:
-      CheckpointError: if the cell cannot be decoded, or has not as many bytes as its array's metadata say.
+      CheckpointError: if the cell cannot be decoded, or its size is not the one that the array's metadata state.
     """
     with self._errors():
       while self._at < start:
         self._fill(memoryview(bytearray(min(_PASSED, start - self._at))))
       self._fill(target.reshape(-1).view(np.uint8).data)
       if self._at == self._nbytes and self._readinto(memoryview(bytearray(1))):
-        raise ValueError(f"a cell has more than the {self._nbytes} bytes that the metadata say")
+        raise ValueError(f"a chunk has more than the {self._nbytes} bytes that the array's metadata state")
     self._on_bytes(target.nbytes)
 
   def _fill(self, view: memoryview) -> None:
     while view:
       count = self._readinto(view)
       if not count:
-        raise ValueError(f"a cell has {self._at} bytes, not the {self._nbytes} that the metadata say")
+        raise ValueError(
+          f"a chunk has {self._at} bytes, not the {self._nbytes} that the array's metadata state"
+        )
       self._at += count
       view = view[count:]
 
 
 class _Stored:
-  """A value, front to back, in parts of which the next one is always under way.
+  """The bytes of a stored value, front to back, in parts. The next part is always requested in advance.
 
   Args:
-    values: that hold it.
+    values: of the store that holds the value.
     key: of the value.
-    nbytes: that it decodes to: most values are no longer.
+    nbytes: size of the decoded value in bytes. Few values are larger than that before they are decoded.
   """
 
   def __init__(self, values: KeyValues, key: str, nbytes: int):
     self._values = values
     self._key = key
     self._at = 0
-    # A request past the end fails, and has to be repeated.
+    # A request beyond the end of the value fails and must be repeated, so small values are requested to their end.
     self._is_last = nbytes <= values.step
     self._next = values.ask(key, 0, None if self._is_last else values.step)
     self._part = memoryview(b"")
 
   def read(self, size: int = -1) -> bytes:
-    """The next part, of whatever size; nothing at the end."""
+    """Returns the next part, of any size: `size` has no effect. Returns b"" at the end."""
     if self._next is None:
       return b""
     try:
@@ -151,13 +159,13 @@ class _Stored:
         None if self._is_last else self._values.ask(self._key, self._at, self._at + self._values.step)
       )
     except ValueError:
-      # The value ends within this part.
+      # The value ends within the requested part.
       part = self._values.ask(self._key, self._at, None).result().value
       self._next = None
     return part
 
   def readinto(self, target: memoryview) -> int:
-    """Fills memory with what is left of a part, or of the next one."""
+    """Fills memory with bytes of the current part, or of the next one if it is used up."""
     self._part = self._part or memoryview(self.read())
     count = min(len(target), len(self._part))
     target[:count] = self._part[:count]
@@ -166,7 +174,7 @@ class _Stored:
 
 
 class _Zeros:
-  """As many zeros."""
+  """A stream of `nbytes` zeros."""
 
   def __init__(self, nbytes: int):
     self._left = nbytes

@@ -1,4 +1,4 @@
-"""What readers of checkpoints offer: boxes of any tensor, and more where a format allows it."""
+"""The interface of checkpoint readers: each reads boxes of a tensor; some formats also offer runs or cells."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 
 from models_core.formats.tensors import Index, TensorInfo
 
+# Called with the number of bytes that were just read.
 OnBytes = Callable[[int], None]
 
 
 class TensorReader(Protocol):
-  """The tensors of a checkpoint, for many threads at once.
+  """Reads the tensors of a checkpoint, in any number of threads at once.
 
   Attributes:
-    tensors: as the headers described them, by name.
-    chunk: bytes of a read that passes through scratch memory.
-    threads: that keep it busy.
-    runs: reads of contiguous elements; None where tensors are not stored so.
-    cells: reads of cells front to back; None where tensors are not stored in cells.
+    tensors: by name, as the headers describe them.
+    chunk: number of bytes to read at a time where a read passes through scratch memory.
+    threads: number of threads that make full use of the reader.
+    runs: reads contiguous elements; None where the format does not store tensors contiguously.
+    cells: reads cells front to back; None where the format does not store tensors in cells.
   """
 
   tensors: Mapping[str, TensorInfo]
@@ -29,60 +30,85 @@ class TensorReader(Protocol):
 
   @property
   def runs(self) -> RunReader | None:
-    """Reads of contiguous elements."""
+    """Reads contiguous elements; None where the format does not store tensors contiguously."""
 
   @property
   def cells(self) -> CellReader | None:
-    """Reads of cells front to back."""
+    """Reads cells front to back; None where the format does not store tensors in cells."""
 
   def read_box(self, info: TensorInfo, index: Index) -> np.ndarray:
-    """The elements of a tensor within an index of one slice an axis, decoded; valid until this thread's next call."""
+    """Reads and decodes one box of a tensor.
+
+    Args:
+      info: of the tensor.
+      index: of the box, one slice for each axis.
+
+    Returns:
+      An array of the box's shape, valid until this thread's next call.
+    """
 
   def parts(self, info: TensorInfo) -> Iterator[np.ndarray]:
-    """All elements of a tensor, a few megabytes at a time; each part is valid until the next one."""
+    """Yields all elements of a tensor, a few megabytes at a time. Each array is valid until the next one."""
 
   def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Compares two tensors' numbers, or one of some parts of them.
+    """Checks that two tensors hold the same numbers.
+
+    Args:
+      name: of the tensor to check.
+      twin: name of the tensor that it must equal.
+      part: which part of the tensors to compare, counted from 0.
+      parts: number of parts that the comparison is divided into, such as one for each process.
 
     Raises:
-      CheckpointError: if they differ.
+      CheckpointError: if the tensors differ in shape, dtype or this part of their numbers.
     """
 
   def close(self) -> None:
-    """Lets go of files and threads. No read may be under way."""
+    """Closes the files and stops the threads. No read may be running."""
 
 
 class RunReader(Protocol):
-  """Tensors whose elements are contiguous bytes of a file each."""
+  """Reads tensors whose elements are contiguous in a file.
+
+  `element` is a tensor's element counted in row-major order: (2, 3) of a tensor [8, 16] is element 35.
+  """
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
-    """Elements from `element` on, into contiguous memory of the same dtype."""
+    """Fills `target`, contiguous memory of the tensor's dtype, with the elements from `element` on."""
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
-    """Elements, decoded; valid until this thread's next call."""
+    """Reads and decodes `count` elements from `element` on; the array [count] is valid until this thread's next call.
+
+    Both numbers are multiples of the block size where the tensor has a codec.
+    """
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """Elements as read-only memory that lives as long as an array refers to it; None where there is no such memory."""
+    """Maps `count` elements from `element` on as read-only memory; None where the file cannot be mapped.
+
+    The memory stays valid as long as an array refers to it.
+    """
 
 
 class CellReader(Protocol):
-  """Tensors that are stored as grids of cells, each compressed by itself.
+  """Reads tensors that are stored as grids of cells, each of which is compressed by itself.
+
+  For example, a tensor [1024, 768] in cells of [256, 256] has a grid of 4 x 3 cells, and its last cell is at (3, 2).
 
   Attributes:
-    run: bytes of a cell that are decoded at a time.
+    run: number of bytes of a cell to decode at a time.
   """
 
   run: int
 
   def has_streams(self, info: TensorInfo) -> bool:
-    """Whether the cells of a tensor can be read by `open_cell`."""
+    """Whether `open_cell` can read the cells of a tensor."""
 
   def open_cell(self, info: TensorInfo, position: tuple[int, ...]) -> Cell:
-    """The cell at a position of a tensor's grid, for one thread."""
+    """Opens the cell at a position of the tensor's grid, for use by one thread."""
 
 
 class Cell(Protocol):
-  """The elements of a cell as bytes, front to back."""
+  """The decoded bytes of one cell, read front to back."""
 
   def read_into(self, start: int, target: np.ndarray) -> None:
-    """Fills contiguous memory from byte `start` on, which lies behind all that was read."""
+    """Fills contiguous memory with the bytes from `start` on, which must not be before the end of the last read."""

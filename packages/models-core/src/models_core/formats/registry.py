@@ -1,4 +1,4 @@
-"""The formats that are read, in the order in which they are preferred where a folder holds several."""
+"""The supported formats, in order of preference where a folder holds checkpoints in several of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ FORMATS = (SAFETENSORS, GGUF, ORBAX)
 
 
 def formats_in(files: Files) -> Iterator[Format]:
-  """The formats in which files hold a checkpoint, the preferred one first; the others are sought when they are asked for.
+  """The formats in which the files include a checkpoint, the preferred one first.
+
+  Each format is checked only when the iterator reaches it, since a check may read files.
 
   Raises:
-    CheckpointError: for several trees beside one another.
+    CheckpointError: from the iterator, if there are several Orbax trees side by side.
   """
   return (format for format in FORMATS if format.is_in(files))
 
 
 def weight_files(files: Files) -> list[str]:
-  """Names of the files that a format owns by their names."""
+  """Names of the files that hold weights, as their names show, such as `model.safetensors`."""
   return [name for name in files.names() if any(format.owns(name) for format in FORMATS)]
 
 
 def checkpoint_entries(directory: str) -> Set[str]:
-  """Names of the files and folders in a directory that a new checkpoint takes the place of."""
+  """Names of the files and folders in a directory that a new checkpoint, saved to it, replaces."""
   return frozenset().union(*(format.entries(directory) for format in FORMATS))

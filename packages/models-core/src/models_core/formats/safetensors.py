@@ -1,4 +1,4 @@
-"""Headers of safetensors files, checked before anything else is read."""
+"""Headers of safetensors files, which are checked completely before any tensor data is read."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-# Three times what the largest published checkpoint has in all, in bytes. Millions of made-up tensors would take minutes
-# and gigabytes to refuse.
+# In bytes: three times all headers of the largest published checkpoint. A longer header, with millions of invented
+# tensors, would take minutes and gigabytes to refuse.
 _MAX_HEADER = 16 << 20
 _FIRST_READ = 256 * 1024
-# Files whose headers are read at a time: elsewhere each takes a request.
+# Headers that are read concurrently, since each takes a request if the files are in a store.
 _AT_ONCE = 16
 
+# dtype in a header -> NumPy's dtype.
 DTYPES = {
   "BOOL": np.dtype(np.bool_),
   "U8": np.dtype(np.uint8),
@@ -64,24 +65,26 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsCheckpoint(BytesCheckpoint):
-  """The tensors of safetensors files."""
+  """A checkpoint in safetensors files."""
 
   @property
   def format(self) -> Format:
-    """SAFETENSORS."""
+    """The safetensors format."""
     return SAFETENSORS
 
 
 def read_safetensors(files: Files) -> SafetensorsCheckpoint:
-  """The tensors of a safetensors checkpoint, of one file or of many.
+  """Reads the headers of a safetensors checkpoint, which is one file or many.
 
-  Where there is an index, it decides which files count; else `model.safetensors` alone, else all of them.
+  The checkpoint consists of the files that the index lists; without an index, of `model.safetensors`; without that, of
+  all safetensors files in the directory.
 
   Returns:
-    The checkpoint. Its `problems` name every file that is missing or broken and every tensor that is doubled.
+    The checkpoint. Its `problems` name every file that is missing or broken, and every tensor that is missing or
+    occurs twice.
 
   Raises:
-    CheckpointError: if there is nothing to read.
+    CheckpointError: if there is no safetensors file.
   """
   names = set(files.names())
   problems: list[str] = []
@@ -98,7 +101,7 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   metadata: dict[str, object] = {}
   headers: dict[str, Header] = {}
   problems += [
-    f"{name} is missing, but {INDEX} names it: the download or copy is incomplete"
+    f"{name} is missing, but {INDEX} lists it: the download or copy is incomplete"
     for name in wanted
     if name not in names
   ]
@@ -115,12 +118,12 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
     metadata |= file.metadata
     for info in file.tensors:
       if (twin := tensors.get(info.name)) is not None:
-        problems.append(f"{info.name} is doubled: in {twin.file} and in {info.file}; remove one")
+        problems.append(f"{info.name} occurs twice: in {twin.file} and in {info.file}; remove one")
       else:
         tensors[info.name] = info
   if index is not None:
     problems += [
-      f"{tensor} is missing: {INDEX} says that {file} holds it"
+      f"{tensor} is missing from {file}, but {INDEX} says that it is there: download both files again"
       for tensor, file in index.items()
       if tensor not in tensors and file in headers
     ]
@@ -128,10 +131,10 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
 
 
 def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
-  """The tensors of one file among others.
+  """Reads the header of one file. Other files are not looked at.
 
   Raises:
-    CheckpointError: if its header is broken or doesn't describe the file's bytes one to one.
+    CheckpointError: if the header is malformed, or does not describe each byte of the file exactly once.
   """
   file = _read_file(files, name)
   tensors = {info.name: info for info in file.tensors}
@@ -140,25 +143,27 @@ def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
 
 def _nothing_found(names: set[str]) -> str:
   if "adapter_config.json" in names:
-    return "this is an adapter: load its base model first, then merge"
+    return "this is a LoRA adapter, not a model: load its base model, then merge the adapter into it"
   if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))):
-    return f"only pickled weights ({pickles[0]}), which are never loaded: convert them to safetensors"
+    return (
+      f"the weights are pickled ({pickles[0]}), and pickles are never loaded: convert them to safetensors"
+    )
   return "no safetensors file" + (
     f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty"
   )
 
 
 def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
-  """tensor -> file; None, and a problem, where the index cannot be used."""
+  """Reads the index: tensor -> file. If it cannot be used, returns None and adds a problem."""
   try:
     if (size := files.size(INDEX)) > _MAX_HEADER:
-      raise ValueError(f"its {size} bytes are more than the {_MAX_HEADER} that are read")
+      raise ValueError(f"it has {size} bytes, but at most {_MAX_HEADER} are read")
     weight_map = read_json(files, INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
-        raise ValueError(f"the file name {file!r} leaves the directory")
+        raise ValueError(f"it lists {file!r}, which is not a file name within the directory")
     return weight_map
   except ConfigError as error:
     problems.append(str(error))
@@ -168,7 +173,7 @@ def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
 
 
 def is_inside(name: str) -> bool:
-  """Whether a relative name stays in its directory."""
+  """Whether a file name is relative and stays within its directory."""
   plain = posixpath.normpath(name)
   return (
     bool(name)
@@ -181,12 +186,12 @@ def is_inside(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-  """What the header of a file says.
+  """The contents of a file's header.
 
   Attributes:
     tensors: in the order of their bytes.
-    metadata: texts by name.
-    header: to recognise it by.
+    metadata: the strings of `__metadata__`, by key.
+    header: the header's fingerprint.
   """
 
   tensors: list[TensorInfo]
@@ -198,7 +203,7 @@ def _read_file(files: Files, name: str) -> _File:
   """Reads the header of one file.
 
   Raises:
-    CheckpointError: if the header is broken or doesn't describe the file's bytes one to one.
+    CheckpointError: if the header is malformed, or does not describe each byte of the file exactly once.
   """
   with open_file(files, name) as read:
     return _parse(read, files.size(name), name, f"{files.path}/{name}")
@@ -207,27 +212,30 @@ def _read_file(files: Files, name: str) -> _File:
 def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
   start = read(0, min(size, _FIRST_READ))
   if len(start) < 8:
-    raise CheckpointError(where, [f"{size} bytes are no safetensors file"])
+    raise CheckpointError(where, [f"not a safetensors file: it has only {size} bytes"])
   (length,) = struct.unpack("<Q", start[:8])
   if length > size - 8:
     raise CheckpointError(
-      where, [f"its header claims {length} bytes of a file of {size}: truncated or no safetensors"]
+      where,
+      [
+        f"the header claims {length} bytes, but the file has {size}: it is truncated or not a safetensors file"
+      ],
     )
   if length > _MAX_HEADER:
-    raise CheckpointError(
-      where, [f"its header of {length} bytes is longer than the {_MAX_HEADER} that are read"]
-    )
+    raise CheckpointError(where, [f"the header has {length} bytes, but at most {_MAX_HEADER} are read"])
   if len(start) < 8 + length:
     start += read(len(start), 8 + length)
   try:
     header = parse_json(start[8 : 8 + length])
   except (ValueError, RecursionError) as error:
-    raise CheckpointError(where, [f"its header is not valid: {error}"]) from None
+    raise CheckpointError(where, [f"the header is not valid JSON: {error}"]) from None
   if not isinstance(header, dict):
-    raise CheckpointError(where, [f"its header is {type(header).__name__}, expected an object"])
+    raise CheckpointError(
+      where, [f"the header holds a value of type {type(header).__name__}, expected a JSON object"]
+    )
   metadata = header.pop("__metadata__", None) or {}
   if not isinstance(metadata, dict):
-    raise CheckpointError(where, ["its __metadata__ is no object"])
+    raise CheckpointError(where, ["__metadata__ in the header is not a JSON object"])
   problems: list[str] = []
   infos = []
   for tensor, entry in header.items():
@@ -241,14 +249,16 @@ def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
     for info in infos:
       if info.start != end:
         problems.append(
-          f"{info.name}: its data {'overlaps' if info.start < end else 'leaves a gap after'} the one before"
+          f"{info.name}: its data starts at byte {info.start} and "
+          f"{'overlaps' if info.start < end else 'leaves a gap after'} what precedes it, which ends at byte {end}"
         )
         break
       end = info.stop
     else:
       if end != size:
         problems.append(
-          f"the file has {size} bytes, but its header describes {end}: truncated or overwritten"
+          f"the file has {size} bytes, but its header describes {end}: it is truncated or overwritten; "
+          "download it again"
         )
   if problems:
     raise CheckpointError(where, problems)
@@ -257,18 +267,22 @@ def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
 
 def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
   if not isinstance(entry, dict):
-    raise ValueError("its entry is no object")
+    raise ValueError("its header entry is not a JSON object")
   if lacking := [key for key in ("dtype", "shape", "data_offsets") if key not in entry]:
-    raise ValueError(f"its entry lacks {', '.join(lacking)}")
+    raise ValueError(f"its header entry lacks {', '.join(lacking)}")
   kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-  if kind not in DTYPES:
+  if not isinstance(kind, str) or kind not in DTYPES:
     raise ValueError(f"its dtype {kind!r} is not one of {', '.join(DTYPES)}")
-  for numbers in (shape, offsets):
+  for key, numbers in (("shape", shape), ("data_offsets", offsets)):
     if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-      raise ValueError(f"{numbers!r} is no list of whole numbers")
+      raise ValueError(f"its {key} is {numbers!r}, expected a list of whole numbers")
+  if len(offsets) != 2:
+    raise ValueError(f"its data_offsets is {offsets!r}, expected two numbers")
   start, stop = offsets
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
-    raise ValueError(f"{kind} {tuple(shape)} does not take the {stop - start} bytes of its data_offsets")
+    raise ValueError(
+      f"its data_offsets span {stop - start} bytes, which does not fit {kind} of shape {tuple(shape)}"
+    )
   return TensorInfo(name, DTYPES[kind], tuple(shape), file, data + start, data + stop)
 
 
@@ -313,7 +327,7 @@ def _is_safetensors(name: str) -> bool:
 
 
 def _entries(directory: str) -> set[str]:
-  """The index, the files that it names, and files of the names that savers give."""
+  """Names of the index, of the files that it lists, and of other files with the names that savers use."""
   names = set(os.listdir(directory))
   found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
   with contextlib.suppress(OSError, ConfigError, AttributeError):

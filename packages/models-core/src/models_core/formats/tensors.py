@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint as its header describes it: where its bytes lie, and how numbers are stored in them."""
+"""A tensor of a checkpoint as its header describes it: where its bytes are, and how they encode its elements."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-# Bounds along each axis, one slice an axis.
+# One slice for each axis, without steps, such as `(slice(0, 128), slice(64, 192))` of a tensor [4096, 4096].
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Codec:
-  """How a file stores numbers that are no array: blocks along the last axis.
+  """How a file encodes a quantised tensor: as blocks of elements along the last axis.
+
+  For example, Q8_0 encodes 32 elements in 34 bytes, so a tensor [2, 64] takes four blocks, 136 bytes.
 
   Attributes:
-    name: of the encoding, such as "Q4_1".
-    block_size: elements of a block.
-    block_bytes: bytes of a block.
+    name: of the encoding, such as "Q8_0".
+    block_size: number of elements in a block.
+    block_bytes: number of bytes in a block.
     decode: uint8 [n * block_bytes] -> float32 [n * block_size].
   """
 
@@ -31,17 +33,17 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-  """A tensor of a checkpoint, as its header tells it.
+  """A tensor of a checkpoint, as its header describes it.
 
   Attributes:
-    name: as the file spells it.
-    dtype: of the elements; of a quantised tensor, what decoding gives.
-    shape: slowest axis first.
-    file: the file's name.
-    start: first byte of its data within the file.
-    stop: one past the last byte.
-    codec: set where the bytes are not the elements themselves.
-    cell: shape of the parts that are stored as one each; None where the elements are a run of bytes.
+    name: the tensor's name in the file.
+    dtype: of the elements; for a quantised tensor, of the decoded elements.
+    shape: of the tensor, slowest axis first.
+    file: name of the file that holds the tensor.
+    start: offset of the tensor's first byte in the file; 0 for a tensor that is stored in cells.
+    stop: `start` plus the tensor's size in bytes; for a tensor that is stored in cells, its decoded size.
+    codec: of a quantised tensor; None where the bytes are the elements themselves.
+    cell: shape of the cells that the tensor is stored in; None where its elements are contiguous in the file.
   """
 
   name: str
@@ -55,26 +57,36 @@ class TensorInfo:
 
   @property
   def everything(self) -> Index:
-    """The index of all elements."""
+    """The index of the whole tensor."""
     return tuple(slice(0, size) for size in self.shape)
 
 
 def bounds_of(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-  """The first element of an index and the one past its last, along each axis of an array.
+  """The bounds `(start, stop)` of an index along each axis of an array.
+
+  For example, `bounds_of((slice(None), slice(64, 192)), (128, 256))` is `((0, 128), (64, 192))`.
 
   Args:
-    index: without steps; `slice(None)` is the whole axis.
+    index: one slice for each axis, without steps; `slice(None)` is the whole axis.
     shape: of the array.
+
+  Raises:
+    ValueError: if the index and the shape differ in their number of axes.
   """
   return tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
 
 
 def cells_of(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Index]:
-  """The cells of a tensor, those at its ends cut off.
+  """Yields the index of each cell of a tensor, in row-major order.
+
+  Cells at the end of an axis stop where the tensor does: a tensor [5] in cells of [2] gives 0:2, 2:4 and 4:5.
 
   Args:
     shape: of the tensor.
-    cell: of all others.
+    cell: shape of a full cell.
+
+  Raises:
+    ValueError: if the two shapes differ in their number of axes.
   """
   steps = [range(0, size, max(1, step)) for size, step in zip(shape, cell, strict=True)]
   for corner in itertools.product(*steps):

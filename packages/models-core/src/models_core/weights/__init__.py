@@ -1,6 +1,6 @@
-"""How the tensors of a checkpoint become the parameters of a model, as data: weight tables and layouts.
+"""Weight tables and layouts: how the tensors of a checkpoint become the parameters of a model, as data.
 
-The tables know no file and no model. May import: NumPy alone.
+This room knows nothing of files or models. May import: NumPy alone.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Weight tables of GGUF files, whose tensors have one name for a parameter in all architectures."""
+"""Weight tables of GGUF files. GGUF gives the tensor of a parameter the same name in all architectures."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ NAMES = {
 def gguf_table(
   huggingface: WeightTable, *rows: tuple, norms: Conversion | None = None, ignored: Sequence[Ignored] = ()
 ) -> WeightTable:
-  """Hugging Face's rows under the names of GGUF, which has the same layouts and ties the head alike.
+  """Makes a family's weight table of GGUF files from its table of Hugging Face's files.
+
+  Each row gets GGUF's name of its parameter and keeps its layout. The head is tied as in Hugging Face's files.
 
   Args:
-    huggingface: the family's table.
-    *rows: of parameters that differ, such as `(ours, checkpoint, layout)`.
-    norms: where GGUF stores other numbers for the weights of norms.
+    huggingface: the family's weight table of Hugging Face's files.
+    *rows: for parameters whose name or layout differs, such as `(ours, checkpoint, layout)`.
+    norms: conversion of the weights of norms; None if GGUF stores the same numbers.
     ignored: tensors to leave out.
 
   Raises:
-    ValueError: for a parameter without a row of its own for which GGUF has no name: a fault of the table.
+    ValueError: if neither `rows` nor `NAMES` has a name for a parameter, which is an error in the table.
   """
   own = {row[0]: row for row in rows}
   derived = []
   for row in huggingface.rows:
     if row.ours not in own and row.ours not in NAMES:
-      raise ValueError(f"GGUF files have no common name for {row.ours}: give its row")
+      raise ValueError(f"no GGUF name is known for the parameter {row.ours}: pass a row for it")
     values = () if norms is None or not row.ours.endswith("norm.w") else (norms,)
     derived.append(own.get(row.ours) or (row.ours, NAMES[row.ours], row.forms[0].layout, *values))
   return WeightTable(*derived, ignored=ignored, tied=[Tied("output.weight", "token_embd.weight")])

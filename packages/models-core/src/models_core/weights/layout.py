@@ -1,6 +1,11 @@
-"""Layouts: how the axes of a checkpoint's tensor become those of a parameter, and back.
+"""Layouts: how the axes of a checkpoint's tensor become the axes of a parameter, and back.
 
-A `Piece` says it of one tensor. `arrange` follows it from the tensor to the parameter, `put_back` the other way.
+A `Piece` is a layout that is resolved for one tensor and the parameter's shape. `arrange` applies it to the tensor,
+`put_back` applies its inverse to the parameter. For example, with the layout "e d (1/2 f) -> e f d" a parameter
+[3, 4, 5] is the second half of a fused tensor [3, 5, 8]:
+
+  Piece(shape=(3, 5, 8), split=(3, 5, 2, 4), select=(:, :, 1, :), order=(0, 2, 1), target=(:, :, :), ...)
+  parameter = tensor.reshape(split)[select].transpose(order)
 """
 
 from __future__ import annotations
@@ -23,12 +28,13 @@ class Piece:
 
   Attributes:
     tensor: the tensor's name.
-    shape: that it must have.
-    split: its axes, fused ones apart.
-    select: an index into `split` that drops the axes of fused tensors, a number or a full slice each.
+    shape: the shape that the tensor must have.
+    split: the tensor's shape, with every axis that the layout splits as several axes.
+    select: index into the split tensor. A number takes one part of a fused axis, `slice(None)` keeps an axis.
     order: the remaining axes in the parameter's order.
-    target: position along the parameter's stacked axes, a number or a full slice each.
-    conversion: where the naming scheme stores other numbers.
+    target: index into the parameter. A number is a position along a stacked axis, `slice(None)` an axis that the tensor
+      fills.
+    conversion: of the tensor's numbers; None if checkpoint and model store the same numbers.
   """
 
   tensor: str
@@ -41,7 +47,12 @@ class Piece:
 
   @property
   def run(self) -> int | None:
-    """First element of the run of the tensor's elements that lies as the parameter's do; None where it is no run."""
+    """The row-major index of the first element of the tensor that the piece takes, if its elements are a run.
+
+    None if the elements are not contiguous in the tensor, are in another order than in the parameter, or are converted.
+    For example, with the layout "(2/3 n h) d -> n h d" a parameter [2, 3, 5] is the last third of a tensor [18, 5], and
+    its run begins at element 60.
+    """
     fused = [s for s in self.select if isinstance(s, int)]
     leading = all(isinstance(s, int) for s in self.select[: len(fused)])
     if self.conversion is not None or not leading or self.order != tuple(sorted(self.order)):
@@ -52,7 +63,7 @@ class Piece:
     return start * math.prod(self.split[len(fused) :])
 
   def in_one_row(self) -> Piece:
-    """The same run of elements as a part of one axis."""
+    """The piece that takes the same elements, but has a single axis. The piece must be a run."""
     fused = sum(isinstance(s, int) for s in self.select)
     split = (*self.split[:fused], math.prod(self.split[fused:]))
     return dataclasses.replace(
@@ -61,21 +72,21 @@ class Piece:
 
 
 def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequence[int]) -> list[Piece]:
-  """The tensors that make up a parameter.
+  """The pieces that make up a parameter: one, or one for each tensor that is stacked.
 
   Args:
-    row: that matched the parameter.
-    form: one of its alternatives.
-    placeholders: values that the parameter's name gave.
+    row: that describes the parameter.
+    form: the one of the row's forms to resolve.
+    placeholders: their values in the parameter's name, such as `{"i": "3"}`.
     shape: of the parameter.
 
   Raises:
-    ValueError: if the layout doesn't fit the parameter's shape: a fault of the table.
+    ValueError: if the layout does not fit the parameter's shape, which is an error in the table.
   """
   theirs, ours = parse_layout(form.layout)
   if len(ours) != len(shape):
     raise ValueError(
-      f"the layout {form.layout!r} has {len(ours)} axes for a parameter of shape {tuple(shape)}"
+      f"the layout {form.layout!r} has {len(ours)} axes, but the parameter has shape {tuple(shape)}"
     )
   sizes = _sizes(ours, shape, form.layout)
   stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
@@ -86,7 +97,7 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
   if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
     raise ValueError(
-      f"the layout {form.layout!r} takes a part that a fused axis does not have: parts count from 0"
+      f"the layout {form.layout!r} selects a part that a fused axis does not have: parts are counted from 0"
     )
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
   select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
@@ -102,7 +113,10 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
 
 
 def parse_layout(layout: str) -> tuple[list[list[str]], list[list[str]]]:
-  """The groups of axes on the checkpoint's side and on ours."""
+  """Splits a layout into groups of axes, on the checkpoint's side and on ours.
+
+  For example, "(n h) d -> n h d" gives `[["n", "h"], ["d"]]` and `[["n"], ["h"], ["d"]]`.
+  """
   left, arrow, right = layout.partition("->")
   theirs, ours = _groups(left), _groups(right if arrow else left)
   return theirs, ours
@@ -113,6 +127,7 @@ def _groups(side: str) -> list[list[str]]:
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
+  """The size of an axis: of a letter `n`, a number `2`, or a part such as `1/2`, whose axis has size 2."""
   if axis.isdigit():
     return int(axis)
   if "/" in axis:
@@ -121,7 +136,7 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int:
 
 
 def _sizes(ours: list[list[str]], shape: Sequence[int], layout: str) -> dict[str, int]:
-  """Sizes of all letters, from the parameter's shape."""
+  """The sizes of all letters, which follow from the parameter's shape."""
   sizes: dict[str, int] = {}
   for group, size in zip(ours, shape, strict=True):
     letters = [axis for axis in group if not axis.isdigit()]
@@ -129,31 +144,34 @@ def _sizes(ours: list[list[str]], shape: Sequence[int], layout: str) -> dict[str
     if len(letters) != 1 or size % known:
       if not letters and size == known:
         continue
-      raise ValueError(f"the layout {layout!r} does not split an axis of {size}")
+      raise ValueError(f"the layout {layout!r} cannot split an axis of size {size}")
     if sizes.setdefault(letters[0], size // known) != size // known:
       raise ValueError(f"the layout {layout!r} gives {letters[0]!r} two sizes for shape {tuple(shape)}")
   return sizes
 
 
 def arrange(data: np.ndarray, piece: Piece, shape: Sequence[int]) -> np.ndarray:
-  """A tensor's elements in the parameter's axis order.
+  """Arranges a tensor's elements as the parameter has them.
 
   Args:
-    data: of any shape, the tensor's elements in order.
+    data: the tensor's elements in row-major order, in any shape.
     piece: that describes the tensor.
-    shape: of the part of the parameter that it fills.
+    shape: of the part of the parameter that the tensor fills, as `part_shape` gives it.
+
+  Returns:
+    An array of this shape. It may be a view of `data`.
   """
   part = data.reshape(piece.split)[piece.select].transpose(piece.order).reshape(shape)
   return part if piece.conversion is None else piece.conversion.load(part)
 
 
 def put_back(part: np.ndarray, piece: Piece, tensor: np.ndarray) -> None:
-  """The inverse of `arrange`: writes a part of a parameter into its place in a tensor.
+  """Writes a part of a parameter to its place in a tensor, as the inverse of `arrange`.
 
   Args:
-    part: of the parameter.
+    part: the part of the parameter that the tensor fills.
     piece: that describes the tensor.
-    tensor: contiguous, of `piece.shape`.
+    tensor: contiguous array of shape `piece.shape`, which is written to.
   """
   part = part if piece.conversion is None else piece.conversion.save(part)
   place = tensor.reshape(piece.split)[piece.select]
@@ -161,5 +179,12 @@ def put_back(part: np.ndarray, piece: Piece, tensor: np.ndarray) -> None:
 
 
 def part_shape(piece: Piece, shape: Sequence[int]) -> tuple[int, ...]:
-  """Shape of the part of a parameter that a piece fills."""
+  """The shape of the part of a parameter that a piece fills.
+
+  For example, the tensor of one expert fills a part [F, D] of a parameter [E, F, D].
+
+  Args:
+    piece: that describes the tensor.
+    shape: of the parameter.
+  """
   return tuple(size for size, at in zip(shape, piece.target, strict=True) if isinstance(at, slice))

@@ -1,12 +1,15 @@
 """Weight tables: how the tensors of a checkpoint become the parameters of a model, as data.
 
-A row is `(ours, checkpoint, layout)`. Names may hold placeholders: `{i}` on both sides is a number that they
-share; one that only the checkpoint has, such as `{e}`, is an axis of the parameter along which tensors are
-stacked. A layout names the axes, one letter each: "v d" where both sides agree, else checkpoint -> ours:
+A row is `(ours, checkpoint, layout)`: the name of a parameter, the name of its tensor, and the layout. Names may have
+placeholders, which stand for numbers. One that both names have, such as `{i}`, is the same number in both. One that
+only the tensor's name has, such as `{e}`, counts the tensors that are stacked along the axis `e` of the parameter.
 
-  "(n h) d -> n h d"       an axis of the checkpoint that is two of ours
-  "(n p 2) d -> n (2 p) d" numerals are axes of that size
-  "e (0/2 f) d -> e f d"   the first half of a fused axis
+A layout names axes by a letter each: "v d" if tensor and parameter have the same axes, otherwise "checkpoint -> ours":
+
+  "(n h) d -> n h d"         one axis of the tensor is two axes of the parameter
+  "(n p 2) d -> n (2 p) d"   a number is an axis of that size
+  "e (0/2 f) d -> e f d"     the parameter is the first half of a fused axis
+  "f d -> e f d"             with `{e}` in the tensor's name: tensors [f, d] are stacked to a parameter [e, f, d]
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-  """A pair of inverse functions for a dialect that stores other numbers.
+  """A pair of inverse functions, for a naming scheme that stores other numbers than the model has.
+
+  For example, GGUF files of Gemma store 1 + w for the weight w of a norm.
 
   Attributes:
-    load: the checkpoint's numbers -> ours.
-    save: ours -> the checkpoint's.
+    load: numbers of the checkpoint -> numbers of the model.
+    save: numbers of the model -> numbers of the checkpoint.
   """
 
   load: Callable[[np.ndarray], np.ndarray]
@@ -42,9 +47,10 @@ class Form:
   """One way in which a checkpoint may hold a parameter.
 
   Attributes:
-    name: of its tensors.
-    layout: of each.
-    when: whether a configuration's published checkpoint has this form, where it is not the row's first.
+    name: of the tensors, with placeholders.
+    layout: of each tensor.
+    when: whether the published checkpoint of a configuration has this form. If that is true of no form, it has the
+      row's first one.
   """
 
   name: str
@@ -54,12 +60,12 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A parameter and where a checkpoint holds it.
+  """A parameter, or the same parameter of all layers, and the tensors of a checkpoint that hold it.
 
   Attributes:
-    ours: the parameter's name.
-    forms: alternatives on the checkpoint's side, of which one must be complete.
-    conversion: where the naming scheme stores other numbers.
+    ours: the parameter's name, with placeholders.
+    forms: in which a checkpoint may hold the parameter. All tensors of one form must be there.
+    conversion: of the tensors' numbers; None if checkpoint and model store the same numbers.
   """
 
   ours: str
@@ -67,7 +73,7 @@ class Row:
   conversion: Conversion | None = None
 
   def match(self, name: str) -> dict[str, str] | None:
-    """The placeholders' values if the row is about this parameter."""
+    """The values of the placeholders in a parameter's name; None if the row does not describe the parameter."""
     found = _name_pattern(self.ours).fullmatch(name)
     return found.groupdict() if found else None
 
@@ -77,9 +83,9 @@ class Ignored:
   """Tensors that a model does not need.
 
   Attributes:
-    pattern: a name with placeholders; matches as a whole. A last part `**`, behind a `.` or `/`, stands for any rest.
-    reason: why they can be left out.
-    repeated: whether a checkpoint that is saved anew holds them, too.
+    pattern: the tensors' name, with placeholders. A last part `**` stands for any rest, as in `opt_state.**`.
+    reason: why a model does not need them.
+    repeated: whether saving a model copies them from the base to the new checkpoint.
   """
 
   pattern: str
@@ -89,20 +95,28 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
-  """A tensor that must equal another one where the model has no parameter for it, such as a tied head."""
+  """A tensor that must equal another one if the model has no parameter for it, such as a head tied to the embedding.
+
+  Attributes:
+    tensor: its name, such as `lm_head.weight`.
+    twin: name of the tensor that it must equal, such as `model.embed_tokens.weight`.
+  """
 
   tensor: str
   twin: str
 
 
 class WeightTable:
-  """All rows of a dialect.
+  """All rows of one naming scheme.
 
   Args:
-    *rows: `(ours, checkpoint, layout)` or `(ours, checkpoint, layout, Conversion)`; with alternatives,
+    *rows: `(ours, checkpoint, layout)`, `(ours, checkpoint, layout, Conversion)`, or, if there are several forms,
       `(ours, (Form, ...))`.
     ignored: tensors to leave out.
-    tied: tensors that must repeat another one where they are not parameters.
+    tied: tensors that must equal another one if the model has no parameter for them.
+
+  Raises:
+    TypeError: if a row has another structure.
   """
 
   def __init__(self, *rows: tuple, ignored: Sequence[Ignored] = (), tied: Sequence[Tied] = ()):
@@ -114,19 +128,21 @@ class WeightTable:
     return f"WeightTable({len(self.rows)} rows)"
 
   def row_of(self, parameter: str) -> tuple[Row, dict[str, str]]:
-    """The one row of a parameter and the placeholders that its name gives.
+    """The row of a parameter, and the values of the placeholders in the parameter's name.
 
     Raises:
-      TypeError: if the table has no row for it, or several.
+      TypeError: if the table has no row, or several rows, for the parameter.
     """
     found = [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
     if len(found) != 1:
       what = "no row" if not found else f"{len(found)} rows"
-      raise TypeError(f"the weight table has {what} for the parameter {parameter}; each needs exactly one")
+      raise TypeError(
+        f"the weight table has {what} for the parameter {parameter}; each parameter needs exactly one"
+      )
     return found[0]
 
   def layer_of(self, tensor: str) -> int | None:
-    """The number of the layer that a tensor belongs to by some row; None where it is of no layer."""
+    """The number of the layer that a tensor belongs to, which is `{i}` in its name; None if it has no layer."""
     for form in (form for row in self.rows for form in row.forms if "{i}" in form.name):
       if found := _name_pattern(form.name).fullmatch(tensor):
         return int(found["i"])
@@ -141,36 +157,38 @@ def _row(row: tuple) -> Row:
       return Row(ours, (Form(name, layout),), values)
     case (str(ours), [*forms]):
       return Row(ours, tuple(forms))
-  raise TypeError(f"a row is (ours, checkpoint, layout) or (ours, (Form, ...)), not {row!r}")
+  raise TypeError(
+    f"a row is (ours, checkpoint, layout), (ours, checkpoint, layout, Conversion) or (ours, (Form, ...)), not {row!r}"
+  )
 
 
-# What a training run saves beside a model.
+# Tensors that a training run saves beside the model's.
 TRAINING = tuple(
   Ignored(pattern, "the state of a training run", repeated=False) for pattern in ("step", "opt_state.**")
 )
 
 
 def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
-  """The table of a checkpoint that holds parameters as the model does: by their names, in their shapes.
+  """The weight table of a checkpoint whose tensors have the names and shapes of the model's parameters.
 
   Args:
     shapes: of the model's parameters, by name.
   """
   layouts = {_numbers_open(name): " ".join(string.ascii_letters[: len(s)]) for name, s in shapes.items()}
-  # Flax adds a key where a state is saved with its variables.
+  # If a Flax state is saved with its variables, each name has the additional key `value`.
   rows = [(name, [Form(name, layout), Form(f"{name}.value", layout)]) for name, layout in layouts.items()]
   return WeightTable(*rows, ignored=TRAINING)
 
 
 def _numbers_open(name: str) -> str:
-  """`layers.3.mlp.up_proj.w` -> `layers.{i}.mlp.up_proj.w`, `{j}` for a second number and so on."""
+  """Replaces the numbers in a name by `{i}`, `{j}` and so on: `layers.3.w` -> `layers.{i}.w`."""
   letters = iter(string.ascii_lowercase[string.ascii_lowercase.index("i") :])
   return ".".join(f"{{{next(letters)}}}" if part.isdigit() else part for part in name.split("."))
 
 
 @functools.cache
 def _name_pattern(name: str) -> re.Pattern[str]:
-  """A name with placeholders as a pattern of whole names."""
+  """The regular expression of a name with placeholders, for whole names."""
   parts = PLACEHOLDER.split(name)
   texts, placeholders = parts[::2], parts[1::2]
   pattern = re.escape(texts[0])
@@ -180,7 +198,12 @@ def _name_pattern(name: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-  """Whether a name with placeholders stands for this name, as a whole; with a last part `**`, for all below it."""
+  """Whether a pattern matches a whole name.
+
+  Args:
+    pattern: a name with placeholders. A last part `**` stands for any rest, as in `opt_state.**`.
+    name: of a tensor.
+  """
   if pattern.endswith((".**", "/**")):
     found = _name_pattern(pattern.removesuffix("**")).match(name)
     return found is not None and found.end() < len(name)
