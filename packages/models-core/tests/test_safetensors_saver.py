@@ -345,7 +345,7 @@ def test_numbers_that_do_not_fit_are_an_error(tmp_path):
   [
     ("int32", "expected a floating-point type"),
     ("bool", "expected a floating-point type"),
-    ("bf17", "dtype='bf17' is no data type"),
+    ("bf17", "dtype='bf17' is not a data type"),
     ("float64", "jax_enable_x64"),
   ],
 )
