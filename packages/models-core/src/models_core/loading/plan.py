@@ -212,7 +212,7 @@ def plan_load(
       continue
     reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
     if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
-      reason = f"the model is cut to {_count(layers, 'layer')}"
+      reason = f"layers from {layers} on, which were not requested"
     if reason is not None:
       ignored.append((name, reason))
     else:
