@@ -108,7 +108,7 @@ class TestProblems:
   def test_two_tensors_for_one_name_are_duplicates(self, save, toy, tensors):
     mapping = MAPPING | {r"model\.layers\.([0-9]+)\.q_proj\.weight": ("layers.0.q", None)}
     (problem,) = self.problems(save(tensors), toy, mapping)
-    assert problem.startswith("layers.0.q is duplicated")
+    assert problem.startswith("layers.0.q occurs twice")
 
   @pytest.mark.parametrize(
     "transform", [((1, 0, 2), None), ((0, 0), None), ((0, 2), None), (None, (3, 3)), ((1, 0), (-1, -1))]

@@ -81,7 +81,7 @@ def digest(model: nnx.Module) -> Digest:
     name, value = dotted(path), variable.get_value()
     if not isinstance(value, jax.Array):
       raise ModelsError(
-        f"{name} is a {type(value).__name__}, expected a jax.Array: load or initialise the model's weights first"
+        f"{name} is a {type(value).__name__}, expected a jax.Array: load or initialise the weights first"
       )
     arrays[name] = value
   return digest_arrays(arrays)
@@ -215,7 +215,7 @@ def _sum_elements(shard: jax.Array, start: jax.Array, shape: tuple[int, ...]) ->
   for axis in range(len(shape)):
     stride = math.prod(shape[axis + 1 :])
     along = jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis) + start[axis]
-    # 32 bits cannot number all elements of a huge array: hashed leading axes distinguish those that are 2^32 apart.
+    # 32 bits cannot number all elements of a huge array: hashing leading axes separates those 2^32 apart.
     index = index + (_mix(along) if shape[axis] * stride >= 2**32 else along * np.uint32(stride))
   x = jnp.uint32(0)
   for word in _words(shard):

@@ -29,7 +29,7 @@ def as_dtype(dtype: Any) -> np.dtype | None:
     ) from None
   if not jnp.issubdtype(kind, jnp.floating):
     raise TypeError(
-      f"dtype is {kind}, expected a floating-point type such as 'bfloat16': integer parameters keep their own"
+      f"dtype is {kind}, expected a floating-point type such as 'bfloat16': integers keep their dtype"
     )
   if jax.dtypes.canonicalize_dtype(kind) != kind:
     raise TypeError(

@@ -65,7 +65,7 @@ def load_and_create_model(
     The model.
 
   Raises:
-    CheckpointError: with all missing, unexpected, duplicated and mis-shaped tensors.
+    CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
     TypeError: if `mesh` is neither a Mesh nor None, `dtype` is not a floating-point type, or `preprocess_fn` is given
       together with a weight table.
   """
@@ -76,8 +76,8 @@ def load_and_create_model(
   if isinstance(mapping, WeightTable):
     if preprocess_fn is not None:
       raise TypeError(
-        "preprocess_fn works only with a key mapping that is a dictionary: express the change in the weight table's "
-        "layouts instead"
+        "preprocess_fn works only with a key mapping that is a dictionary: express the change in the layouts of the "
+        "weight table instead"
       )
     return cast(M, load(plan_load(checkpoint, model, mapping, dtype=dtype)))
   mapped = _map_names(checkpoint, mapping)
@@ -113,7 +113,7 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
   """All tensors of a checkpoint, under the names that the key mapping gives them.
 
   Raises:
-    CheckpointError: with all tensors that no pattern matches, or more than one, all duplicated names, and all
+    CheckpointError: with all tensors that no pattern matches, or more than one, all duplicate names, and all
       transforms that do not fit their tensors.
   """
   patterns = [(re.compile(pattern), target) for pattern, target in mapping.items()]
@@ -143,7 +143,7 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
       continue
     if name in mapped:
       problems.append(
-        f"{name} is duplicated: the key mapping gives this name to {mapped[name].info.name} and to {info.name}"
+        f"{name} occurs twice: the key mapping gives this name to {mapped[name].info.name} and to {info.name}"
       )
     mapped[name] = _Mapped(name, final, info, order)
   if problems:

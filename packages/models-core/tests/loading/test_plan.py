@@ -77,7 +77,7 @@ class TestProblems:
       "m.3.w is missing: the parameter layers.3.w (400000,) needs it",
       "m.4.w (400000,) is unexpected: the model has no parameter for it",
       "m.1.w has shape (400001,), but the parameter layers.1.w (400000,) needs (400000,)",
-      "layers.2.w is duplicated: the checkpoint holds it as m.2.w and m.2.v; remove one",
+      "layers.2.w occurs twice: the checkpoint holds it as m.2.w and m.2.v; remove one",
     )
     assert len(caught.value.problems) == 4
     for problem in (missing, extra, shape, doubled):
@@ -161,8 +161,8 @@ class TestForms:
     with pytest.raises(CheckpointError) as caught:
       plan(save(self.SPLIT | {"fused": zeros(2, 6, 4)}), self.PARAMETERS, self.TABLE)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
-      "gate is duplicated",
-      "up is duplicated",
+      "gate occurs twice",
+      "up occurs twice",
     ]
 
   def test_remains_of_another_form_are_unexpected(self, save, plan):

@@ -282,8 +282,8 @@ def _config(
     row, placeholders = find_row(table, name)
     if (own := _roles(table, name, row.forms[0])) is not None:
       everywhere |= {module for _, module in _modules(row.forms[0], placeholders, own, shape)}
-  # A short name such as "q_proj", which every reader understands, stands for all modules of this name: list short names
-  # if all of these are adapted, otherwise full names.
+  # A short name such as "q_proj" stands for all modules of this name, and every reader understands it. Short names
+  # are listed if the adapter changes all of these modules, otherwise full names.
   whole = {module for module in everywhere if module.rpartition(".")[2] in suffixes} == adapted
   return {
     "peft_type": "LORA",

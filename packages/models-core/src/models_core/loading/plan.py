@@ -184,7 +184,7 @@ def plan_load(
     layers: the number of layers that the model is cut to; tensors of later layers are not loaded. None is no cut.
 
   Raises:
-    CheckpointError: with all missing, unexpected, duplicated and mis-shaped tensors.
+    CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
     TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
   tensors = checkpoint.tensors
@@ -200,7 +200,7 @@ def plan_load(
       stored = {tensors[piece.tensor].dtype for piece in found}
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
     else:
-      # Tensors of an incomplete form are part of the problem noted above: do not report them as unexpected too.
+      # Tensors of an incomplete form are part of this problem: do not report them as unexpected too.
       used.update(
         piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
       )
@@ -235,7 +235,7 @@ def _choose(
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
   if len({form[0].tensor for form in complete}) > 1:
-    return [], [f"{parameter.name} is duplicated: the checkpoint holds it as {names}; remove one"]
+    return [], [f"{parameter.name} occurs twice: the checkpoint holds it as {names}; remove one"]
   if len(complete) > 1:
     # The same tensor in several layouts: its shape decides.
     fitting = [form for form in complete if all(tensors[p.tensor].shape == p.shape for p in form)]
@@ -279,7 +279,7 @@ def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype
   """
   if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
     raise TypeError(
-      f"dtype is {dtype}, expected a floating-point type such as 'bfloat16': integer parameters keep their own"
+      f"dtype is {dtype}, expected a floating-point type such as 'bfloat16': integers keep their dtype"
     )
   loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
   if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):

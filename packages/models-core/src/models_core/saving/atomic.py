@@ -192,7 +192,7 @@ def _locked(target: str) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
       alone = _lock(descriptor, target)
-      # The previous holder of the lock may have removed the file, so that this descriptor has no name: try again.
+      # The previous holder may have removed the lock file, so that this descriptor has no name: try again.
       if not alone or _is_at(descriptor, path):
         try:
           yield alone

@@ -26,7 +26,7 @@ from models_core.saving.host_arrays import HostArray, assemble, cast, with_array
 from models_core.saving.plan import SavedTensor
 from models_core.weights import Piece
 
-# Most bytes of a cell: small enough that few cells belong to several shards, large enough to keep a thread busy.
+# Most bytes of a cell: few enough that most cells belong to one shard, and enough to keep a thread busy.
 CELL = 16 << 20
 # Bytes of cells that are committed together. One batch is written while the next one is collected.
 _BATCH = 128 << 20

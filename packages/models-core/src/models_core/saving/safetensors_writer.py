@@ -114,7 +114,7 @@ def _write_file(
     for _, task in pending:
       task.result()
   except BaseException:
-    # After the close, the number of the descriptor may belong to another file: no thread may write to it then.
+    # After the close, another file may get the number of this descriptor: no thread may write to it then.
     for _, task in pending:
       task.cancel()
     concurrent.futures.wait([task for _, task in pending])
