@@ -154,7 +154,7 @@ def test_processes_that_see_different_checkpoints_find_out(checkpoint, tmp_path)
   write_checkpoint(other, FAMILY, CONFIG, create_dummy_model(Llama3, CONFIG))
   reports = run([checkpoint, other], (2,), ("fsdp",))
   assert [r["error"] for r in reports] == ["ProcessError"] * 2
-  assert "process 1 sees another checkpoint than process 0" in reports[0]["message"]
+  assert "process 1 sees a different checkpoint from process 0" in reports[0]["message"]
 
 
 def test_one_process_asks_what_a_branch_is_and_each_file_is_downloaded_once(

@@ -124,5 +124,5 @@ def test_a_target_that_exists_is_refused_in_all_processes(tmp_path):
   (tmp_path / "target" / "model.safetensors").write_bytes(b"old")
   first, second = run(tmp_path / "target", "new")
   assert "overwrite=True" in first["outcome"]
-  assert "is as it was" in second["outcome"]
+  assert "is unchanged" in second["outcome"]
   assert (tmp_path / "target" / "model.safetensors").read_bytes() == b"old"

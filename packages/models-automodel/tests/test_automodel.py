@@ -135,7 +135,7 @@ def test_a_configuration_can_be_handed_over(checkpoint, config):
 
 
 def test_dtype_must_be_one(checkpoint):
-  with pytest.raises(TypeError, match="float64, which JAX has with jax_enable_x64 alone"):
+  with pytest.raises(TypeError, match="float64, which JAX supports only with jax_enable_x64"):
     AutoModel.from_pretrained(checkpoint[0], dtype="float64")
   with pytest.raises(TypeError, match="dtype='bloat16'"):
     AutoModel.from_pretrained(str(checkpoint[0]), dtype="bloat16")

@@ -105,17 +105,17 @@ class TestProblems:
     (problem,) = self.problems(save(tensors), toy, MAPPING | {r"model\.n.*": ("other", None)})
     assert "model.norm.weight (8,) is ambiguous: 2 patterns" in problem
 
-  def test_two_tensors_for_one_name_are_doubled(self, save, toy, tensors):
+  def test_two_tensors_for_one_name_are_duplicates(self, save, toy, tensors):
     mapping = MAPPING | {r"model\.layers\.([0-9]+)\.q_proj\.weight": ("layers.0.q", None)}
     (problem,) = self.problems(save(tensors), toy, mapping)
-    assert problem.startswith("layers.0.q is doubled")
+    assert problem.startswith("layers.0.q occurs twice")
 
   @pytest.mark.parametrize(
     "transform", [((1, 0, 2), None), ((0, 0), None), ((0, 2), None), (None, (3, 3)), ((1, 0), (-1, -1))]
   )
   def test_an_impossible_transform_is_named(self, save, toy, tensors, transform):
     (problem,) = self.problems(save(tensors), toy, MAPPING | {r"model\.embed\.weight": ("emb", transform)})
-    assert f"model.embed.weight (6, 8) cannot take the transform {transform}" in problem
+    assert f"model.embed.weight (6, 8) does not fit the transform {transform}" in problem
 
   def test_missing_unexpected_and_misshaped_parameters_are_one_error(self, save, toy, tensors):
     mapping = MAPPING | {
@@ -124,7 +124,7 @@ class TestProblems:
     }
     found = self.problems(save(tensors), toy, mapping)
     assert len(found) == 3
-    assert "model.embed.weight gives emb the shape (8, 6), but the parameter has (6, 8)" in found[0]
+    assert "model.embed.weight gives emb the shape (8, 6), but the parameter has the shape (6, 8)" in found[0]
     assert "the parameter norm (8,) is missing" in found[1]
     assert "model.norm.weight gives final_norm, which is unexpected" in found[2]
 
@@ -206,7 +206,7 @@ class TestPreprocess:
       load_and_create_model(save(tensors), toy, self.PARAMETERS, lambda c: self.MAPPING, preprocess_fn=wrong)
     found = sorted(caught.value.problems)
     assert "preprocess_fn gives left, which is unexpected" in found[0]
-    assert "preprocess_fn gives norm the shape (3,), but the parameter has (8,)" in found[1]
+    assert "preprocess_fn gives norm the shape (3,), but the parameter has the shape (8,)" in found[1]
     assert "the parameter layers.1.qkv (3, 4, 8, 2) is missing" in found[2]
 
 

@@ -174,7 +174,7 @@ def test_sizes(size, nbytes):
   "size", ["", "GB", "5 apples", "-1GB", "0KB", 0, -3, True, None, 1.5, "1e9", "nanGB"]
 )
 def test_a_size_must_be_spelled_right(size, tmp_path):
-  with pytest.raises(ValueError, match="is no size of a file"):
+  with pytest.raises(ValueError, match="is not a file size"):
     save_model_to_safetensors(STATE, tmp_path / "out", size)
   assert not os.listdir(tmp_path)
 
@@ -304,7 +304,7 @@ def test_layers_that_the_model_lacks_are_left_out_and_named(family, tmp_path, ca
   shorter = {name: array for name, array in longer.items() if not name.startswith("layers.1.")}
   found = save(shorter, tmp_path / "out", family=family, config=family.config_class(), base=tmp_path / "base")
   assert not [name for name in found if name.startswith("layers.1.")]
-  assert "4 tensors of the base are not written" in caplog.text
+  assert "4 tensors of the base are not saved" in caplog.text
 
 
 def test_a_base_of_another_architecture_is_an_error(family, tmp_path):
@@ -318,7 +318,7 @@ def test_a_base_of_another_architecture_is_an_error(family, tmp_path):
 
 def test_a_half_of_a_fused_tensor_is_an_error():
   table = WeightTable(("gate", "gate_up", "(0/2 f) d -> f d"))
-  with pytest.raises(TypeError, match=r"gate_up.*is not filled by gate"):
+  with pytest.raises(TypeError, match=r"gate_up.*would be incomplete: only gate fills it"):
     plan_save({"gate": np.zeros((3, 4), np.float32)}, table)
 
 
@@ -338,7 +338,7 @@ def test_fields_of_the_base_that_are_not_ours_stay(family, tmp_path):
 
 def test_a_configuration_that_config_json_cannot_state_is_an_error(family, tmp_path):
   broken = dataclasses.replace(family, read_config=lambda raw: family.config_class(5))
-  with pytest.raises(ConfigError, match="width would be read otherwise"):
+  with pytest.raises(ConfigError, match="width would be read back with another value"):
     save_model_to_safetensors(model_of(), tmp_path / "out", family=broken, config=family.config_class())
   assert not (tmp_path / "out").exists()
 
@@ -419,7 +419,7 @@ def test_the_largest_number_fits_and_none_beyond(dtype, largest, tmp_path):
   [
     ("int32", "expected a floating-point type"),
     ("bool", "expected a floating-point type"),
-    ("bf17", "dtype='bf17' is no data type"),
+    ("bf17", "dtype='bf17' is not a data type"),
     ("float64", "jax_enable_x64"),
   ],
 )

@@ -1,11 +1,11 @@
 """Digests of weights: whether two models, or a model and a checkpoint, hold the same bits.
 
-A parameter's number is a function of its name, dtype, shape, and of the bits and the logical index of every element, so
-it is the same on every mesh and in every sharding. Each device sums over the shards that it holds, in integers that
-wrap; no array is gathered, and 64 bits a shard come back to the host.
+The digest of a parameter is a hash of its name, dtype and shape, and of the bits and the logical index of each element.
+It is the same on every mesh and in every sharding. Each device sums over the shards that it holds, in 32-bit integers
+that wrap around. No array is gathered: 64 bits for each shard come back to the host.
 
-These numbers find accidents, but for about one in 2^64. They are no defence against somebody who wants two models to
-look alike.
+Digests detect accidental differences; two different models have the same digest with a probability of about 2^-64. They
+are not cryptographic hashes: they do not detect a difference that somebody hides on purpose.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from models_core.errors import ModelsError
 from models_core.layers import dotted
 from models_core.loading import LoadPlan, PlannedParameter
 
-# Parameters that are in memory at a time while a checkpoint is read, in bytes.
+# Bytes of parameters that are in memory at a time while a checkpoint is read.
 _GROUP = 1 << 30
 
-# What precedes a layer's own names: "layers.3." of "layers.3.attn.q_proj.w".
+# The prefix of a layer: "layers.3." of "layers.3.attn.q_proj.w".
 _LAYER = re.compile(r".*?\.\d+\.")
 
-# Shards are put together and summed over on the devices that hold them, whatever mesh is in context.
+# Shards are stacked and summed on the devices that hold them, whatever mesh the caller has set.
 _NO_MESH = Mesh(np.empty((), object), ())
 
-# Arrays of one program, whose compilation takes a time for each.
+# Most arrays in one compiled program: compilation time grows with their number.
 _MOST = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
-  """Numbers that stand for the weights of a model.
+  """The digest of a model's weights.
 
   Attributes:
-    parameters: 64 bits for each parameter, by name.
+    parameters: the 64-bit digest of each parameter, by name.
   """
 
   parameters: Mapping[str, int]
 
   @property
   def total(self) -> int:
-    """64 bits for all parameters, whatever their order."""
+    """The 64-bit digest of all parameters together, in whatever order."""
     lines = sorted(f"{name}\0{number:016x}" for name, number in self.parameters.items())
     return _hash("\n".join(lines))
 
   def differences(self, other: Digest) -> list[str]:
-    """Names of the parameters that differ, or that only one of the two has."""
+    """Names of the parameters that differ, or that only one of the two digests has."""
     names = self.parameters.keys() | other.parameters.keys()
     return sorted(name for name in names if self.parameters.get(name) != other.parameters.get(name))
 
@@ -68,31 +68,34 @@ class Digest:
 
 
 def digest(model: nnx.Module) -> Digest:
-  """The digest of a model's parameters, computed where they lie.
+  """The digest of a model's parameters, computed on the devices that hold them.
 
   Args:
-    model: on any mesh. Where it lies on several processes, all of them call this and get the same.
+    model: on any mesh. If several processes hold it, all of them must call this; they get the same digest.
 
   Raises:
-    ModelsError: if a parameter holds no array.
+    ModelsError: if a parameter does not hold an array.
   """
   arrays = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = dotted(path), variable.get_value()
     if not isinstance(value, jax.Array):
-      raise ModelsError(f"{name} holds no array but {type(value).__name__}: fill the model first")
+      raise ModelsError(
+        f"{name} is a {type(value).__name__}, expected a jax.Array: load or initialise the weights first"
+      )
     arrays[name] = value
   return digest_arrays(arrays)
 
 
 def digest_plan(plan: LoadPlan) -> Digest:
-  """The digest of the model that a plan would load, of which at most about a gigabyte is in memory at a time.
+  """The digest of the model that a plan would load. About a gigabyte of it is in memory at a time.
 
   Args:
-    plan: made by `plan_load`. Its dtype counts: a digest is one of bits.
+    plan: made by `plan_load`. Its dtype matters, since a digest is one of bits: the same weights in another dtype have
+      another digest.
 
   Raises:
-    CheckpointError: as `load`.
+    CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
   """
   numbers: dict[str, int] = {}
   with plan.open() as opened:
@@ -103,8 +106,8 @@ def digest_plan(plan: LoadPlan) -> Digest:
 
 
 def digest_arrays(arrays: Mapping[str, jax.Array]) -> Digest:
-  """The digest of arrays by name."""
-  # All devices are given their work before the first result is awaited.
+  """The digest of arrays, by name. If several processes hold them, all of these must call this."""
+  # Start the work on all devices before waiting for the first result.
   with jax.set_mesh(_NO_MESH):
     started = [(names, _start([arrays[name] for name in names])) for names in _programs(arrays)]
   sums = {name: np.zeros(2, np.uint32) for name in arrays}
@@ -141,20 +144,20 @@ def _hash(text: str) -> int:
 
 
 def _programs(arrays: Mapping[str, jax.Array]) -> Iterator[list[str]]:
-  """Names of arrays that are summed over together: those of a layer, as all layers then share a compiled program."""
+  """Names of the arrays that one compiled program sums: those of one layer, so that all layers share a program."""
   found = collections.defaultdict(list)
   for name, array in arrays.items():
     if devices := tuple(shard.device for shard in array.addressable_shards):
       layer = _LAYER.match(name)
       found[layer and layer[0], devices].append(name)
-  # Layers first: devices sum over them while the rest is compiled.
+  # Layers come first: devices sum over them while the other programs are compiled.
   for names in sorted(found.values(), key=len, reverse=True):
     for at in range(0, len(names), _MOST):
       yield names[at : at + _MOST]
 
 
 def _start(arrays: Sequence[jax.Array]) -> jax.Array:
-  """The sums of the shards that this process holds, under way: uint32 [devices, arrays, 2]."""
+  """Starts the sums over the shards that this process holds: uint32 [devices, arrays, 2], computed asynchronously."""
   shards = [array.addressable_shards for array in arrays]
   mesh = Mesh(np.array([shard.device for shard in shards[0]]), ("device",))
   by_device = NamedSharding(mesh, PartitionSpec("device"))
@@ -164,7 +167,7 @@ def _start(arrays: Sequence[jax.Array]) -> jax.Array:
     size, *rest = data[0].shape
     held = NamedSharding(mesh, by_device.spec, memory_kind=array.sharding.memory_kind)
     stack = jax.make_array_from_single_device_arrays((len(data) * size, *rest), held, data)
-    # What is offloaded to the host's memory is summed over on the device.
+    # Arrays that are offloaded to host memory are summed on the device.
     stacks.append(jax.device_put(stack, by_device))
     first = [[bounds.start or 0 for bounds in part.index] or [0] for part in parts]
     starts.append(np.array(first, np.uint32))
@@ -178,10 +181,10 @@ def _sum_shards(
   """The sums of many arrays' shards.
 
   Args:
-    mesh: its one axis has the devices that hold the shards.
-    shapes: of the arrays.
-    stacks: the shards of each array, one a device, along the first axis.
-    starts: uint32 [devices, axes] for each array, each shard's first index in it.
+    mesh: one axis, of the devices that hold the shards.
+    shapes: shapes of the arrays.
+    stacks: for each array, its shards, one for each device, concatenated along the first axis.
+    starts: for each array, the index of each shard's first element, uint32 [devices, axes].
 
   Returns:
     uint32 [devices, arrays, 2].
@@ -198,12 +201,12 @@ def _sum_shards(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sum_elements(shard: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:
-  """Two sums over the elements of a shard.
+  """Two independent sums over the hashed elements of a shard.
 
   Args:
-    shard: of an array, with at least one axis.
-    start: uint32 [axes], the shard's first index in the array.
-    shape: of the array.
+    shard: a part of an array, with at least one axis.
+    start: the index of the shard's first element in the array, uint32 [axes].
+    shape: shape of the array.
 
   Returns:
     Two scalars, uint32.
@@ -212,32 +215,32 @@ def _sum_elements(shard: jax.Array, start: jax.Array, shape: tuple[int, ...]) ->
   for axis in range(len(shape)):
     stride = math.prod(shape[axis + 1 :])
     along = jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis) + start[axis]
-    # Where 32 bits don't number all elements, those that are 2^32 apart are told apart by their rows.
+    # 32 bits cannot number all elements of a huge array: hashing leading axes separates those 2^32 apart.
     index = index + (_mix(along) if shape[axis] * stride >= 2**32 else along * np.uint32(stride))
   x = jnp.uint32(0)
   for word in _words(shard):
     x = _mix(x + word * np.uint32(0x9E3779B1) + index * np.uint32(0x85EBCA77))
   y = (x ^ (x >> 7)) * np.uint32(0xC2B2AE3D)
-  # In two steps, of which a CPU's cores share the first.
+  # In two steps: a CPU runs the first one on all of its cores.
   rows = _sum_lanes((x, y ^ (y >> 13)), tuple(range(1, shard.ndim)))
   return _sum_lanes(rows, (0,))
 
 
 def _sum_lanes(lanes: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
-  """Sums that wrap, in one pass over what both lanes come from: XLA would keep all of x in memory for two sums."""
+  """Sums that wrap around, of both lanes in one pass: for two separate sums XLA would keep all of x in memory."""
   zeros = (np.uint32(0), np.uint32(0))
   return jax.lax.reduce(tuple(lanes), zeros, lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """A bijection of 32-bit integers whose output bits depend on all input bits."""
+  """A bijection of 32-bit integers in which each output bit depends on all input bits."""
   x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
   x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
   return x ^ (x >> 16)
 
 
 def _words(data: jax.Array) -> list[jax.Array]:
-  """The bits of each element as uint32 arrays of the same shape, one for each 32 bits."""
+  """The bits of each element, as one uint32 array of the same shape for each 32 bits."""
   if jnp.issubdtype(data.dtype, jnp.complexfloating):
     return [*_words(data.real), *_words(data.imag)]
   if data.dtype == jnp.bool_:

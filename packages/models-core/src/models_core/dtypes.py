@@ -1,4 +1,4 @@
-"""Element types: what an argument means, and which one products of mixed weights and activations use."""
+"""Dtypes: what a `dtype=` argument means, and which dtype combines arrays of two different dtypes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,39 @@ from numpy.typing import DTypeLike
 
 
 def as_dtype(dtype: Any) -> np.dtype | None:
-  """What an argument `dtype=` says, which parameters shall have; None stays None.
+  """The floating-point dtype that a `dtype=` argument names; None stays None.
+
+  Args:
+    dtype: anything that `jnp.dtype` accepts, such as `jnp.bfloat16` or "float32".
 
   Raises:
-    TypeError: if it is no floating-point type, or one of 64 bits while JAX has none.
+    TypeError: if it is not a floating-point type, or has 64 bits while `jax_enable_x64` is off.
   """
   if dtype is None:
     return None
   try:
     kind = jnp.dtype(dtype)
   except TypeError:
-    raise TypeError(f"dtype={dtype!r} is no data type; use jnp.bfloat16, 'float32', ...") from None
+    raise TypeError(
+      f"dtype={dtype!r} is not a data type: use a floating-point type such as jnp.bfloat16 or 'float32'"
+    ) from None
   if not jnp.issubdtype(kind, jnp.floating):
-    raise TypeError(f"dtype is {kind}, expected a floating-point type: that of floating-point parameters")
+    raise TypeError(
+      f"dtype is {kind}, expected a floating-point type such as 'bfloat16': integers keep their dtype"
+    )
   if jax.dtypes.canonicalize_dtype(kind) != kind:
-    raise TypeError(f"dtype is {kind}, which JAX has with jax_enable_x64 alone")
+    raise TypeError(
+      f"dtype is {kind}, which JAX supports only with jax_enable_x64: enable it, or use 'float32'"
+    )
   return kind
 
 
 def common_dtype(a: DTypeLike, b: DTypeLike) -> np.dtype:
-  """The float type that holds both: the wider, or float32 where neither does (float16 and bfloat16)."""
+  """The dtype in which arrays of two dtypes are combined.
+
+  This is the float of a float and an integer, otherwise the wider of the two; float32 if they differ but have the same
+  width, as float16 and bfloat16 do.
+  """
   a, b = np.dtype(a), np.dtype(b)
   if a == b:
     return a

@@ -28,21 +28,25 @@ def create_dummy_model(
   random_seed: int = 0,
   scale: float = SCALE,
 ) -> M:
-  """Creates a model with random parameters, each device making its own shards.
+  """Creates a model with random parameters. Each device generates its own shards.
 
-  Norms are ones (or what their module calls neutral), biases and integers zero, all else normal. A parameter's values
-  depend on the seed and its name: they are the same on every mesh, and in every dtype but for rounding.
+  Norm weights are ones (or whatever value is neutral in their module), biases and integer parameters are zeros, all
+  other parameters are normally distributed. The values of a parameter depend on the seed and on its name: they are the
+  same on every mesh and, up to rounding, in every dtype.
 
   Args:
     model_class: called as `model_class(config, rngs=...)`.
-    config: for the class.
-    mesh: of either kind; None is one device.
-    dtype: of the floating-point parameters; None keeps what the class declares.
-    random_seed: of the values.
-    scale: standard deviation of the random ones.
+    config: the configuration that the class takes.
+    mesh: with Auto or Explicit axes; None is one device.
+    dtype: dtype of the floating-point parameters; None keeps what the class declares.
+    random_seed: seed of the random values.
+    scale: standard deviation of the normally distributed values.
+
+  Returns:
+    The model.
 
   Raises:
-    TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
+    TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is not a floating-point type.
   """
   dtype = as_dtype(dtype)
   model = abstract_model(model_class, config, mesh)
@@ -65,12 +69,12 @@ def create_dummy_model(
 def _maker(
   shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, init: str
 ) -> Callable[..., jax.Array]:
-  """One compilation for all parameters of a kind, whatever the number of layers and of models."""
+  """A compiled initialiser for all parameters of one shape, dtype, sharding and kind, in all layers and models."""
 
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:
     return INITIALIZERS[init](jax.random.fold_in(seed, name), shape, dtype, scale)
 
   if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
-    # With such a mesh in context every device would make the whole, and keep its shard.
+    # Without this, each device would generate the whole array and keep only its shard.
     make = jax.sharding.auto_axes(make, axes=axes, out_sharding=sharding)
   return jax.jit(make, out_shardings=sharding)

@@ -1,16 +1,17 @@
-"""The errors of the house: each says what, where and what to do."""
+"""The exceptions of all packages. Each message says what is wrong, where, and what to do about it."""
 
 from collections.abc import Sequence
 
 
 class ModelsError(Exception):
-  """Root of all errors raised here. Each subclass also derives from the built-in that fits it."""
+  """Root of all exceptions of these packages. Each subclass also derives from the matching built-in exception."""
 
 
 class CheckpointError(ModelsError, ValueError):
-  """A checkpoint that cannot be loaded: all of its problems at once.
+  """A checkpoint cannot be loaded. The error lists all problems at once.
 
   Attributes:
+    where: the path or address of the checkpoint.
     problems: one sentence for each problem.
   """
 
@@ -22,26 +23,26 @@ class CheckpointError(ModelsError, ValueError):
 
 
 class ConfigError(ModelsError, ValueError):
-  """A configuration that is incomplete, contradicts itself or asks for what a model cannot do."""
+  """A configuration is incomplete, contradicts itself, or asks for something that the model does not support."""
 
 
 class ShardingError(ModelsError, ValueError):
-  """A sharding that a mesh cannot hold."""
+  """A mesh cannot hold a sharding."""
 
 
 class AdapterError(ModelsError, ValueError):
-  """A LoRA adapter that does not fit a model, or is of a kind that is not implemented."""
+  """A LoRA adapter does not fit a model, or is of a kind that is not supported."""
 
 
 class CacheError(ModelsError, ValueError):
-  """More tokens than a KV cache has room for."""
+  """A KV cache has no room for the tokens that it should take."""
 
 
 class SaveError(ModelsError, OSError):
-  """A checkpoint that cannot be written. What was at its place before is still there.
+  """A checkpoint cannot be written. The previous contents of its directory are unchanged.
 
   Attributes:
-    errno: of the system's error, if there was one.
+    errno: the error number of the operating system, or None.
   """
 
   def __init__(self, message: str, number: int | None = None):

@@ -1,4 +1,4 @@
-"""Packages that only some users need: imported when they are used, with the remedy where they are missing."""
+"""Optional packages: imported on first use; the error for a missing one says how to install it."""
 
 import importlib
 import types
@@ -14,12 +14,15 @@ def require(module: str, remedy: str, purpose: str) -> types.ModuleType:
   """Imports a module of an optional package.
 
   Args:
-    module: its full name.
-    remedy: the requirement that installs it, such as "models-core[gguf]".
-    purpose: what needs it, as the beginning of a sentence.
+    module: full name of the module.
+    remedy: the requirement that installs the package, such as "models-core[gguf]".
+    purpose: what needs the package, as the beginning of a sentence, such as "Writing an Orbax checkpoint".
+
+  Returns:
+    The imported module.
 
   Raises:
-    MissingExtraError: where the package is not installed.
+    MissingExtraError: if the package is not installed.
   """
   try:
     return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The contract between an architecture and the rest of the house."""
+"""The contract between an architecture and all other code: a `Family`."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS, Format, TensorInfo
 from models_core.weights import WeightTable, own_names
 
-# The major contract. AutoModel refuses a family of another one.
+# The version of this contract. AutoModel refuses a family that was written for another version.
 FAMILY_API_VERSION = 1
 
-# A configuration and its model.
+# The classes of a configuration and of its model.
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family(Generic[C, M]):
-  """An architecture: what reads its configuration, holds its weights and computes its logits.
+  """An architecture: its configuration, its model, and the weight tables of its checkpoints.
 
-  A package announces it by an entry point `models.families`: `llama3 = "models_llama.llama3"`, a module with
-  an attribute `FAMILY`.
+  A package announces a family by an entry point in the group `models.families`, such as
+  `llama3 = "models_llama.llama3"`: a module with an attribute `FAMILY`.
 
   Attributes:
     name: the configuration category, such as "llama3".
-    model_types: values of config.json's `model_type` that it reads.
-    model_class: called as `model_class(config, rngs=...)`.
+    model_types: the values of `model_type` in config.json that belong to the family.
+    model_class: the model, called as `model_class(config, rngs=...)`.
     config_class: a frozen dataclass with a classmethod for each published size.
     read_config: config.json -> configuration. Raises ConfigError on a key that it neither uses nor knows to be
-      harmless, and where two spellings differ.
-    write_config: configuration -> config.json, in the spellings of old and new transformers.
-    weights: a weight table for each naming scheme: "huggingface" always; "gguf" where it exists; "orbax" where
-      somebody else writes such trees: without it they hold parameters under their own names.
-    fit_config: `(preset, tensors by name) -> configuration` of a checkpoint without config.json, which may decide some
-      of it, such as the rows of the embedding; None where the two are plainly of different sizes.
-    api_version: the contract that it was written against.
+      harmless, and on two spellings of one key with different values.
+    write_config: configuration -> config.json, in the spellings of older and newer versions of transformers.
+    weights: the weight table of each naming scheme. "huggingface" is required. "gguf" is present if the architecture
+      has GGUF files, "orbax" if somebody publishes Orbax trees in a naming scheme of their own; without "orbax", an
+      Orbax tree holds the parameters under their own names.
+    fit_config: `(preset, tensors by name) -> configuration`, for a checkpoint without config.json. It takes from the
+      tensors what a preset leaves open, such as the number of rows of the embedding. It returns None if the tensors
+      cannot belong to a model of the preset's size.
+    api_version: the version of the contract that the family was written for.
   """
 
   name: str
@@ -54,21 +56,24 @@ class Family(Generic[C, M]):
 
   @property
   def huggingface(self) -> WeightTable:
-    """The weight table of Hugging Face's names."""
+    """The weight table of Hugging Face's naming scheme."""
     return self.weights[SAFETENSORS.naming]
 
   def table_of(self, format: Format, shapes: Mapping[str, Sequence[int]]) -> WeightTable:
     """The weight table of a format's naming scheme.
 
     Args:
-      format: of a checkpoint.
-      shapes: of the model's parameters, by name.
+      format: the format of a checkpoint.
+      shapes: shapes of the model's parameters, by name.
 
     Raises:
-      ConfigError: if the family has no table for it.
+      ConfigError: if the family has no table for the naming scheme.
     """
     if (table := self.weights.get(format.naming)) is not None:
       return table
     if format.keeps_own_names:
       return own_names(shapes)
-    raise ConfigError(f"the family {self.name} has no weight table for the naming scheme {format.naming!r}")
+    raise ConfigError(
+      f"the family {self.name} has no weight table for the naming scheme {format.naming!r}, only for "
+      f"{', '.join(self.weights)}: use a checkpoint in another format"
+    )

@@ -1,7 +1,7 @@
-"""Agreement between the processes of a mesh under `jax.distributed`: all go on, or all fail.
+"""Agreement between the processes of a mesh under `jax.distributed`: either all of them continue, or all raise.
 
-A process that fails alone would leave the others waiting in a collective operation for it. All that is exchanged
-travels as an array over the mesh's own devices, so that processes outside the mesh need not take part.
+If one process failed alone, the others would wait for it forever in a collective operation. The processes exchange
+bytes as an array on the mesh's own devices, so that processes outside the mesh need not take part.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from models_core.errors import ModelsError
 
 
 class ProcessError(ModelsError, RuntimeError):
-  """Another process of the mesh failed, or holds something else than this one."""
+  """Another process of the mesh failed, or sees something different from this one."""
 
 
 def processes_of(mesh: Mesh | None) -> list[int]:
-  """Indices of the processes whose devices a mesh has; without a mesh, this one."""
+  """Sorted indices of the processes that own the devices of a mesh; without a mesh, this process alone."""
   if mesh is None:
     return [jax.process_index()]
   return sorted({device.process_index for device in mesh.devices.flat})
 
 
 def exchange(mesh: Mesh, row: bytes) -> dict[int, bytes]:
-  """Gives every process of the mesh what each of them passes.
+  """Sends the bytes of each process of a mesh to all of its processes.
 
   Args:
-    mesh: all of its processes must call this, with rows of one length.
-    row: of this process.
+    mesh: all of its processes must call this, with rows of equal length.
+    row: the bytes that this process sends.
 
   Returns:
-    Rows by the index of the process.
+    The row of each process, by process index.
   """
   devices = mesh.devices.reshape(-1)
   flat = Mesh(devices, ("devices",))
@@ -53,12 +53,15 @@ def exchange(mesh: Mesh, row: bytes) -> dict[int, bytes]:
 
 @contextlib.contextmanager
 def together(mesh: Mesh | None) -> Iterator[None]:
-  """Runs a block in every process of a mesh; where one fails, the others fail, too, instead of waiting for it.
+  """Runs a block in every process of a mesh. If it fails in one process, the others raise instead of waiting for it.
 
-  The block must contain no collective operation.
+  The block must not contain collective operations.
+
+  Args:
+    mesh: all of its processes must enter the block; None is this process alone.
 
   Raises:
-    ProcessError: where this process did well and another one failed.
+    ProcessError: if the block succeeded in this process and failed in another one.
   """
   if mesh is None or len(processes_of(mesh)) == 1:
     yield
@@ -70,18 +73,25 @@ def together(mesh: Mesh | None) -> Iterator[None]:
     raise
   failed = [str(process) for process, flag in exchange(mesh, b"\1").items() if flag != b"\1"]
   if failed:
-    raise ProcessError(f"process {', '.join(failed)} failed: its own error says why")
+    raise ProcessError(f"process {', '.join(failed)} failed: the error raised there says why")
 
 
 def check_same(mesh: Mesh | None, what: str, fingerprint: bytes) -> None:
-  """Compares a fingerprint over the processes of a mesh.
+  """Checks that all processes of a mesh see the same thing.
+
+  Args:
+    mesh: all of its processes must call this; None is this process alone.
+    what: the thing, for the error message, such as "checkpoint".
+    fingerprint: bytes that identify it, of the same length in all processes.
 
   Raises:
-    ProcessError: in all of them, if it is not the same everywhere.
+    ProcessError: in all processes, if the fingerprints differ.
   """
   if mesh is None or len(processes_of(mesh)) == 1:
     return
   found = exchange(mesh, fingerprint)
   first = min(found)
   if others := [str(process) for process, theirs in found.items() if theirs != found[first]]:
-    raise ProcessError(f"process {', '.join(others)} sees another {what} than process {first}")
+    raise ProcessError(
+      f"process {', '.join(others)} sees a different {what} from process {first}: give all processes the same one"
+    )

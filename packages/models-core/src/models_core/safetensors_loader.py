@@ -1,4 +1,4 @@
-"""Any Flax NNX model from a directory of safetensors files, by a mapping of names."""
+"""Loads any Flax NNX model from a directory of safetensors files, by a mapping from tensors to parameters."""
 
 from __future__ import annotations
 
@@ -45,24 +45,29 @@ def load_and_create_model(
   preprocess_fn: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
   dtype: Any = None,
 ) -> M:
-  """Creates a model and loads its weights, strictly: all that does not fit is one error, before data is read.
+  """Creates a model and loads its weights. All mismatches are reported as one error, before tensor data is read.
 
   Args:
     file_dir: directory of safetensors files.
     model_class: called as `model_class(config, rngs=...)`.
-    config: for the class.
-    key_mapping: a weight table, or a function of the config that returns one or a dictionary
-      `regex of a tensor's name -> (parameter's name, (permutation, shape) or None)`; the regex must match
-      the whole name, and the parameter's name may refer to its groups.
-    mesh: of either kind; None is one device.
-    preprocess_fn: dictionary of arrays by name -> dictionary of arrays by parameter name. Only with a
-      dictionary: mapped names need not be parameters then. Such arrays pass through one device.
-    dtype: of the loaded floating-point parameters; None keeps each as it is stored.
+    config: the configuration that the class takes.
+    key_mapping: a weight table, or a function of the configuration that returns a weight table or a dictionary
+      `{regex of a tensor's name: (name, (permutation, shape) or None)}`. The regex must match the whole name of the
+      tensor; `name` is that of the parameter and may refer to groups of the regex, such as `\\1`. The tensor is
+      transposed by `permutation`, then reshaped to `shape`; either may be None.
+    mesh: with Auto or Explicit axes; None is one device.
+    preprocess_fn: dictionary of arrays by mapped name -> dictionary of arrays by parameter name. It works only with a
+      mapping that is a dictionary, whose names need not be those of parameters then. Each array is loaded onto one
+      device before it is sharded.
+    dtype: dtype of the loaded floating-point parameters; None keeps the stored dtype of each.
+
+  Returns:
+    The model.
 
   Raises:
-    CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
-    TypeError: if `mesh` is neither a Mesh nor None, `dtype` is no floating-point type, or a weight table comes with a
-      `preprocess_fn`.
+    CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
+    TypeError: if `mesh` is neither a Mesh nor None, `dtype` is not a floating-point type, or `preprocess_fn` is given
+      together with a weight table.
   """
   checkpoint = read_safetensors(as_files(file_dir))
   model = abstract_model(model_class, config, mesh)
@@ -71,7 +76,8 @@ def load_and_create_model(
   if isinstance(mapping, WeightTable):
     if preprocess_fn is not None:
       raise TypeError(
-        "preprocess_fn works on a dictionary of names: a weight table says the same in its layouts"
+        "preprocess_fn works only with a key mapping that is a dictionary: express the change in the layouts of the "
+        "weight table instead"
       )
     return cast(M, load(plan_load(checkpoint, model, mapping, dtype=dtype)))
   mapped = _map_names(checkpoint, mapping)
@@ -83,7 +89,7 @@ def load_and_create_model(
 
 @dataclasses.dataclass(frozen=True)
 class _Mapped:
-  """A tensor under the name that a mapping gives it."""
+  """A tensor, with the name, the shape and the order of axes that a key mapping gives it."""
 
   name: str
   shape: tuple[int, ...]
@@ -104,10 +110,11 @@ class _Mapped:
 
 
 def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
-  """Every tensor under its new name.
+  """All tensors of a checkpoint, under the names that the key mapping gives them.
 
   Raises:
-    CheckpointError: for tensors that no pattern matches or several, doubled names and impossible transforms.
+    CheckpointError: with all tensors that no pattern matches, or more than one, all duplicate names, and all
+      transforms that do not fit their tensors.
   """
   patterns = [(re.compile(pattern), target) for pattern, target in mapping.items()]
   mapped: dict[str, _Mapped] = {}
@@ -115,8 +122,12 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
   for info in checkpoint.tensors.values():
     found = [(match, target) for pattern, target in patterns if (match := pattern.fullmatch(info.name))]
     if len(found) != 1:
-      what = "is unexpected: no pattern" if not found else f"is ambiguous: {len(found)} patterns"
-      problems.append(f"{info.name} {info.shape} {what} of the key mapping matches it")
+      problem = (
+        "is unexpected: no pattern of the key mapping matches it"
+        if not found
+        else f"is ambiguous: {len(found)} patterns of the key mapping match it, expected one"
+      )
+      problems.append(f"{info.name} {info.shape} {problem}")
       continue
     match, (template, transform) = found[0]
     name = match.expand(template)
@@ -126,11 +137,13 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
       permuted = np.broadcast_to(np.False_, info.shape).transpose(order).shape
       final = np.broadcast_to(np.False_, permuted).reshape(shape).shape if shape else permuted
     except ValueError as error:
-      problems.append(f"{info.name} {info.shape} cannot take the transform {transform}: {error}")
+      problems.append(
+        f"{info.name} {info.shape} does not fit the transform {transform} of the key mapping: {error}"
+      )
       continue
     if name in mapped:
       problems.append(
-        f"{name} is doubled: the key mapping gives it to {mapped[name].info.name} and {info.name}"
+        f"{name} occurs twice: the key mapping gives this name to {mapped[name].info.name} and to {info.name}"
       )
     mapped[name] = _Mapped(name, final, info, order)
   if problems:
@@ -141,7 +154,11 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
 def _plan_parameters(
   checkpoint: Checkpoint, model: AbstractModel, mapped: list[_Mapped], dtype: np.dtype | None
 ) -> LoadPlan:
-  """A plan in which every mapped name is a parameter of the model."""
+  """A plan for a mapping whose names are exactly those of the model's parameters.
+
+  Raises:
+    CheckpointError: with all missing, unexpected and mis-shaped parameters.
+  """
   by_name = {entry.name: entry for entry in mapped}
   _check(checkpoint, model, {name: (entry.shape, entry.info.name) for name, entry in by_name.items()})
   planned = [by_name[name].planned(parameter, dtype) for name, parameter in model.parameters.items()]
@@ -151,7 +168,7 @@ def _plan_parameters(
 def _plan_free(
   checkpoint: Checkpoint, model: AbstractModel, mapped: list[_Mapped], dtype: np.dtype | None
 ) -> LoadPlan:
-  """A plan whose arrays lie whole on one device, under names of the mapping's own."""
+  """A plan that loads each tensor onto one device, under whatever name the mapping gives it."""
   planned = [
     entry.planned(
       AbstractParameter(entry.name, entry.shape, entry.info.dtype, default_sharding(), "normal", ()), dtype
@@ -164,14 +181,18 @@ def _plan_free(
 def _fit_arrays(
   checkpoint: Checkpoint, model: AbstractModel, arrays: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-  """Places what a preprocess function returned on the shardings of the model."""
+  """Shards the arrays that a preprocess function returned as the model's parameters are sharded.
+
+  Raises:
+    CheckpointError: with all missing, unexpected and mis-shaped parameters.
+  """
   flat = {dotted(path): array for path, array in nnx.traversals.flatten_mapping(arrays).items()}
   _check(checkpoint, model, {name: (tuple(array.shape), "preprocess_fn") for name, array in flat.items()})
   return {name: _spread(flat[name], parameter.sharding) for name, parameter in model.parameters.items()}
 
 
 def _spread(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-  """An array of this process onto a sharding; `device_put` to one of several processes would compare it over them."""
+  """Shards an array of this process. Over several processes `device_put` is avoided: it would compare their values."""
   if sharding.is_fully_addressable:
     return jax.device_put(array, sharding)
   return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
@@ -180,22 +201,29 @@ def _spread(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 def _check(
   checkpoint: Checkpoint, model: AbstractModel, found: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> None:
-  """Compares names and shapes with the model's.
+  """Compares mapped names and shapes with those of the model's parameters.
+
+  Args:
+    checkpoint: where the tensors come from.
+    model: the model to fill.
+    found: by mapped name, the shape, and the tensor or function that it comes from.
 
   Raises:
-    CheckpointError: with all that are missing, unexpected or mis-shaped.
+    CheckpointError: with all missing, unexpected and mis-shaped parameters.
   """
   problems = []
   for name, parameter in model.parameters.items():
     if name not in found:
       problems.append(
-        f"the parameter {name} {parameter.shape} is missing: the key mapping gives it no tensor"
+        f"the parameter {name} {parameter.shape} is missing: the key mapping assigns no tensor to it"
       )
     elif found[name][0] != parameter.shape:
       shape, origin = found[name]
-      problems.append(f"{origin} gives {name} the shape {shape}, but the parameter has {parameter.shape}")
+      problems.append(
+        f"{origin} gives {name} the shape {shape}, but the parameter has the shape {parameter.shape}"
+      )
   problems += [
-    f"{origin} gives {name}, which is unexpected: the model has no such parameter"
+    f"{origin} gives {name}, which is unexpected: the model has no parameter of this name"
     for name, (_, origin) in found.items()
     if name not in model.parameters
   ]

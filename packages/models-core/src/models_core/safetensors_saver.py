@@ -1,4 +1,4 @@
-"""A model's parameters as a directory of safetensors files."""
+"""Saves a model's parameters as a directory of safetensors files."""
 
 from __future__ import annotations
 
@@ -25,33 +25,36 @@ def save_model_to_safetensors(
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
-  """Writes a state dictionary, at once complete: `save_dir` is what it was, or holds the whole checkpoint.
+  """Writes a state dictionary. The write is atomic: `save_dir` is either unchanged or holds the complete checkpoint.
 
-  Without a family the tensors have the parameters' own names and shapes, and there is no config.json. With a family
-  they have Hugging Face's, and transformers reads the directory. Under several processes all must call it, with the
-  same arguments.
+  Without a family, the tensors have the parameters' own names and shapes, and no config.json is written. With a family,
+  they have Hugging Face's names and layouts, and transformers can read the directory. Under several processes all must
+  call this, with the same arguments.
 
   Args:
-    state_dict: nested or flat dictionary of arrays, as `nnx.state(model, nnx.Param)` or its `to_pure_dict()`.
-    save_dir: may be missing or empty.
-    max_shard_size: bytes of tensor data in a file, as a number or like "5GB", "200MB", "2GiB".
-    family: of the model.
-    config: of the model; with a family.
-    base: the safetensors checkpoint that the model came from, with a family. What is open without it is as it has
-      it: the forms of fused tensors, the prefix of names, a tied head that is stored, parts that the model has not
-      such as a vision tower, and the fields of config.json that are no part of `config`.
-    companions: names of files of `base` that are copied, where they are there.
-    dtype: that floating-point parameters are written in; None keeps each as it is.
-    overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
-    on_total: called once with the number of bytes that this process is going to write.
-    on_bytes: called with the number of bytes that were written, from several threads.
+    state_dict: nested or flat dictionary of arrays, such as `nnx.state(model, nnx.Param)` or its `to_pure_dict()`.
+    save_dir: directory to write; it may be missing or empty.
+    max_shard_size: most bytes of tensor data in one file, as a number or a string such as "5GB", "200MB" or "2GiB".
+    family: family of the model.
+    config: configuration of the model; required with a family.
+    base: the safetensors checkpoint that the model was loaded from; it requires a family. It decides what the family
+      leaves open: which tensors are fused, the prefix of their names, whether a tied head is stored. Tensors that the
+      model does not have, such as those of a vision tower, and fields of config.json that `config` does not have are
+      copied from it.
+    companions: names of files to copy from `base`, such as "tokenizer.json"; those that it does not have are skipped.
+    dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
+    overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
+    on_total: called once with the number of bytes that this process will write.
+    on_bytes: called with the number of bytes of each write, from several threads.
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot state the configuration, or a family has none.
-    SaveError: if `save_dir` exists, is being written, or the file system refuses.
-    TypeError: if the dictionary holds something else than arrays, or `dtype` is no floating-point type.
-    ValueError: if `max_shard_size` is no size.
+    ConfigError: if config.json cannot express the configuration, or `family`, `config` and `base` are not given
+      together.
+    SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
+      `dtype`, or the file system refuses the write.
+    TypeError: if a value of the dictionary is not an array, or `dtype` is not a floating-point type.
+    ValueError: if `max_shard_size` is not a size.
   """
   arrays = flatten(state_dict)
   save_parameters_to_safetensors(

@@ -1,7 +1,7 @@
-"""How many threads work at a time."""
+"""The number of threads that read and write files."""
 
 import os
 
-# Threads that read or write files of this machine: one waits for the disk while another copies, and more than these
-# gain nothing.
+# Threads for local files: two at least, so that one copies while another waits for the disk; more than 16 gain
+# nothing.
 THREADS = max(2, min(os.cpu_count() or 1, 16))

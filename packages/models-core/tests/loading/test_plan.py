@@ -77,7 +77,7 @@ class TestProblems:
       "m.3.w is missing: the parameter layers.3.w (400000,) needs it",
       "m.4.w (400000,) is unexpected: the model has no parameter for it",
       "m.1.w has shape (400001,), but the parameter layers.1.w (400000,) needs (400000,)",
-      "layers.2.w is doubled: the checkpoint holds it as m.2.w and m.2.v; remove one",
+      "layers.2.w occurs twice: the checkpoint holds it as m.2.w and m.2.v; remove one",
     )
     assert len(caught.value.problems) == 4
     for problem in (missing, extra, shape, doubled):
@@ -103,7 +103,7 @@ class TestProblems:
 
   def test_a_likely_misspelling_is_pointed_out(self, save, plan):
     with pytest.raises(
-      CheckpointError, match=r"model.norm.wieght \(2,\) is unexpected.*near: model.norm.weight"
+      CheckpointError, match=r"model.norm.wieght \(2,\) is unexpected.*similar to model.norm.weight"
     ):
       plan(
         save({"model.norm.wieght": zeros(2)}),
@@ -119,7 +119,7 @@ class TestProblems:
     assert caught.value.problems[-1] == "and 60 more"
 
   def test_a_stack_that_lacks_tensors_names_the_first_and_counts_the_rest(self, save, plan):
-    with pytest.raises(CheckpointError, match=r"e\.1\.w and 2 more is missing"):
+    with pytest.raises(CheckpointError, match=r"e\.1\.w and 2 more are missing"):
       plan(save({"e.0.w": zeros(2)}), {"a": ((4, 2), P())}, WeightTable(("a", "e.{e}.w", "d -> e d")))
 
   def test_layer_numbers_that_are_no_number_are_unexpected(self, save, plan):
@@ -157,12 +157,12 @@ class TestForms:
     fused = plan(save({"fused": zeros(2, 6, 4)}), self.PARAMETERS, self.TABLE)
     assert self.tensors_of(fused) == [["fused"], ["fused"]]
 
-  def test_two_complete_forms_are_doubled(self, save, plan):
+  def test_two_complete_forms_are_duplicates(self, save, plan):
     with pytest.raises(CheckpointError) as caught:
       plan(save(self.SPLIT | {"fused": zeros(2, 6, 4)}), self.PARAMETERS, self.TABLE)
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
-      "gate is doubled",
-      "up is doubled",
+      "gate occurs twice",
+      "up occurs twice",
     ]
 
   def test_remains_of_another_form_are_unexpected(self, save, plan):
@@ -195,7 +195,7 @@ class TestLeftovers:
     made = plan(save(self.TENSORS | extra), self.PARAMETERS, self.TABLE)
     reason = "follows from the configuration"
     assert made.ignored == (("m.0.inv_freq", reason), ("m.1.inv_freq", reason), ("scale", "unused"))
-    assert f"left out: 2 tensors: {reason}\nleft out: 1 tensor: unused" in str(made)
+    assert f"2 tensors not loaded: {reason}\n1 tensor not loaded: unused" in str(made)
 
   @pytest.mark.parametrize("name", ["m.0.inv_freq.x", "x.m.0.inv_freq", "m.01.inv_freq", "scales"])
   def test_an_ignored_pattern_matches_whole_names_only(self, save, plan, name):
@@ -207,7 +207,7 @@ class TestLeftovers:
     tensors = {"embed": zeros(2)} | {f"m.{i}.w": zeros(2) for i in range(4)}
     parameters = {"emb": ((2,), P())} | {f"layers.{i}.w": ((2,), P()) for i in range(2)}
     made = plan(save(tensors), parameters, table, layers=2)
-    reason = "layers from 2 on, beyond those that were asked for"
+    reason = "layers from 2 on, which were not requested"
     assert made.ignored == (("m.2.w", reason), ("m.3.w", reason))
     assert f"left out: 2 tensors: {reason}" in made.notes()
     assert made.stored_nbytes == 3 * 8
@@ -223,7 +223,7 @@ class TestLeftovers:
     made = plan(save(self.TENSORS | {"head.weight": zeros(4, 2)}), self.PARAMETERS, self.TABLE)
     assert made.ties == (Tied("head.weight", "embed.weight"),)
     assert made.ignored == ()
-    assert "head.weight must repeat embed.weight" in str(made)
+    assert "head.weight must equal embed.weight" in str(made)
 
   def test_a_head_that_the_model_has_is_no_tie(self, save, plan):
     parameters = self.PARAMETERS | {"head": ((4, 2), P())}

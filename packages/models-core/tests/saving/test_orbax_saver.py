@@ -328,7 +328,7 @@ def test_a_file_system_that_refuses(tmp_path, monkeypatch):
   _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (9000, most))
   try:
-    with pytest.raises(SaveError, match=r"File too large.*; what was there before is unchanged") as caught:
+    with pytest.raises(SaveError, match=r"File too large.*; its previous contents are unchanged") as caught:
       save(large, tmp_path / "target", overwrite=True)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
@@ -339,7 +339,7 @@ def test_a_file_system_that_refuses(tmp_path, monkeypatch):
 
 def test_config_json_must_state_the_configuration(tmp_path):
   other = dataclasses.replace(family(), read_config=lambda raw: Config(True))
-  with pytest.raises(ConfigError, match="wide would be read otherwise"):
+  with pytest.raises(ConfigError, match="wide would be read back with another value"):
     save_parameters_to_orbax(FLAT, FLAT.get, tmp_path / "tree", family=other, config=Config())
 
 

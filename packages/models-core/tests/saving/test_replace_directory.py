@@ -54,7 +54,7 @@ def test_what_exists_is_not_replaced_unless_asked_for(tmp_path):
     pytest.fail("nothing is written")
   (tmp_path / "file").write_text("text")
   with (
-    pytest.raises(SaveError, match="no directory"),
+    pytest.raises(SaveError, match="is not a directory"),
     replace_directory(str(tmp_path / "file"), overwrite=True),
   ):
     pytest.fail("nothing is written")

@@ -1,9 +1,9 @@
-"""LoRA adapters: merged into weights, taken from models, read and written as peft has them.
+"""LoRA adapters: taken from models, merged into weights, and read and written in peft's format.
 
-May import: `loading`, `saving` and all below them.
+May import: `loading`, `saving` and everything below them.
 """
 
 import lazy_loader
 
-# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+# __init__.pyi lists the names and their modules; a module is imported when one of its names is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,9 +1,12 @@
-"""LoRA (arXiv:2106.09685): from a model's low-rank factors to merged weights.
+"""LoRA (arXiv:2106.09685): the low-rank factors of a model, and weights that they are merged into.
 
-An adapted parameter `w` lies beside its factors, as qwix and flax name them: `w_lora_a` over the axes that the product
-contracts and the rank, `w_lora_b` over the rank and the output axes. Which axes are which follows from the
-parameter's row of the weight table: in Hugging Face's files a matrix is [out, in], so that "(n h) d -> n h d" puts d in
-and n h out. A leading axis of experts is in both factors, or in `w_lora_a` alone.
+The factors of a parameter `w` are stored next to it, under the names that qwix and Flax use: `w_lora_a` [in axes, r]
+and `w_lora_b` [r, out axes]. Which axes of `w` are in and which are out follows from its row of the weight table, since
+a matrix in Hugging Face's files is [out, in].
+
+Example: the query projection has the layout "(n h) d -> n h d", so d is in, and n and h are out. For the parameter
+[32, 128, 2048] and rank 8, `w_lora_a` is [2048, 8] and `w_lora_b` is [8, 32, 128]. A leading axis of experts is
+also in `w_lora_a`, and in `w_lora_b` unless all experts share it.
 """
 
 from __future__ import annotations
@@ -47,11 +50,11 @@ _WEIGHTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """The change of one parameter, but for its scale.
+  """The two factors of one parameter's change, without the scale.
 
   Attributes:
-    a: [experts, in axes, r], in the parameter's axis order.
-    b: [experts, r, out axes], with or without the experts.
+    a: [experts, in axes, r], with the axes in the parameter's order.
+    b: [experts, r, out axes], with the axes in the parameter's order; without the experts if all of them share it.
   """
 
   a: Any
@@ -59,18 +62,18 @@ class Factors:
 
   @property
   def rank(self) -> int:
-    """The axis r that the two share."""
+    """The rank r: the size of the axis that both factors have."""
     return self.a.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """Low-rank changes of a model's parameters: each is a @ b * alpha / rank.
+  """Low-rank changes of a model's parameters, each of them `a @ b * alpha / rank`.
 
   Attributes:
-    factors: by the name of the parameter that they change.
-    alpha: as LoRA names the scale.
-    rank: of all factors.
+    factors: the factors, by the name of the parameter that they change.
+    alpha: LoRA's scale alpha.
+    rank: the rank of all factors.
   """
 
   factors: Mapping[str, Factors]
@@ -82,41 +85,48 @@ def adapter_of(model: nnx.Module, *, alpha: float, rank: int | None = None) -> A
   """The adapter that a model carries in its `nnx.LoRAParam`s.
 
   Args:
-    model: to which qwix, or code of yours, added factors.
-    alpha: that it was trained with; no parameter holds it.
-    rank: that it must have, if given.
+    model: a model to which qwix, or code of yours, added factors.
+    alpha: the alpha of the training; the model does not store it.
+    rank: the rank that the factors must have; None accepts any.
 
   Raises:
-    AdapterError: if there are no factors, one lacks its twin, or the ranks differ.
+    AdapterError: if there are no factors, only one of a pair exists, or the ranks differ.
   """
   found: dict[str, dict[str, Any]] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
     name = dotted(path)
     side = next((side for side in (A, B) if name.endswith(side)), None)
     if side is None:
-      raise AdapterError(f"{name} is a LoRAParam, but its name ends neither with {A} nor with {B}")
+      raise AdapterError(
+        f"{name} is an nnx.LoRAParam: name it after the parameter that it changes, with {A} or {B}"
+      )
     found.setdefault(name.removesuffix(side), {})[side] = variable.get_value()
   if not found:
-    raise AdapterError("the model has no LoRAParam: nothing was adapted")
+    raise AdapterError("the model has no nnx.LoRAParam: apply LoRA to it first, for example with qwix")
   if alone := [f"{name}{side}" for name, sides in found.items() for side in (A, B) if side not in sides]:
-    raise AdapterError(f"factors without their twin: {', '.join(alone)} is missing")
+    raise AdapterError(f"each LoRA parameter needs both factors, but these are missing: {', '.join(alone)}")
   factors = {name: Factors(sides[A], sides[B]) for name, sides in found.items()}
   ranks = {one.rank for one in factors.values()}
   if len(ranks | ({rank} if rank is not None else set())) > 1:
     stated = "" if rank is None else f", and rank={rank} is given"
-    raise AdapterError(f"one rank is expected, but the factors have {sorted(ranks)}{stated}")
+    raise AdapterError(
+      f"all LoRA factors must have one rank, but they have the ranks {sorted(ranks)}{stated}"
+    )
   return Adapter(factors, alpha, ranks.pop())
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-  """What the axes of a parameter are to its factors, one letter each.
+  """The roles of a parameter's axes in its matrix product, as strings of one letter for each axis.
+
+  Example: the query projections of some experts with the layout "(n h) d -> e n h d" have axes="enhd", inputs="d",
+  outputs="nh" and experts="e"; their factors are a="edr" and b="ernh".
 
   Attributes:
-    axes: of the parameter, in its order.
-    inputs: those that the product contracts, as Hugging Face flattens them.
-    outputs: those of the result, as Hugging Face flattens them.
-    experts: those of which each index has a matrix of its own.
+    axes: all axes, in the parameter's order.
+    inputs: the axes that the product contracts, in the order in which Hugging Face flattens them.
+    outputs: the axes of the product's result, in the order in which Hugging Face flattens them.
+    experts: the stacked axes, each index of which has a matrix of its own.
   """
 
   axes: str
@@ -126,60 +136,68 @@ class Roles:
 
   @property
   def a(self) -> str:
-    """Axes of the first factor, r being the rank."""
+    """The axes of the first factor; r is the rank."""
     return "".join(axis for axis in self.axes if axis not in self.outputs) + "r"
 
   @property
   def b(self) -> str:
-    """Axes of the second factor."""
+    """The axes of the second factor; r is the rank."""
     return self.experts + "r" + "".join(axis for axis in self.axes if axis in self.outputs)
 
   def b_of(self, factor: Any) -> str:
-    """Axes of a second factor that may be one for all experts."""
+    """The axes of a given second factor, which has no axis of experts if all of them share it."""
     return self.b if factor.ndim == len(self.b) else self.b.removeprefix(self.experts)
 
 
 def roles(row: Row, form: Form) -> Roles:
   """The roles of a parameter's axes.
 
+  Args:
+    row: the parameter's row of the weight table of Hugging Face's naming scheme.
+    form: one of the forms of the row.
+
   Raises:
-    AdapterError: if the row is no matrix in the checkpoint, such as a norm's.
+    AdapterError: if the parameter is not a matrix in the checkpoint; norm weights, for example, are vectors.
   """
   theirs, ours = parse_layout(form.layout)
   groups = ["".join(axis for axis in group if "/" not in axis) for group in theirs]
   axes = "".join(axis for group in ours for axis in group)
   if len(groups) < 2 or not axes.isalpha() or any(len(group) > 1 for group in ours):
     raise AdapterError(
-      f"{row.ours} is no matrix that low-rank factors could change: its layout is {form.layout!r}"
+      f"{row.ours} is not a matrix (its layout is {form.layout!r}), so LoRA cannot change it: remove it from the "
+      "adapter"
     )
   outputs, inputs = groups[-2:]
   return Roles(axes, inputs, outputs, "".join(axis for axis in axes if axis not in inputs + outputs))
 
 
 def find_row(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
-  """The row of a parameter, and its placeholders.
+  """The row of a parameter in a weight table, and the values of the placeholders in its name.
 
   Raises:
-    AdapterError: if there is none.
+    AdapterError: if the table has no row for the parameter.
   """
   for row in table.rows:
     if (placeholders := row.match(name)) is not None:
       return row, placeholders
-  raise AdapterError(f"the adapter changes {name}, which the model has not")
+  raise AdapterError(f"the adapter changes {name}, which the model does not have")
 
 
 def check_factors(
   adapter: Adapter, table: WeightTable, parameters: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Roles]:
-  """The roles of the axes of all parameters that an adapter changes.
+  """Checks that an adapter fits a model.
 
   Args:
-    adapter: to check.
-    table: of the family's Hugging Face names.
-    parameters: shapes by name.
+    adapter: the adapter to check.
+    table: weight table of Hugging Face's naming scheme.
+    parameters: shapes of the model's parameters, by name.
+
+  Returns:
+    The roles of the axes of each parameter that the adapter changes, by name.
 
   Raises:
-    AdapterError: naming every parameter that is not there, and all factors whose shapes do not fit.
+    AdapterError: with all parameters that the model does not have, and all factors whose shapes do not fit.
   """
   found, problems = {}, []
   for name, factors in adapter.factors.items():
@@ -187,7 +205,7 @@ def check_factors(
       row, _ = find_row(table, name)
       found[name] = own = roles(row, row.forms[0])
       if name not in parameters:
-        raise AdapterError(f"the adapter changes {name}, which the model has not")
+        raise AdapterError(f"the adapter changes {name}, which the model does not have")
       sizes = dict(zip(own.axes, parameters[name], strict=True)) | {"r": adapter.rank}
       for side, axes, factor in ((A, own.a, factors.a), (B, own.b_of(factors.b), factors.b)):
         if tuple(factor.shape) != (shape := tuple(sizes[axis] for axis in axes)):
@@ -203,7 +221,7 @@ def check_factors(
 
 @functools.lru_cache(256)
 def _merger(equation: str, sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
-  """w + scale * (a @ b), in float32 and rounded once: one compilation for all parameters of a kind."""
+  """A compiled `w + scale * (a @ b)`, in float32 and rounded once, for all parameters of the same axes and sharding."""
 
   def merge(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     wide, a, b = (x.astype(jnp.float32) for x in (w, a, b))
@@ -213,10 +231,20 @@ def _merger(equation: str, sharding: jax.sharding.Sharding) -> Callable[..., jax
 
 
 def merge_parameter(w: jax.Array, adapter: Adapter, name: str, own: Roles) -> jax.Array:
-  """One parameter with its change, in its dtype and sharding: the sum is float32 and is rounded once."""
+  """Merges an adapter into one parameter. The sum is computed in float32 and rounded once.
+
+  Args:
+    w: the parameter.
+    adapter: an adapter that changes the parameter.
+    name: name of the parameter.
+    own: roles of the parameter's axes.
+
+  Returns:
+    The merged parameter, in the dtype and sharding of `w`.
+  """
   factors, sharding = adapter.factors[name], w.sharding
   equation = f"{own.a},{own.b_of(factors.b)}->{own.axes}"
-  # On one mesh and in one place, whatever meshes the factors come from.
+  # The factors may come from other meshes: replicate them on that of the parameter.
   replicated = (
     NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
   )
@@ -226,7 +254,7 @@ def merge_parameter(w: jax.Array, adapter: Adapter, name: str, own: Roles) -> ja
 
 
 def _spread(factor: Any, replicated: jax.sharding.Sharding) -> jax.Array:
-  """A factor on all devices of a sharding. All processes that hold a part of it must call this."""
+  """Copies a factor to all devices of a sharding. All processes that hold a part of the factor must call this."""
   here = not isinstance(factor, jax.Array) or factor.is_fully_addressable
   if here and replicated.is_fully_addressable:
     return jax.device_put(factor, replicated)
@@ -237,15 +265,19 @@ def _spread(factor: Any, replicated: jax.sharding.Sharding) -> jax.Array:
 def merge_adapter(
   arrays: Mapping[str, jax.Array], adapter: Adapter, table: WeightTable
 ) -> dict[str, jax.Array]:
-  """A model's arrays with an adapter merged into them.
+  """Merges an adapter into the arrays of a model.
 
   Args:
-    arrays: by parameter name, of any dtype and sharding; the merged ones have the same.
-    adapter: of the model, or read from a file.
-    table: of the family's Hugging Face names.
+    arrays: the model's parameters by name, in any dtype and sharding.
+    adapter: an adapter of the model's architecture.
+    table: the family's weight table of Hugging Face's naming scheme.
+
+  Returns:
+    All arrays by name, in the dtypes and shardings of the given ones. Those that the adapter does not change are the
+    same objects.
 
   Raises:
-    AdapterError: if it does not fit.
+    AdapterError: if the adapter does not fit.
   """
   own = check_factors(adapter, table, {name: tuple(array.shape) for name, array in arrays.items()})
   return {
@@ -257,13 +289,16 @@ def merge_adapter(
 def merge_lora(
   lora_model: nnx.Module, family: Family, *, alpha: float, rank: int | None = None
 ) -> nnx.Module:
-  """A plain model of the family whose weights hold what the factors of a LoRA model add.
+  """Merges the LoRA factors of a model into its weights.
 
   Args:
-    lora_model: with `nnx.LoRAParam`s beside its parameters. It stays as it is.
-    family: of the model.
-    alpha: that it was trained with.
-    rank: that it must have, if given.
+    lora_model: a model with `nnx.LoRAParam`s next to its parameters. It is not changed.
+    family: family of the model.
+    alpha: the alpha of the training.
+    rank: the rank that the factors must have; None accepts any.
+
+  Returns:
+    A model of the family without LoRA factors, on the mesh of the given model.
 
   Raises:
     AdapterError: if there are no factors, or they do not fit.
@@ -272,12 +307,15 @@ def merge_lora(
 
 
 def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Module:
-  """A plain model of the family whose weights hold what an adapter adds, on the mesh of the given one.
+  """Merges an adapter into the weights of a model.
 
   Args:
-    model: stays as it is. Factors that it carries itself are left out.
-    adapter: of its architecture, such as `peft_adapter.load_peft_adapter` reads.
-    family: of the model.
+    model: the model. It is not changed; LoRA factors of its own are ignored.
+    adapter: an adapter of the model's architecture, such as `load_peft_adapter` returns.
+    family: family of the model.
+
+  Returns:
+    A model of the family without LoRA factors, on the mesh of the given model.
 
   Raises:
     AdapterError: if the adapter does not fit.
@@ -293,21 +331,28 @@ def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Modul
 
 
 def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
-  """Puts the numbers of an adapter into the factors that a model has already, where and as they lie.
+  """Sets the LoRA factors of a model to those of an adapter, in the dtypes and shardings that the model's factors have.
+
+  Args:
+    lora_model: a model whose `nnx.LoRAParam`s belong to the same parameters as the adapter's factors.
+    adapter: the adapter.
 
   Raises:
-    AdapterError: if the model's factors are not exactly those of the adapter. They are as they were.
+    AdapterError: if the model and the adapter do not have the same factors, of the same shapes; the model is unchanged.
   """
   variables = {dotted(path): v for path, v in nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))}
   values = {name + A: factors.a for name, factors in adapter.factors.items()}
   values |= {name + B: factors.b for name, factors in adapter.factors.items()}
   if odd := sorted(variables.keys() ^ values.keys()):
     raise AdapterError(
-      f"only one of the model and the adapter has {', '.join(odd[:8])}{', ...' if len(odd) > 8 else ''}"
+      "the model and the adapter must have the same factors, but only one of them has "
+      f"{', '.join(odd[:8])}{', ...' if len(odd) > 8 else ''}"
     )
   for name, variable in variables.items():
     if (shape := variable.get_value().shape) != values[name].shape:
-      raise AdapterError(f"{name} has shape {shape}, in the adapter {values[name].shape}")
+      raise AdapterError(
+        f"{name} has shape {shape} in the model, but shape {tuple(values[name].shape)} in the adapter"
+      )
   for name, variable in variables.items():
     old = variable.get_value()
     variable.set_value(jax.device_put(jnp.asarray(values[name], old.dtype), old.sharding))
@@ -327,23 +372,23 @@ def save_lora_merged(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes a checkpoint with a model's LoRA factors merged into the weights of the one that it came from.
+  """Writes a copy of a checkpoint with a model's LoRA factors merged into its weights.
 
-  Under several processes all must call it. The sum is float32 and is rounded once, to the checkpoint's dtype. All
-  else is as the checkpoint has it.
+  Sums are computed in float32 and rounded once, to the dtype of the checkpoint. Everything else is the same as in the
+  checkpoint. Under several processes all must call this.
 
   Args:
-    lora_model: with `nnx.LoRAParam`s beside its parameters.
-    family: of the model.
-    base: directory of the checkpoint.
-    save_dir: is missing or empty; holds the whole checkpoint afterwards, or is as it was.
-    rank: that it was trained with.
-    alpha: that it was trained with.
+    lora_model: a model with `nnx.LoRAParam`s next to its parameters.
+    family: family of the model.
+    base: directory of the safetensors checkpoint that the model was loaded from.
+    save_dir: directory to write; it may be missing or empty. The write is atomic.
+    rank: the rank of the training.
+    alpha: the alpha of the training.
 
   Raises:
     AdapterError: if there are no factors, or they do not fit.
     CheckpointError: if the base is broken or of another architecture.
-    SaveError: if `save_dir` holds something, or the file system refuses.
+    SaveError: if `save_dir` is not empty, or the file system refuses the write.
   """
   adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
   save_merged(base, save_dir, adapter, family, lora_model.config)  # type: ignore[attr-defined]
@@ -352,19 +397,21 @@ def save_lora_merged(
 def save_merged(
   base: str | os.PathLike, save_dir: str | os.PathLike, adapter: Adapter, family: Family, config: Any
 ) -> None:
-  """Writes a checkpoint whose weights are those of another one with an adapter merged into them.
+  """Writes a copy of a checkpoint with an adapter merged into its weights.
+
+  Under several processes all must call this.
 
   Args:
     base: directory of a safetensors checkpoint.
-    save_dir: is missing or empty.
-    adapter: of its architecture.
-    family: of the model.
-    config: of the model.
+    save_dir: directory to write; it may be missing or empty. The write is atomic.
+    adapter: an adapter of the checkpoint's architecture.
+    family: family of the model.
+    config: configuration of the model.
 
   Raises:
     AdapterError: if the adapter does not fit.
     CheckpointError: if the base is broken or of another architecture.
-    SaveError: if `save_dir` holds something, or the file system refuses.
+    SaveError: if `save_dir` is not empty, or the file system refuses the write.
   """
   files, table = as_files(base), family.huggingface
   plan = plan_load(read_safetensors(files), abstract_model(family.model_class, config), table)

@@ -1,10 +1,11 @@
-"""LoRA adapters as the library `peft` keeps them: adapter_model.safetensors and adapter_config.json.
+"""LoRA adapters in the format of the library `peft`: adapter_model.safetensors and adapter_config.json.
 
-A factor's name is that of the module it changes: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`
-[r, in], and `.lora_B.weight` [out, r]. Both follow from the rows of the weight table.
+The factors are named after the module that they change. Those of `base_model.model.model.layers.0.self_attn.q_proj` are
+its `.lora_A.weight` [r, in] and its `.lora_B.weight` [out, r]. Names and shapes follow from the weight table.
 
-Experts are written as modules of their own, which peft fuses where transformers holds them fused. What peft itself
-trained on fused experts is read, too: A [E * r, in] and B [out, r * E] of one tensor, such as gate and up together.
+Each expert is written as a module of its own; peft fuses them if transformers holds the experts fused. Adapters that
+peft trained on fused experts can be read, too. They have A [E * r, in] and B [out, r * E] for one fused tensor, such as
+gate and up together.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _PREFIX = "base_model.model."
 _SIDES = (".lora_A.weight", ".lora_B.weight")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
-# Keys of adapter_config.json that change the numbers, and the values with which they don't.
+# Keys of adapter_config.json that may change the result, and the values with which they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
   "bias": ("none", None),
@@ -59,19 +60,19 @@ def save_peft_adapter(
   base_model: str | None = None,
   overwrite: bool = False,
 ) -> None:
-  """Writes an adapter that `peft.PeftModel.from_pretrained` loads.
+  """Writes an adapter that `peft.PeftModel.from_pretrained` can load.
 
   Args:
-    adapter: as `lora.adapter_of` gives it.
-    save_dir: is missing or empty.
-    family: of the model.
-    config: of the model.
-    base_model: repository or directory of the model that it changes.
-    overwrite: whether `save_dir` may hold something. Files of the same names are replaced, others stay.
+    adapter: the adapter, such as `adapter_of` returns.
+    save_dir: directory to write; it may be missing or empty. The write is atomic.
+    family: family of the model.
+    config: configuration of the model.
+    base_model: repository or directory of the model that the adapter changes, for adapter_config.json.
+    overwrite: whether `save_dir` may hold files. Files of the same names are replaced, all others stay.
 
   Raises:
-    AdapterError: if the adapter does not fit the model.
-    SaveError: if `save_dir` holds something, or the file system refuses.
+    AdapterError: if the adapter does not fit the model, or peft has no factors for one of its tensors.
+    SaveError: if `save_dir` holds files and `overwrite` is false, or the file system refuses the write.
   """
   table, shapes = family.huggingface, _shapes(family, config)
   own = check_factors(adapter, table, shapes)
@@ -89,21 +90,23 @@ def save_peft_adapter(
 
 
 def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: Any) -> Adapter:
-  """Reads an adapter that `peft` or `save_peft_adapter` wrote, bit by bit.
+  """Reads an adapter that `peft` or `save_peft_adapter` wrote. The numbers are exactly those of the file.
 
   Args:
-    place: its directory.
-    family: of the model.
-    config: of the model.
+    place: directory of the adapter, or its files.
+    family: family of the model.
+    config: configuration of the model.
 
   Raises:
-    AdapterError: if the adapter does not fit the model, or is of a kind that is not implemented.
+    AdapterError: if the adapter does not fit the model, or is of a kind that is not supported.
     CheckpointError: if its files are missing or broken.
   """
   files = as_files(place)
   names = set(files.names())
   if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]:
-    raise CheckpointError(files.path, [f"{name} is missing: this is no adapter of peft" for name in missing])
+    raise CheckpointError(
+      files.path, [f"{name} is missing: give the directory of a peft adapter" for name in missing]
+    )
   rank, alpha = _read_config(files)
   arrays = _read_arrays(files)
   table, shapes = family.huggingface, _shapes(family, config)
@@ -127,13 +130,14 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
         continue
       if absent := [tensor for tensor in wanted if tensor not in arrays]:
         raise AdapterError(
-          f"{files.path}: {absent[0]} is missing: the adapter changes a part of {name} alone"
+          f"{files.path}: {absent[0]} is missing: the adapter must change all of {name} or nothing of it"
         )
       used.update(wanted)
       factors[name] = _from_peft(files.path, {tensor: arrays[tensor] for tensor in wanted}, own, shape, rank)
   if left := sorted(arrays.keys() - used):
     raise AdapterError(
-      f"{files.path}: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}: the model has no matrix for it"
+      f"{files.path}: the model has no matrix that these factors fit: "
+      f"{', '.join(left[:8])}{', ...' if len(left) > 8 else ''}"
     )
   adapter = Adapter(factors, alpha, rank)
   check_factors(adapter, table, shapes)
@@ -141,7 +145,7 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
 
 
 def _read_arrays(files: Files) -> dict[str, np.ndarray]:
-  """All tensors by name, without the prefix that peft gives them."""
+  """All tensors of the adapter by name, without the prefix that peft puts before the names."""
   checkpoint = read_safetensors_file(files, ADAPTER_WEIGHTS)
   with contextlib.closing(checkpoint.open([ADAPTER_WEIGHTS])) as reader:
     return {
@@ -151,11 +155,12 @@ def _read_arrays(files: Files) -> dict[str, np.ndarray]:
 
 
 def _shapes(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes of the model's parameters, by name."""
   return {name: p.shape for name, p in abstract_model(family.model_class, config).parameters.items()}
 
 
 def _roles(table: WeightTable, name: str, form: Form) -> Roles | None:
-  """None for what is no matrix."""
+  """The roles of a parameter's axes; None if it is not a matrix."""
   try:
     return roles(find_row(table, name)[0], form)
   except AdapterError:
@@ -165,13 +170,19 @@ def _roles(table: WeightTable, name: str, form: Form) -> Roles | None:
 def _modules(
   form: Form, placeholders: Mapping[str, str], own: Roles, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], str]]:
-  """The modules of a parameter, each with its index along the stacked axes.
+  """The peft modules of a parameter, each with its index along the stacked axes.
+
+  Example: the down projections of the experts of a layer are `((0,), "model.layers.0.mlp.experts.0.down_proj")`,
+  `((1,), "model.layers.0.mlp.experts.1.down_proj")` and so on. Other parameters are one module, with the index `()`.
 
   Raises:
-    AdapterError: where one tensor holds the matrices of several experts, for which peft has no such factors.
+    AdapterError: if one tensor holds the matrices of several experts, for which peft has no factors of this kind.
   """
   if not _is_split(form, placeholders, own):
-    raise AdapterError(f"{form.name} holds several matrices in one tensor: peft has no factors for these")
+    raise AdapterError(
+      f"{form.name} holds several matrices in one tensor, which an adapter in peft's format cannot change: merge the "
+      "adapter into the weights instead"
+    )
   sizes = dict(zip(own.axes, shape, strict=True))
   for index in np.ndindex(*(sizes[axis] for axis in own.experts)):
     at = dict(zip(own.experts, index, strict=True))
@@ -179,12 +190,12 @@ def _modules(
 
 
 def _is_split(form: Form, placeholders: Mapping[str, str], own: Roles) -> bool:
-  """Whether each matrix is a tensor of its own."""
+  """Whether each matrix of a parameter is a tensor of its own, rather than fused experts."""
   return {*_PLACEHOLDER.findall(form.name)} - placeholders.keys() == {*own.experts}
 
 
 def _to_peft(factors: Factors, own: Roles, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-  """A [r, in] and B [out, r] of one matrix."""
+  """peft's A [r, in] and B [out, r] of one matrix of a parameter."""
   rank, b_axes = factors.rank, own.b_of(factors.b)
   a = np.asarray(factors.a)[index]
   b = np.asarray(factors.b)[index if b_axes == own.b else ()]
@@ -196,7 +207,11 @@ def _to_peft(factors: Factors, own: Roles, index: tuple[int, ...]) -> tuple[np.n
 def _from_peft(
   where: str, tensors: Mapping[str, np.ndarray], own: Roles, shape: tuple[int, ...], rank: int
 ) -> Factors:
-  """The factors of a parameter from A and B of each of its matrices."""
+  """The factors of a parameter, from peft's A and B of each of its matrices in turn.
+
+  Raises:
+    AdapterError: if a tensor does not have the shape that the model needs.
+  """
   sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
   ends = len(own.experts)
   sides = (("r" + own.inputs, own.a[ends:]), (own.outputs + "r", own.b[ends:]))
@@ -214,9 +229,10 @@ def _from_peft(
 
 
 def _module_of_fused(arrays: Mapping[str, np.ndarray], fused: Piece, rank: int) -> str | None:
-  """The module under whose name peft keeps the factors of a tensor that holds all experts; None where it has none.
+  """The name under which peft stores the factors of a tensor that holds all experts; None if there are none.
 
-  They are at the module that the tensor belongs to, those of the module's other tensors deeper in: the shapes tell.
+  It is that of the module which the tensor belongs to. If several tensors of one module are adapted, peft nests them:
+  `experts`, `experts.base_layer` and so on. The shapes of the factors tell which one belongs to the tensor.
   """
   if len(fused.shape) != 3:
     return None
@@ -232,10 +248,10 @@ def _module_of_fused(arrays: Mapping[str, np.ndarray], fused: Piece, rank: int) 
 def _from_fused(
   tensors: Sequence[np.ndarray], fused: Piece, own: Roles, shape: tuple[int, ...], rank: int
 ) -> Factors:
-  """The factors of a parameter that is a part of a tensor [E, out, in]: that part of B's rows, and all of A."""
+  """The factors of a parameter that is a part of a fused tensor [E, out, in]: all of A, and that part of B's rows."""
   sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
   a, b = tensors
-  # The tensor's first axis are the experts, its last one is the input.
+  # The first axis of the tensor is that of the experts, the last axes are the inputs.
   outputs = slice(1, len(fused.split) - len(own.inputs))
   b = b.reshape(*fused.split[outputs], rank, -1)[fused.select[outputs]]
   theirs = (own.experts + "r" + own.inputs, own.outputs + "r" + own.experts)
@@ -245,6 +261,7 @@ def _from_fused(
 
 
 def _transposed(data: np.ndarray, old: str, new: str) -> np.ndarray:
+  """Reorders axes, named by letters: from "rd" to "dr"."""
   return data.transpose([old.index(axis) for axis in new])
 
 
@@ -255,7 +272,7 @@ def _config(
   shapes: Mapping[str, tuple[int, ...]],
   base_model: str | None,
 ) -> dict[str, Any]:
-  """adapter_config.json."""
+  """The contents of adapter_config.json."""
   adapted = {
     name.removeprefix(_PREFIX).removesuffix(_SIDES[0]) for name in tensors if name.endswith(_SIDES[0])
   }
@@ -265,7 +282,8 @@ def _config(
     row, placeholders = find_row(table, name)
     if (own := _roles(table, name, row.forms[0])) is not None:
       everywhere |= {module for _, module in _modules(row.forms[0], placeholders, own, shape)}
-  # Names of modules where all that bear them are adapted, which other readers know too; else each in full.
+  # A short name such as "q_proj" stands for all modules of this name, and every reader understands it. Short names
+  # are listed if the adapter changes all of these modules, otherwise full names.
   whole = {module for module in everywhere if module.rpartition(".")[2] in suffixes} == adapted
   return {
     "peft_type": "LORA",
@@ -284,7 +302,12 @@ def _config(
 
 
 def _read_config(files: Files) -> tuple[int, float]:
-  """Rank and alpha."""
+  """Reads rank and alpha from adapter_config.json.
+
+  Raises:
+    AdapterError: if the adapter is of a kind that is not supported, or rank or alpha is not a valid number.
+    CheckpointError: if the file is not valid JSON.
+  """
   where = f"{files.path}/{ADAPTER_CONFIG}"
   try:
     raw = read_json(files, ADAPTER_CONFIG)
@@ -292,11 +315,11 @@ def _read_config(files: Files) -> tuple[int, float]:
     raise CheckpointError(files.path, [str(error)]) from None
   if odd := [key for key, values in _PLAIN.items() if raw.get(key, values[0]) not in values]:
     stated = ", ".join(f"{key}={raw[key]!r}" for key in odd)
-    raise AdapterError(f"{where}: {stated}: not implemented, only plain LoRA is")
+    raise AdapterError(f"{where}: {stated} is not supported: train a plain or a rank-stabilised LoRA adapter")
   rank, alpha = raw.get("r"), raw.get("lora_alpha")
   if type(rank) is not int or rank < 1:
     raise AdapterError(f"{where}: r is {rank!r}, expected a positive whole number")
   if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-    raise AdapterError(f"{where}: lora_alpha is {alpha!r}, expected a number")
-  # Rank-stabilised LoRA divides by the root of the rank: the same as plain LoRA with a larger alpha.
+    raise AdapterError(f"{where}: lora_alpha is {alpha!r}, expected a finite number")
+  # Rank-stabilised LoRA scales by alpha / sqrt(rank): the same as plain LoRA with alpha * sqrt(rank).
   return rank, alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha

@@ -1,4 +1,4 @@
-"""A model without numbers: shapes, fitted shardings, and the way to fill it."""
+"""Abstract models: the structure, shapes and shardings of a model whose parameters have no values yet."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from models_core.sharding import Misfit, check_mesh, fit, named
 
 @dataclasses.dataclass(frozen=True)
 class AbstractParameter:
-  """One parameter of a model that has no values yet.
+  """A parameter of an abstract model.
 
   Attributes:
-    name: its path, joined by dots.
-    shape: of the whole parameter.
-    dtype: that the model's own initialisation would give it.
-    sharding: that the mesh can hold.
-    init: which initial values suit it, a key of INITIALIZERS.
-    misfits: axes that stay whole because the mesh cannot hold their spec.
+    name: the parameter's path, joined by dots.
+    shape: shape of the whole parameter.
+    dtype: the dtype that the model class declares.
+    sharding: the declared sharding, as far as the mesh can hold it.
+    init: kind of the initial values, a key of `models_core.layers.INITIALIZERS`.
+    misfits: axes that are replicated because the mesh cannot hold their declared sharding.
   """
 
   name: str
@@ -39,10 +39,10 @@ class AbstractParameter:
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-  """A model's structure.
+  """A model whose parameters have no values yet.
 
   Attributes:
-    parameters: by name, in the model's order.
+    parameters: the parameters by name, in the model's order.
   """
 
   parameters: Mapping[str, AbstractParameter]
@@ -50,13 +50,17 @@ class AbstractModel:
   _state: Any
 
   def fill(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """The model with these arrays as its parameters, one for each name."""
+    """The model with the given arrays as its parameters.
+
+    Args:
+      arrays: an array for each parameter, by name.
+    """
     filled = []
     for path, variable in nnx.to_flat_state(self._state):
       name = dotted(path)
       parameter = self.parameters[name]
       if isinstance(parameter.sharding, NamedSharding):
-        # What optimizers and partitioners read: the spec that the mesh holds, not the one that was asked for.
+        # Optimizers and partitioners read this: it must be the actual sharding, not the declared one.
         variable = variable.replace(out_sharding=tuple(parameter.sharding.spec))
       filled.append((path, variable.replace(arrays[name])))
     return nnx.merge(self._graphdef, nnx.from_flat_state(filled))
@@ -65,20 +69,22 @@ class AbstractModel:
 def abstract_model(
   model_class: Any, config: Any, mesh: Mesh | None = None, *, strict: bool = False
 ) -> AbstractModel:
-  """Builds a model's structure without allocating a parameter.
+  """Builds the structure of a model without allocating its parameters.
 
   Args:
     model_class: called as `model_class(config, rngs=...)`.
-    config: for the class.
-    mesh: of either kind; None is one device.
-    strict: raise where the mesh cannot hold a spec instead of replicating that axis.
+    config: the configuration that the class takes.
+    mesh: with Auto or Explicit axes; None is one device.
+    strict: whether to raise if the mesh cannot hold the declared sharding of an axis; otherwise the axis is replicated.
 
   Raises:
-    ShardingError: with `strict`, listing every axis that does not fit.
-    TypeError: if `mesh` is neither a Mesh nor None.
+    ShardingError: if a declared sharding contradicts itself; with `strict`, if the mesh cannot hold some of them,
+      listing all of these.
+    TypeError: if `mesh` is neither a Mesh nor None, or a parameter of the model is not numeric, such as the key of a
+      random state.
   """
   check_mesh(mesh)
-  # A module with annotated parameters would demand a mesh in context.
+  # With eager sharding, a module with annotated parameters would require a mesh in context.
   with nnx.use_eager_sharding(False), shapes_only():
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
   graphdef, state = nnx.split(model)
@@ -88,7 +94,7 @@ def abstract_model(
     name, value = dotted(path), variable.get_value()
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
       raise TypeError(
-        f"{name} is {value.dtype}, no array of numbers: build the model without a random state of its own"
+        f"{name} has the dtype {value.dtype}, which is not numeric: build the model without a random state of its own"
       )
     spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
     try:
@@ -104,14 +110,15 @@ def abstract_model(
       misfits,
     )
   if strict and (notes := misfit_notes(parameters)):
-    raise ShardingError(
-      "strict_sharding: the mesh does not hold every sharding:\n  - " + "\n  - ".join(notes)
-    )
+    raise ShardingError("strict_sharding: the mesh cannot hold these shardings:\n  - " + "\n  - ".join(notes))
   return AbstractModel(parameters, graphdef, state)
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:
-  """One sentence for each reason why axes stay whole, however many parameters have them."""
+  """One sentence for each reason why axes are replicated, with the axes of all parameters that it applies to.
+
+  Layer numbers become `*`: "layers.*.w, axis 0: replicated, since 3 does not divide by tp=2 (...)".
+  """
   places: dict[str, dict[str, None]] = {}
   for parameter in parameters.values():
     name = ".".join("*" if part.isdigit() else part for part in parameter.name.split("."))

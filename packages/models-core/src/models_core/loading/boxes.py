@@ -1,7 +1,10 @@
-"""Tensors read as boxes: each is read once, and every shard takes its share, whatever the order of its axes.
+"""Copies from boxes of a tensor to the shards of a parameter whose axes are arranged differently.
 
-A layout reorders axes, splits fused ones and drops parts of them. Seen from the tensor, all of that is only a view of
-a shard's buffer, which a box is copied through.
+A box is one slice for each axis of a tensor, such as `(slice(0, 128), slice(64, 192))` of a [4096, 4096] tensor. Each
+box is read once, and every shard copies its part of it.
+
+A layout splits fused axes, selects parts of them and reorders the rest. A shard's buffer can therefore be reshaped and
+transposed, without a copy, into a view whose axes are in the tensor's order. Boxes are copied to that view.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ from models_core.weights import Piece
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-  """A tensor's axis, as far as boxes go: they take `inner` elements at a time, from `base` on.
+  """Where boxes may cut an axis of a tensor: after every `inner` elements from `base` on.
+
+  Example: 4096 rows are 32 heads of 128 rows each. Boxes consist of whole heads: base=0, lead=32, inner=128. Of the
+  28672 rows of a fused gate and up projection, up is the second half: base=14336, lead=14336, inner=1.
 
   Attributes:
-    base: the first element, where the axis begins with a part that is fixed.
-    lead: steps from there.
-    inner: elements of a step.
+    base: the first element that a box may hold.
+    lead: the number of steps.
+    inner: the number of elements in a step.
   """
 
   base: int
@@ -35,13 +41,18 @@ class _Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-  """A tensor seen as the factors that its axes and the parameter's have in common.
+  """The axes of a tensor, split into factors such that each axis of the parameter consists of whole factors.
+
+  Example: a query projection [4096, 2048] with the layout "(n h) d -> n h d" is the parameter [32, 128, 2048]. It has
+  sizes=((32, 128), (2048,)), fixed=((None, None), (None,)) and ours=((0,), (1,), (2,)). A fused gate and up projection
+  [28672, 2048], of which up is the second half, "(1/2 f) d -> f d", has sizes=((2, 14336), (2048,)),
+  fixed=((1, None), (None,)) and ours=((0,), (1,)).
 
   Attributes:
-    axes: of the tensor.
-    sizes: of the factors, fixed ones among them, in the tensor's order, of each axis.
-    fixed: for each factor, the position that is taken of it, or None for all.
-    ours: the parameter's factors: for each axis, their places among the tensor's unfixed factors.
+    axes: for each axis of the tensor, where boxes may cut it.
+    sizes: for each axis of the tensor, the sizes of its factors.
+    fixed: for each of these factors, the one position that the parameter takes, or None if it takes all of them.
+    ours: for each axis of the parameter, its factors, as indices into the tensor's unfixed factors.
   """
 
   axes: tuple[_Axis, ...]
@@ -51,17 +62,17 @@ class Factoring:
 
   @property
   def free(self) -> tuple[int, ...]:
-    """Sizes of the unfixed factors in the tensor's order."""
+    """Sizes of the unfixed factors, in the tensor's order."""
     pairs = zip(itertools.chain(*self.sizes), itertools.chain(*self.fixed), strict=True)
     return tuple(size for size, at in pairs if at is None)
 
 
 def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
-  """The common factors of a tensor and the part of a parameter, None where they have none.
+  """Splits the axes of a tensor into factors; None if its axes and those of the parameter have no common factors.
 
   Args:
-    piece: that describes the tensor.
-    shape: of the part of the parameter that it fills.
+    piece: how the tensor fills a part of the parameter.
+    shape: shape of that part.
   """
   groups = _groups(piece.shape, piece.split)
   kept = [axis for axis, at in enumerate(piece.select) if isinstance(at, slice)]
@@ -99,7 +110,10 @@ def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
 
 
 def _groups(shape: Sequence[int], split: Sequence[int]) -> list[list[int]] | None:
-  """Which axes of `split` make up each axis of `shape`."""
+  """The axes of `split` that make up each axis of `shape`; None if they do not.
+
+  Example: (6, 5) and (2, 3, 5) give [[0, 1], [2]].
+  """
   groups: list[list[int]] = []
   axis = 0
   for size in shape:
@@ -118,7 +132,10 @@ def _groups(shape: Sequence[int], split: Sequence[int]) -> list[list[int]] | Non
 
 
 def _common_factors(theirs: Sequence[int], ours: Sequence[int]) -> list[tuple[int, int, int]] | None:
-  """The factors that two shapes of the same elements share: (axis of theirs, axis of ours, size), axes of 1 left out."""
+  """The common factors of two shapes, as triples (axis of theirs, axis of ours, size); None if they have none.
+
+  Axes of size 1 are skipped. Example: (6, 4) and (2, 3, 4) give [(0, 0, 2), (0, 1, 3), (1, 2, 4)].
+  """
   factors: list[tuple[int, int, int]] = []
   left = [(axis, size) for axis, size in enumerate(theirs) if size != 1][::-1]
   right = [(axis, size) for axis, size in enumerate(ours) if size != 1][::-1]
@@ -136,6 +153,7 @@ def _common_factors(theirs: Sequence[int], ours: Sequence[int]) -> list[tuple[in
 
 
 def _axis(sizes: Sequence[int], fixed: Sequence[int | None]) -> _Axis:
+  """Where boxes may cut an axis with these factors: along its first unfixed factor."""
   base, total = 0, math.prod(sizes)
   for size, at in zip(sizes, fixed, strict=True):
     total //= size
@@ -147,11 +165,11 @@ def _axis(sizes: Sequence[int], fixed: Sequence[int | None]) -> _Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-  """A shard's share of a tensor.
+  """The part of a tensor that a shard takes, and where it goes.
 
   Attributes:
-    bounds: of each unfixed factor, in the tensor's order.
-    view: of the shard's buffer, with these axes.
+    bounds: start and stop along each unfixed factor of the tensor, in the tensor's order.
+    view: view of the shard's buffer, with the unfixed factors as its axes.
   """
 
   bounds: tuple[tuple[int, int], ...]
@@ -159,12 +177,12 @@ class Face:
 
 
 def face(factoring: Factoring, index: Index, target: np.ndarray) -> Face | None:
-  """A shard seen from the tensor, None where its bounds cut through factors.
+  """The part of a tensor that a shard takes; None if the shard's bounds cut through a factor.
 
   Args:
-    factoring: of the tensor.
-    index: the part of the parameter's part that the shard takes.
-    target: the view of its buffer that gets it.
+    factoring: the factors of the tensor.
+    index: the elements that the shard takes of the part of the parameter that the tensor fills.
+    target: the view of the shard's buffer that these elements fill.
   """
   sizes = factoring.free
   bounds = [(0, size) for size in sizes]
@@ -184,16 +202,17 @@ def face(factoring: Factoring, index: Index, target: np.ndarray) -> Face | None:
 def cut(
   factoring: Factoring, info: TensorInfo, faces: Sequence[Face], most: int
 ) -> Iterator[tuple[Index, list[tuple[np.ndarray, Index]]]]:
-  """Boxes that together hold all that some shards want, and what of each box goes where.
+  """Cuts a tensor into boxes that together hold everything that some shards take.
 
   Args:
-    factoring: of the tensor.
-    info: the tensor; boxes follow its cells.
-    faces: the shards' shares.
+    factoring: the factors of the tensor.
+    info: the tensor. If it is stored in cells, boxes consist of whole cells where that is possible.
+    faces: the parts that the shards take.
     most: bytes that a box should not exceed.
 
   Yields:
-    The box, one slice an axis, and pairs of a view and an index of `factored(factoring, box, data)` that goes there.
+    A box, one slice for each axis, and the copies to make from it: pairs of a view of a shard's buffer and the index of
+    `factored(factoring, box, data)` whose elements go there.
   """
   spans = [range(axis.lead) for axis in factoring.axes]
   lead_of = leads(factoring)
@@ -214,7 +233,7 @@ def cut(
     wanted = [common for face in faces if (common := _meet(face, lead_of, block)) is not None]
     if not wanted:
       continue
-    # What no shard of this process wants stays unread.
+    # Elements that no shard of this process takes are not read.
     for position, lead in enumerate(lead_of):
       if lead is not None:
         block[position] = (min(c[lead][0] for c in wanted), max(c[lead][1] for c in wanted))
@@ -228,12 +247,12 @@ def cut(
 def overlaps(
   factoring: Factoring, faces: Sequence[Face], block: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[np.ndarray, Index]]:
-  """What of a block goes where: pairs of a view of a shard's buffer and an index of the block's `factored` elements.
+  """The copies to make from a block: pairs of a view of a shard's buffer and an index of the `factored` block.
 
   Args:
-    factoring: of the tensor.
-    faces: the shards' shares.
-    block: bounds along each axis, in steps of it.
+    factoring: the factors of the tensor.
+    faces: the parts that the shards take.
+    block: start and stop along each axis of the tensor, in steps of `inner` elements from `base` on.
   """
   lead_of = leads(factoring)
   origin = {lead: low for lead, (low, _) in zip(lead_of, block, strict=True) if lead is not None}
@@ -243,7 +262,10 @@ def overlaps(
 
 
 def leads(factoring: Factoring) -> list[int | None]:
-  """For each axis of the tensor, the place of its first unfixed factor, along which its boxes are cut."""
+  """For each axis of the tensor, the index of its first unfixed factor among all unfixed ones, or None if it has none.
+
+  Boxes are cut along these factors.
+  """
   found: list[int | None] = []
   place = 0
   for fixed in factoring.fixed:
@@ -254,7 +276,7 @@ def leads(factoring: Factoring) -> list[int | None]:
 
 
 def _steps(factoring: Factoring, info: TensorInfo, spans: Sequence[range], most: int) -> list[int]:
-  """Steps of a box along each axis: multiples of the tensor's cells while that is small enough, else what is."""
+  """The number of steps of a box along each axis: whole cells if these have at most `most` bytes, otherwise fewer."""
   steps = [len(span) for span in spans]
   units = [1] * len(factoring.axes)
   if info.cell is not None:
@@ -275,7 +297,7 @@ def _steps(factoring: Factoring, info: TensorInfo, spans: Sequence[range], most:
 def _meet(
   face: Face, lead_of: Sequence[int | None], block: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...] | None:
-  """What a face and a block have in common."""
+  """The bounds that a face and a block have in common, along each unfixed factor; None if they are disjoint."""
   common = list(face.bounds)
   for lead, (low, high) in zip(lead_of, block, strict=True):
     if lead is not None:
@@ -284,23 +306,24 @@ def _meet(
 
 
 def _copy(face: Face, common: Sequence[tuple[int, int]], origin: dict[int, int]) -> tuple[np.ndarray, Index]:
+  """The view of a shard's buffer and the index of a block's elements, for their common bounds."""
   ours: tuple[Any, ...] = tuple(
     slice(a - f, b - f) for (a, b), (f, _) in zip(common, face.bounds, strict=True)
   )
   theirs = tuple(slice(a - origin.get(n, 0), b - origin.get(n, 0)) for n, (a, b) in enumerate(common))
-  # The ellipsis makes a view also of a single element.
+  # The ellipsis makes this a view even if it is a single element.
   return face.view[(*ours, ...)], theirs
 
 
 def factored(factoring: Factoring, box: Index, data: np.ndarray) -> np.ndarray:
-  """A box's elements with the unfixed factors as axes, in the tensor's order."""
+  """The elements of a box, with the unfixed factors as axes, in the tensor's order."""
   lengths: list[int] = []
   select: list[int | slice] = []
   for axis, bounds, sizes, fixed in zip(factoring.axes, box, factoring.sizes, factoring.fixed, strict=True):
     own = list(sizes)
     taken: list[int | slice] = [slice(None) if at is None else at for at in fixed]
     first = next((n for n, at in enumerate(fixed) if at is None), None)
-    # Fixed factors in front of the first free one lie outside the box.
+    # The box does not extend along fixed factors that precede the first unfixed one.
     own, taken = (own[first:], taken[first:]) if first is not None else ([], [])
     if own:
       own[0] = (bounds.stop - bounds.start) // axis.inner

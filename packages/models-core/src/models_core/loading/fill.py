@@ -1,8 +1,9 @@
-"""Filling the shards of parameters: which reads of which tensors give the elements that each shard holds.
+"""Fills the shards of parameters: which reads of which tensors give the elements of each shard.
 
-A run of bytes that a shard takes as it is goes from the file, or its decoder, straight into that shard's buffer. What
-must be cast, decoded by blocks, split over columns or reordered passes through a scratch buffer of a few MB that stays
-in the processor's cache. On a CPU the arrays alias the buffers, or the mapped file itself where its tensors are aligned.
+Contiguous bytes that a shard takes verbatim go from the file, or from its decoder, straight into the shard's buffer.
+Whatever must be cast, decoded in blocks, split by columns or reordered passes through a scratch buffer of a few MB,
+which stays in the processor's cache. On CPUs the arrays alias the buffers, or the mapped file itself if its tensors are
+aligned.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from models_core.loading import boxes, streams
 from models_core.loading.plan import PlannedParameter
 from models_core.weights import Piece, arrange, part_shape
 
-# The unit of parallel work, in bytes.
+# Bytes that one task of a thread fills.
 _TASK = 32 << 20
 
-# Which part of a piece, and the view of a shard's buffer that gets it.
+# The elements that a shard takes of what a piece fills, and the view of the shard's buffer that they go to.
 _Target = tuple[Index, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A part of a parameter.
+  """A shard of a parameter, once for all devices of this process that hold it.
 
   Attributes:
-    index: bounds along each axis.
-    devices: that hold it.
-    buffer: host memory of its shape.
-    filled: the buffer is the mapped file; nothing is to be read.
+    index: bounds of the shard within the parameter, one slice for each axis.
+    devices: the devices that hold the shard.
+    buffer: host memory for the elements of the shard.
+    filled: whether the buffer is the mapped file itself, so that nothing has to be read.
   """
 
   index: Index
@@ -56,7 +57,13 @@ class Shard:
 
 
 def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[Shard]:
-  """The parts that this process's devices hold, each once."""
+  """The distinct shards that this process's devices hold.
+
+  Args:
+    planned: the parameter.
+    reader: reader of the checkpoint.
+    alias: whether a shard's buffer may be the mapped file itself.
+  """
   shape, sharding = planned.parameter.shape, planned.parameter.sharding
   holders: dict[tuple, list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -73,7 +80,7 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
 
 
 def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np.ndarray | None:
-  """A shard's elements in the mapped file, if they lie there as the device wants them."""
+  """The mapped memory of a shard's elements; None if the file does not hold them contiguously in the loaded dtype."""
   piece, shape = planned.pieces[0], planned.parameter.shape
   info = reader.tensors[piece.tensor]
   rows = index[0] if index else slice(0, 1)
@@ -86,14 +93,14 @@ def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np
 
 
 def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:
-  """Whether an index takes rows and nothing less, so that its elements are one run."""
+  """Whether an index takes whole rows, so that its elements are contiguous."""
   return all(s.stop - s.start == size for s, size in zip(index[1:], shape[1:], strict=True))
 
 
 def tasks(
   filled: Sequence[tuple[PlannedParameter, list[Shard]]], reader: TensorReader
 ) -> Iterator[Callable[[], None]]:
-  """The work of filling some parameters' shards, in units that threads share."""
+  """The tasks that fill the shards of some parameters, for several threads to run in any order."""
   streamed: dict[str, list[streams.Share]] = {}
   boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
   for planned, shards in filled:
@@ -109,7 +116,7 @@ def tasks(
       if (run := piece.run) is None or reader.runs is None:
         boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
         continue
-      if not shape:  # A scalar is one row of one element.
+      if not shape:  # a scalar is one row of one element
         shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
       step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
       last = max(index[0].stop for index, _ in targets)
@@ -117,7 +124,7 @@ def tasks(
         stop = min(start + step, last)
         yield functools.partial(_fill_rows, run, info, shape, targets, start, stop, reader.chunk, reader.runs)
   for several in boxed.values():
-    # Of parameters that share a tensor in turns: a cell that they share is decoded once and soon let go.
+    # Parameters that share a tensor take turns: a cell that they share is decoded once and freed soon.
     for turn in itertools.zip_longest(*several):
       yield from filter(None, turn)
   if (cells := reader.cells) is not None:
@@ -128,7 +135,7 @@ def tasks(
 
 
 def _target(piece: Piece, shard: Shard) -> _Target | None:
-  """Which part of a piece a shard takes, and the view of its buffer that gets it."""
+  """The elements that a shard takes of what a piece fills, and where they go; None if it takes none."""
   index: list[slice] = []
   at: list[int | slice] = []
   for bounds, position in zip(shard.index, piece.target, strict=True):
@@ -139,7 +146,7 @@ def _target(piece: Piece, shard: Shard) -> _Target | None:
     else:
       index.append(bounds)
       at.append(slice(None))
-  # The ellipsis makes a view also of a single element.
+  # The ellipsis makes this a view even if it is a single element.
   return tuple(index), shard.buffer[(*at, ...)]
 
 
@@ -153,7 +160,7 @@ def _fill_rows(
   chunk: int,
   reader: RunReader,
 ) -> None:
-  """Rows [start, stop) of a piece whose bytes lie in the file, from element `base` on, as they lie in the parameter."""
+  """Fills rows [start, stop) of what a piece fills. The tensor holds all of it contiguously, from element `base` on."""
   row = math.prod(shape[1:])
   straight: list[_Target] = []
   through: list[_Target] = []
@@ -183,7 +190,7 @@ def _fill_rows(
 def _box_tasks(
   piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
 ) -> Iterator[Callable[[], None]]:
-  """The work of filling shards whose axes lie in another order than the tensor's, or that is stored in cells."""
+  """The tasks that fill shards from a tensor whose axes are in another order, or that is stored in cells."""
   if 0 in shape:
     return
   factoring = boxes.factoring(piece, shape) if piece.conversion is None else None
@@ -199,7 +206,7 @@ def _box_tasks(
 def _streamed(
   piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
 ) -> streams.Share | None:
-  """What shards take of a tensor, if its cells can be decoded front to back into them; None where they cannot."""
+  """What some shards take of a tensor; None if its cells cannot be decoded front to back into these shards."""
   if reader.cells is None or not reader.cells.has_streams(info):
     return None
   if 0 in shape or piece.conversion is not None:
@@ -214,7 +221,7 @@ def _streamed(
 def _fill_from_cell(
   info: TensorInfo, position: tuple[int, ...], shares: list[streams.Share], reader: CellReader
 ) -> None:
-  """What all shards want of one cell, which is decoded once, as far as it is wanted."""
+  """Fills all shards from one cell, which is decoded once, up to the last element that a shard takes."""
   cell = reader.open_cell(info, position)
   for run in streams.runs(info, position, shares, reader.run):
     data = streams.scratch(run, info.dtype)
@@ -234,7 +241,7 @@ def _fill_box(
   copies: list[tuple[np.ndarray, Index]],
   reader: TensorReader,
 ) -> None:
-  """One box of a tensor, read once, for all shards that want some of it."""
+  """Fills all shards from one box of a tensor, which is read once."""
   data = boxes.factored(factoring, box, reader.read_box(info, box))
   for target, index in copies:
     within: tuple[Any, ...] = index
@@ -244,7 +251,7 @@ def _fill_box(
 def _fill_whole(
   piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
 ) -> None:
-  """A tensor whose numbers differ from the parameter's, or whose axes cannot be told apart in it."""
+  """Fills shards from a whole tensor, which is converted or rearranged in memory: where boxes cannot be copied."""
   part = arrange(reader.read_box(info, info.everything), piece, shape)
   for index, target in targets:
     cast_into(target, part[index])

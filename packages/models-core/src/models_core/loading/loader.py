@@ -1,9 +1,9 @@
-"""Executing a load plan: every byte is read once and lands in the buffer that a device keeps.
+"""Executes a load plan: every byte is read once, into the buffer that a device keeps.
 
-On a CPU the arrays alias the buffers that were filled; elsewhere the buffers are transferred and let go.
+On CPUs the arrays alias the buffers that were filled; on accelerators the buffers are transferred, then freed.
 
-Over several processes each reads its own part (`models_core.loading.process_split`), and after every batch they make
-sure that all succeeded before the devices exchange what they hold.
+Under several processes, each reads its own part (`models_core.loading.process_split`). After each batch the processes
+check that all of them succeeded, before their devices exchange what was read.
 """
 
 from __future__ import annotations
@@ -26,24 +26,27 @@ from models_core.processes import check_same, processes_of, together
 
 _log = logging.getLogger(__name__)
 
-# What a process reads before it meets the others, in bytes.
+# Bytes that a process reads before it synchronises with the others.
 _BATCH = 1 << 30
-# Host memory of transfers under way to an accelerator, in bytes.
+# Bytes of host memory that wait for their transfer to an accelerator.
 _IN_FLIGHT = 2 << 30
 
 
 def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
-  """Reads the tensors of a plan and places them.
+  """Reads the tensors of a plan and creates the model.
+
+  Under several processes all must call this.
 
   Args:
     plan: made by `plan_load`.
-    on_bytes: called with the number of bytes that were read, from several threads.
+    on_bytes: called with the number of bytes of each read, from several threads.
 
   Returns:
-    The model. Its parameters carry the sharding that the mesh holds.
+    The model. Its parameters have the shardings of the plan's abstract model.
 
   Raises:
-    CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
+    CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
+    ProcessError: if another process failed or sees a different checkpoint.
   """
   if notes := plan.notes():
     _log.warning("\n".join([f"{plan.checkpoint.files.path}:", *notes]))
@@ -51,20 +54,20 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
 
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:
-  """The arrays of a plan by parameter name. As `load`."""
+  """Reads the tensors of a plan, as `load` does, and returns the arrays by parameter name."""
   with OpenedPlan(plan, on_bytes) as opened:
     return opened.read_all()
 
 
 class OpenedPlan:
-  """A plan whose parameters are read as they are asked for, through one reader: `with plan.open() as opened`.
+  """A plan whose parameters are read on request, through one reader: `with plan.open() as opened`.
 
-  The files are opened, and tied tensors compared, by the first read. Under several processes all of them make the same
-  reads in the same order.
+  The first read opens the files and compares tied tensors. Under several processes, all must make the same reads in the
+  same order.
 
   Args:
     plan: made by `plan_load`.
-    on_bytes: called with the number of bytes that were read, from several threads.
+    on_bytes: called with the number of bytes of each read, from several threads.
   """
 
   def __init__(self, plan: LoadPlan, on_bytes: OnBytes | None = None):
@@ -81,7 +84,7 @@ class OpenedPlan:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    # No file is closed under a read.
+    # Files may be closed only after all reads have ended.
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
     if self._reader is not None:
@@ -89,7 +92,12 @@ class OpenedPlan:
 
   @property
   def reader(self) -> TensorReader:
-    """The reader of the checkpoint, for tensors that no parameter takes."""
+    """The reader of the checkpoint, for tensors that belong to no parameter. The first use opens the files.
+
+    Raises:
+      CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
+      ProcessError: if another process failed or sees a different checkpoint.
+    """
     if self._reader is None:
       mesh, ties = self.plan.mesh, self.plan.ties
       check_same(mesh, "checkpoint", _fingerprint(self.plan))
@@ -108,15 +116,20 @@ class OpenedPlan:
     return self._reader
 
   def read(self, name: str) -> jax.Array:
-    """One parameter.
+    """Reads one parameter, by name.
 
     Raises:
-      CheckpointError: if a file changed since its header was read, or a tied head differs from its twin.
+      CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
+      ProcessError: if another process failed or sees a different checkpoint.
     """
     return self.read_all([name])[name]
 
   def read_all(self, names: Iterable[str] | None = None) -> dict[str, jax.Array]:
-    """Parameters by name; all of them where no names are given. As `read`."""
+    """Reads several parameters, as `read` does, and returns them by name.
+
+    Args:
+      names: names of the parameters; None reads all.
+    """
     chosen = self._parameters.values() if names is None else [self._parameters[name] for name in names]
     reader, mesh = self.reader, self.plan.mesh
     assert self._pool is not None
@@ -132,14 +145,14 @@ class OpenedPlan:
 
 
 def _fingerprint(plan: LoadPlan) -> bytes:
-  """Of all that the headers say, so that processes that see different versions of a checkpoint find out."""
+  """A hash of the headers, by which processes notice that they see different versions of a checkpoint."""
   tensors = plan.checkpoint.tensors.values()
   said = [f"{t.name} {t.dtype} {t.shape} {t.file} {t.start} {t.stop}" for t in tensors]
   return hashlib.sha256("\n".join(said).encode()).digest()
 
 
 def _batches(parameters: Iterable[PlannedParameter], processes: int) -> Iterator[list[PlannedParameter]]:
-  """Parameters that are read before the processes meet; all of them where there is one process."""
+  """Batches of parameters, after each of which the processes synchronise. A single process has a single batch."""
   batch: list[PlannedParameter] = []
   size = 0
   for planned in parameters:
@@ -158,8 +171,9 @@ def _place(
   *,
   on_cpu: bool,
 ) -> dict[str, jax.Array]:
+  """Reads parameters and puts them on this process's devices; arrays by name."""
   arrays: dict[str, jax.Array] = {}
-  # Parameters whose bytes are being read, first in first placed.
+  # Parameters whose bytes are being read, in the order in which they are placed.
   under_way: collections.deque = collections.deque()
   in_flight = 0
 
@@ -170,7 +184,7 @@ def _place(
       task.result()
     arrays[planned.parameter.name] = _assemble(planned, shards)
     if not on_cpu:
-      # The buffers are let go once the devices have their bytes.
+      # The buffers are freed once the devices have their bytes.
       arrays[planned.parameter.name].block_until_ready()
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
@@ -188,7 +202,7 @@ def _place(
 
 
 def _groups(parameters: Sequence[PlannedParameter], reader: TensorReader) -> list[list[PlannedParameter]]:
-  """Parameters that are read together: those of one tensor, where it is read cell by cell."""
+  """Groups of parameters that are read together: those that share a tensor, if it is stored in cells."""
   groups: dict[str, list[PlannedParameter]] = {}
   for planned in parameters:
     is_fused = reader.cells is not None and len(planned.pieces) == 1
@@ -197,6 +211,7 @@ def _groups(parameters: Sequence[PlannedParameter], reader: TensorReader) -> lis
 
 
 def _is_cpu(parameters: Iterable[PlannedParameter]) -> bool:
+  """Whether all devices that hold some parameters are CPUs."""
   devices: set[jax.Device] = set()
   for planned in parameters:
     devices |= planned.parameter.sharding.device_set
@@ -204,7 +219,10 @@ def _is_cpu(parameters: Iterable[PlannedParameter]) -> bool:
 
 
 def _assemble(planned: PlannedParameter, shards: list[Shard]) -> jax.Array:
-  """The global array of this process's shards. Never `device_put` to a sharding of several processes: it compares."""
+  """The global array of this process's shards.
+
+  It avoids `device_put` to a sharding over several processes, which would compare the values of all processes.
+  """
   parts = [jax.device_put(shard.buffer, device) for shard in shards for device in shard.devices]
   parameter = planned.parameter
   return jax.make_array_from_single_device_arrays(

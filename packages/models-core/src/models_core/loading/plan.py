@@ -1,4 +1,4 @@
-"""The load plan: which bytes of which file become which part of which parameter, from headers alone."""
+"""The load plan: which bytes of which file become which part of which parameter. It is made from headers alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
 if TYPE_CHECKING:
   from models_core.loading.loader import OpenedPlan
 
-# An error lists so many problems; the rest is counted.
+# Most problems that an error lists; the rest are counted.
 _MOST = 40
 
 
@@ -33,9 +33,9 @@ class PlannedParameter:
   """A parameter and the tensors that fill it.
 
   Attributes:
-    parameter: its name, shape and sharding.
-    dtype: that it will have.
-    pieces: the tensors and how each lies in the parameter.
+    parameter: name, shape and sharding of the parameter.
+    dtype: dtype of the loaded parameter.
+    pieces: the tensors, and which part of the parameter each of them fills.
   """
 
   parameter: AbstractParameter
@@ -55,16 +55,16 @@ class PlannedParameter:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-  """What loading a checkpoint will do. Made without reading a byte of tensor data.
+  """What loading a checkpoint will do. A plan is made without reading tensor data.
 
   Attributes:
-    checkpoint: whose headers were read.
-    model: the structure to fill.
-    parameters: what fills each parameter, in the model's order.
-    ignored: tensors that are left out, with the reason.
-    ties: pairs of tensors whose bytes must be equal.
-    family: of the model, where it belongs to one.
-    config: of the model, where it belongs to a family.
+    checkpoint: the headers of the checkpoint.
+    model: the abstract model to fill.
+    parameters: the parameters and what fills each of them, in the model's order.
+    ignored: tensors that are not loaded, each with the reason.
+    ties: pairs of tensors that must be equal.
+    family: family of the model, if it belongs to one.
+    config: configuration of the model, if it belongs to a family.
   """
 
   checkpoint: Checkpoint
@@ -76,14 +76,18 @@ class LoadPlan:
   config: Any = None
 
   def open(self, on_bytes: OnBytes | None = None) -> OpenedPlan:
-    """The plan with its files open, for parameters that are read one by one: `with plan.open() as opened`."""
-    from models_core.loading.loader import OpenedPlan  # which executes plans
+    """Opens the plan to read parameters one by one: `with plan.open() as opened`.
+
+    Args:
+      on_bytes: called with the number of bytes of each read, from several threads.
+    """
+    from models_core.loading.loader import OpenedPlan  # the loader imports this module
 
     return OpenedPlan(self, on_bytes)
 
   @property
   def files(self) -> tuple[str, ...]:
-    """Files that hold a tensor of the plan."""
+    """Names of the files that hold a tensor of the plan, sorted."""
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
     return tuple(
@@ -92,7 +96,7 @@ class LoadPlan:
 
   @property
   def mesh(self) -> Mesh | None:
-    """Where the parameters will lie; None is one device."""
+    """The mesh of the parameters; None is one device."""
     for planned in self.parameters:
       if isinstance(planned.parameter.sharding, NamedSharding):
         return cast(Mesh, planned.parameter.sharding.mesh)
@@ -100,18 +104,18 @@ class LoadPlan:
 
   @property
   def num_parameters(self) -> int:
-    """Elements of all parameters."""
+    """The number of elements of all parameters together."""
     return sum(math.prod(planned.parameter.shape) for planned in self.parameters)
 
   @property
   def stored_nbytes(self) -> int:
-    """Bytes that are read from the checkpoint's files."""
+    """The number of bytes that are read from the checkpoint's files."""
     tensors = self.checkpoint.tensors
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     return sum(tensors[name].stop - tensors[name].start for name in names)
 
   def bytes_per_device(self) -> dict[jax.Device, int]:
-    """Bytes that each device of the mesh will hold."""
+    """The number of bytes that each device of the mesh will hold."""
     total: dict[jax.Device, int] = collections.defaultdict(int)
     for planned in self.parameters:
       for device in planned.parameter.sharding.device_set:
@@ -119,7 +123,7 @@ class LoadPlan:
     return dict(sorted(total.items(), key=lambda item: item[0].id))
 
   def casts(self) -> dict[tuple[str, str], int]:
-    """How many tensors change their dtype, by (stored, loaded)."""
+    """The number of tensors that are cast, by (stored dtype, loaded dtype)."""
     tensors = self.checkpoint.tensors
     changes = collections.Counter(
       (_stored(tensors[piece.tensor]), planned.dtype.name)
@@ -130,13 +134,13 @@ class LoadPlan:
     return dict(changes)
 
   def replicated(self) -> list[str]:
-    """Axes that stay whole because the mesh cannot hold their sharding."""
+    """Notes on the axes that are replicated because the mesh cannot hold their declared sharding."""
     return misfit_notes(self.model.parameters)
 
   def notes(self) -> list[str]:
-    """What is not as one might take for granted: axes that stay whole, tensors that are left out."""
+    """Notes on what a user may not expect: axes that are replicated, and tensors that are not loaded."""
     left_out = collections.Counter(reason for _, reason in self.ignored)
-    return self.replicated() + [f"left out: {_count(n, 'tensor')}: {why}" for why, n in left_out.items()]
+    return self.replicated() + [f"{_count(n, 'tensor')} not loaded: {why}" for why, n in left_out.items()]
 
   def __str__(self) -> str:
     devices = collections.Counter(self.bytes_per_device().values())
@@ -146,7 +150,7 @@ class LoadPlan:
     ]
     lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in devices.items()]
     lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
-    lines += [f"{tie.tensor} must repeat {tie.twin}" for tie in self.ties]
+    lines += [f"{tie.tensor} must equal {tie.twin}" for tie in self.ties]
     return "\n".join(lines + self.notes())
 
 
@@ -170,17 +174,18 @@ def plan_load(
   dtype: np.dtype | None = None,
   layers: int | None = None,
 ) -> LoadPlan:
-  """Resolves every parameter of a model to tensors of a checkpoint.
+  """Finds the tensors of a checkpoint that fill each parameter of a model.
 
   Args:
-    checkpoint: whose headers were read.
-    model: to fill.
-    table: of the checkpoint's naming scheme.
-    dtype: of the loaded floating-point parameters; None keeps each as it is stored.
-    layers: how many the model was cut to; the checkpoint may hold more. None is no cut.
+    checkpoint: the headers of the checkpoint.
+    model: the abstract model to fill.
+    table: weight table of the checkpoint's naming scheme.
+    dtype: dtype of the loaded floating-point parameters; None keeps the stored dtype of each.
+    layers: the number of layers that the model is cut to; tensors of later layers are not loaded. None is no cut.
 
   Raises:
-    CheckpointError: with all missing, unexpected, doubled and mis-shaped tensors.
+    CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
+    TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
   tensors = checkpoint.tensors
   problems = list(checkpoint.problems)
@@ -195,7 +200,7 @@ def plan_load(
       stored = {tensors[piece.tensor].dtype for piece in found}
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
     else:
-      # What there is of any form belongs to the trouble that was just noted.
+      # Tensors of an incomplete form are part of this problem: do not report them as unexpected too.
       used.update(
         piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
       )
@@ -207,12 +212,12 @@ def plan_load(
       continue
     reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
     if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
-      reason = f"layers from {layers} on, beyond those that were asked for"
+      reason = f"layers from {layers} on, which were not requested"
     if reason is not None:
       ignored.append((name, reason))
     else:
       unexpected.append(name)
-  # Likenesses are sought for the first few: comparing all with all takes minutes.
+  # Only the first few get a suggestion: comparing all names with all others takes minutes.
   problems += [
     f"{name} {tensors[name].shape} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
     for i, name in enumerate(unexpected)
@@ -225,28 +230,30 @@ def plan_load(
 def _choose(
   row: Row, placeholders: Mapping[str, str], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
 ) -> tuple[list[Piece], list[str]]:
-  """The one complete form of a parameter, or what is wrong with it."""
+  """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems."""
   forms = [pieces(row, form, placeholders, parameter.shape) for form in row.forms]
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
   if len({form[0].tensor for form in complete}) > 1:
-    return [], [f"{parameter.name} is doubled: the checkpoint holds it as {names}; remove one"]
+    return [], [f"{parameter.name} occurs twice: the checkpoint holds it as {names}; remove one"]
   if len(complete) > 1:
-    # One name, several layouts: the shape decides.
+    # The same tensor in several layouts: its shape decides.
     fitting = [form for form in complete if all(tensors[p.tensor].shape == p.shape for p in form)]
     if len(fitting) > 1:
       name = fitting[0][0].tensor
       layouts = " and ".join(row.forms[forms.index(form)].layout for form in fitting)
       return [], [
-        f"{name} {tensors[name].shape} is ambiguous: its shape fits the layouts {layouts}; save it in a format that "
-        "has one, such as safetensors"
+        f"{name} {tensors[name].shape} is ambiguous: its shape fits more than one layout ({layouts}); convert the "
+        "checkpoint to a format with a single layout, such as safetensors"
       ]
     complete = fitting or complete[:1]
   if not complete:
     nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
     missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return [], [f"{missing[0]}{more} is missing: the parameter {parameter.name} {parameter.shape} needs it"]
+    needed_by = f"the parameter {parameter.name} {parameter.shape} needs"
+    if len(missing) == 1:
+      return [], [f"{missing[0]} is missing: {needed_by} it"]
+    return [], [f"{missing[0]} and {len(missing) - 1} more are missing: {needed_by} them"]
   wrong = []
   for piece in complete[0]:
     shape = tensors[piece.tensor].shape
@@ -258,16 +265,21 @@ def _choose(
 
 
 def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:
-  """The dtype that a parameter gets from tensors of these: one that holds them all, or `dtype` if they are floats.
+  """The dtype of a parameter that is loaded from tensors of some dtypes.
 
-  64-bit types become 32-bit ones unless JAX has them enabled.
+  This is the common dtype of the tensors, or `dtype` if the common one is a floating-point type. 64-bit types become
+  32-bit ones unless `jax_enable_x64` is on.
+
+  Args:
+    stored: dtypes of the tensors that fill the parameter.
+    dtype: requested dtype of floating-point parameters, or None.
 
   Raises:
-    TypeError: if `dtype` is no floating-point type.
+    TypeError: if `dtype` is not a floating-point type.
   """
   if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
     raise TypeError(
-      f"dtype is {dtype}, expected a floating-point type: it is what floating-point parameters become"
+      f"dtype is {dtype}, expected a floating-point type such as 'bfloat16': integers keep their dtype"
     )
   loaded = functools.reduce(common_dtype, sorted(stored, key=lambda d: (d.itemsize, d.name)))
   if dtype is not None and jax.numpy.issubdtype(loaded, jax.numpy.floating):
@@ -277,7 +289,7 @@ def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype
 
 def _near(name: str, used: Iterable[str]) -> str:
   near = difflib.get_close_matches(name, list(used)[:5000], n=1, cutoff=0.9)
-  return f" (near: {near[0]})" if near else ""
+  return f" (similar to {near[0]})" if near else ""
 
 
 def _shorten(problems: Sequence[str]) -> list[str]:

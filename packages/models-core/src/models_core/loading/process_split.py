@@ -1,8 +1,12 @@
 """Which process reads which part of a parameter.
 
-Over one process, each device's shard is filled as it is. Over several, a shard that lies scattered in the file, or
-that several processes hold, would make each of them read nearly the whole tensor. Then each reads rows of its own,
-once, and the devices redistribute them over their interconnect.
+A single process fills the shards of its devices directly. With several processes, a shard that is scattered over the
+file, or that several processes hold, would make each of them read nearly the whole tensor. In that case each process
+reads different rows, each row is read once, and the devices redistribute the rows over their interconnect.
+
+Example: four processes with one device each shard the columns of a [4096, 4096] weight. Each row of the file has
+elements of all shards. Instead of all rows, process 0 reads rows 0 to 1023, process 1 rows 1024 to 2047 and so on. Then
+the devices exchange elements, so that each has its columns.
 """
 
 from __future__ import annotations
@@ -24,16 +28,21 @@ from models_core.weights import Piece
 
 
 def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> PlannedParameter:
-  """What is read of a parameter: of several ways the first that makes the processes read the fewest elements.
+  """The sharding in which a parameter is read: the one that makes the processes read the fewest elements in total.
+
+  Args:
+    planned: the parameter.
+    tensors: tensors of the checkpoint, by name.
 
   Returns:
-    Itself; or its rows split evenly over all devices; or all its elements, as one row that is split evenly.
+    The parameter itself; or the parameter with its rows split evenly over all devices; or a flat parameter of the same
+    elements, split evenly over all devices. `redistribute` turns the array into that of the parameter.
   """
   shape, target = planned.parameter.shape, planned.parameter.sharding
-  # No integer of JAX is as wide as the bits of wider types.
+  # `redistribute` moves elements as unsigned integers, and without jax_enable_x64 JAX has none of 64 bits.
   if not isinstance(target, NamedSharding) or len(_processes(target)) == 1 or planned.dtype.itemsize > 4:
     return planned
-  # Auto axes: reshaping along Explicit ones would have to be told what comes out.
+  # Auto axes: along Explicit ones, reshape would require an output sharding.
   mesh = Mesh(target.mesh.devices.reshape(-1), ("devices",))
   split = NamedSharding(mesh, PartitionSpec("devices"))
   ways = [planned]
@@ -49,7 +58,7 @@ def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -
 
 
 def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
-  """The files of which this process reads something."""
+  """Names of the files that this process reads from, sorted."""
   tensors = plan.checkpoint.tensors
   names = {name for tie in plan.ties for name in (tie.tensor, tie.twin)}
   for planned in plan.parameters:
@@ -63,7 +72,7 @@ def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
 
 
 def _touches(piece: Piece, index: Index, shape: tuple[int, ...]) -> bool:
-  """Whether a shard takes something of a piece that fills one position along stacked axes."""
+  """Whether a shard takes elements of a tensor that fills one position along each stacked axis, such as one expert."""
   return all(
     not isinstance(at, int) or start <= at < stop
     for at, (start, stop) in zip(piece.target, bounds_of(index, shape), strict=True)
@@ -78,23 +87,24 @@ def _as(
 
 
 def redistribute(array: jax.Array, shape: Sequence[int], target: Sharding) -> jax.Array:
-  """Moves what was read to where it has to end, over the devices' interconnect.
+  """Moves the elements of a parameter from the sharding in which they were read to the parameter's own sharding.
 
-  An axis of the mesh that the target leaves out is kept on the rows in between: from rows to columns is an
-  exchange of parts then, and the gathering that follows is of the target's own shards alone.
+  They move over the devices' interconnect, in two steps. After the first, the rows are also split over those mesh axes
+  that the target does not use: from rows to columns this is an all-to-all. The second is an all-gather along them.
+  Example: the target P(None, "tp") on a mesh with fsdp and tp axes is reached by way of P("fsdp", "tp").
 
   Args:
-    array: the parameter's elements in order, of any shape.
-    shape: of the parameter.
-    target: its sharding, of the same devices.
+    array: the elements of the parameter in order, in any shape.
+    shape: shape of the parameter.
+    target: sharding of the parameter, on the same devices.
   """
   if array.sharding == target:
     return array
-  # As integers: some backends copy small floats by way of wider ones, which changes NaNs.
+  # Move integers: some backends convert small floats to wider ones while they copy, which changes NaNs.
   bits = _to_bits(array)
   for step in (_between(shape, target), target):
     bits = _mover(tuple(shape), step)(bits)
-  # One at a time: what was read is let go, and collectives of two parameters never wait for each other.
+  # Wait: this frees what was read, and no two parameters' collectives can block each other.
   return _from_bits(target, array.dtype)(bits).block_until_ready()
 
 
@@ -124,7 +134,7 @@ def _processes(sharding: Sharding) -> set[int]:
 
 @functools.lru_cache(1024)
 def _elements_read(shape: tuple[int, ...], sharding: Sharding) -> int:
-  """What all processes read together: each the rows that its devices' shards span, over their whole width."""
+  """Elements that all processes read in total: each reads, at full width, the rows that its devices' shards span."""
   if not shape:
     return 0
   rows: dict[int, set[int]] = collections.defaultdict(set)
@@ -135,7 +145,7 @@ def _elements_read(shape: tuple[int, ...], sharding: Sharding) -> int:
 
 
 def _between(shape: Sequence[int], target: Sharding) -> Sharding:
-  """The target's sharding with the rows split further over the axes of the mesh that it leaves out."""
+  """The target's sharding, with the rows split further over those mesh axes that the target does not use."""
   if not isinstance(target, NamedSharding):
     return target
   spec = [axis_names(entry) for entry in target.spec] + [()] * (len(shape) - len(target.spec))

@@ -1,7 +1,8 @@
-"""Tensors whose cells are streams: each cell is decoded once, in order, a run at a time, for all shards that want it.
+"""Tensors whose cells are compressed streams: each cell is decoded once, front to back, for all shards that take it.
 
-A run is a part of a cell without gaps, small enough for a core's cache. What a shard takes as it is is decoded into its
-buffer; all else passes through scratch memory. So a cell as large as a tensor costs no memory of its own.
+A cell is decoded in runs. A run is a contiguous part of the cell that is small enough for a core's cache. If a shard
+takes a run verbatim, it is decoded straight into the shard's buffer; otherwise it passes through scratch memory. Even a
+cell as large as a tensor needs no memory of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from models_core.loading import boxes
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """What one parameter's shards take of a tensor.
+  """What the shards of one parameter take of a tensor.
 
   Attributes:
     factoring: the factors that the tensor and the parameter have in common.
-    faces: the shards seen from the tensor.
+    faces: the part of the tensor that each shard takes.
   """
 
   factoring: boxes.Factoring
@@ -34,12 +35,12 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A part of a cell that is a run of its bytes.
+  """A contiguous part of a cell.
 
   Attributes:
-    box: the elements within the tensor.
-    start: bytes of the cell in front of it.
-    shape: of the run; longer than the box where a cell hangs over the tensor's end.
+    box: the box of the tensor that the run holds.
+    start: first byte of the run within the decoded cell.
+    shape: shape of the run; it is larger than the box if the cell extends beyond the end of the tensor.
   """
 
   box: Index
@@ -48,7 +49,7 @@ class Run:
 
 
 def is_aligned(share: Share, info: TensorInfo) -> bool:
-  """Whether no cell ends within a factor that is copied as a whole."""
+  """Whether cells end only where boxes may be cut, such as between two heads."""
   return all(
     axis.base % axis.inner == 0 and cell % axis.inner == 0
     for axis, cell in zip(share.factoring.axes, info.cell or (), strict=True)
@@ -56,7 +57,7 @@ def is_aligned(share: Share, info: TensorInfo) -> bool:
 
 
 def wanted(info: TensorInfo, shares: Sequence[Share]) -> list[tuple[int, ...]]:
-  """Positions, within the grid of cells, of those of which a shard takes something, in order."""
+  """Positions in the tensor's grid of cells of those cells that some shard takes elements of, sorted."""
   found: set[tuple[int, ...]] = set()
   for share in shares:
     for face in share.faces:
@@ -69,14 +70,23 @@ def wanted(info: TensorInfo, shares: Sequence[Share]) -> list[tuple[int, ...]]:
 
 
 def _bounds(factoring: boxes.Factoring, face: boxes.Face) -> Iterator[tuple[int, int]]:
-  """The elements that a shard takes along each axis of the tensor."""
+  """Start and stop of the elements that a shard takes, along each axis of the tensor."""
   for axis, lead in zip(factoring.axes, boxes.leads(factoring), strict=True):
     low, high = (0, axis.lead) if lead is None else face.bounds[lead]
     yield axis.base + low * axis.inner, axis.base + high * axis.inner
 
 
 def runs(info: TensorInfo, position: Sequence[int], shares: Sequence[Share], most: int) -> Iterator[Run]:
-  """The runs of a cell in order: of no more bytes than `most`, unless a copy needs more at a time."""
+  """The runs of a cell, front to back.
+
+  Example: with `most` of 1 MiB, a float32 cell [256, 4096] has four runs of 64 rows each.
+
+  Args:
+    info: the tensor.
+    position: position of the cell in the tensor's grid of cells.
+    shares: what is taken of the tensor.
+    most: bytes that a run should not exceed; a run is longer only if boxes cannot be cut that small.
+  """
   cell = info.cell or ()
   if not cell:
     yield Run((), 0, ())
@@ -101,12 +111,12 @@ def runs(info: TensorInfo, position: Sequence[int], shares: Sequence[Share], mos
 
 
 def copies(run: Run, data: np.ndarray, shares: Sequence[Share]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """What of a run goes where: pairs of a view of a shard's buffer and one of the run's elements.
+  """The copies to make from a run: pairs of a view of a shard's buffer and a view of the run's elements.
 
   Args:
-    run: of a cell.
-    data: its elements, or memory that will hold them.
-    shares: of the tensor.
+    run: a part of a cell.
+    data: the elements of the run, or memory that will hold them.
+    shares: what is taken of the tensor.
   """
   for share in shares:
     factoring = share.factoring
@@ -134,7 +144,7 @@ _scratch = threading.local()
 
 
 def scratch(run: Run, dtype: np.dtype) -> np.ndarray:
-  """Memory for a run's elements; of no other use after this thread's next call."""
+  """Memory for the elements of a run. The next call of the same thread reuses it."""
   nbytes = math.prod(run.shape) * dtype.itemsize
   buffer = getattr(_scratch, "buffer", None)
   if buffer is None or buffer.nbytes < nbytes:
@@ -143,6 +153,6 @@ def scratch(run: Run, dtype: np.dtype) -> np.ndarray:
 
 
 def is_as_it_is(target: np.ndarray, source: np.ndarray, data: np.ndarray) -> bool:
-  """Whether a copy is all that is wanted of a run, and its bytes are the run's."""
+  """Whether a copy takes a whole run verbatim: all of its elements, in the same order and dtype."""
   same = target.dtype == source.dtype and source.nbytes == data.nbytes
   return same and target.flags.c_contiguous and source.flags.c_contiguous

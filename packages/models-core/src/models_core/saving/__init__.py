@@ -1,9 +1,9 @@
-"""From arrays on devices to a directory: the save plan, the writers, and the directory that is replaced at once.
+"""Saving, from arrays on devices to a directory: the save plan, the writers, and the atomic replacement of a directory.
 
-May import: `family`, `config`, `formats`, `layers`, `weights`, the ground modules and `errors`; never `loading`.
+May import: `family`, `config`, `formats`, `layers`, `weights`, the ground modules and `errors`, but not `loading`.
 """
 
 import lazy_loader
 
-# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+# __init__.pyi lists the names and their modules; a module is imported when one of its names is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,11 +1,13 @@
-"""Writing a directory so that, whatever happens meanwhile, it is the complete old or the complete new one.
+"""Atomic replacement of a directory: whenever a process dies, either the old or the new directory is complete.
 
-The new directory is built beside its target, under a hidden name, and takes the target's name when it is complete
-and on the disk. Where the target exists the two change places in one step of the file system (Linux:
-`renameat2` with RENAME_EXCHANGE). Where that step is missing, the new directory is renamed to `complete`, the old
-one to `replaced`, then the new one to the target: what a killed process leaves of these renames is finished by
-`recover`. A lock beside the target holds off other writers; a hidden directory that is found under the lock was left
-by a killed one.
+The new directory is built next to its target, under a hidden name. When it is complete and on the disk, it takes the
+target's name. If the target exists, the two directories change names in one step of the file system (Linux: `renameat2`
+with RENAME_EXCHANGE). On file systems without this step, the new directory is renamed to a hidden name marked
+`complete`, the old one to a hidden name marked `replaced`, and then the new one to the target. If a process is killed
+between these renames, `recover` finishes them.
+
+A lock file next to the target keeps out other writers. Hidden directories that are found while the lock is held were
+left by killed processes.
 """
 
 from __future__ import annotations
@@ -35,19 +37,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def replace_directory(
   target: str, *, overwrite: bool = False, outdated: Callable[[str], Collection[str]] = lambda directory: ()
 ) -> Iterator[str]:
-  """A directory to fill, which becomes the target when the block ends well, and vanishes otherwise.
+  """Gives a directory to fill. It becomes the target if the block succeeds, and is removed otherwise.
 
   Args:
-    target: may be missing or empty; links are followed.
-    overwrite: whether it may hold something.
-    outdated: the old directory -> names in it that the new one does without. All else in it is kept.
+    target: directory to create or replace; symbolic links are followed.
+    overwrite: whether the target may hold files.
+    outdated: path of the old directory -> names in it that are not kept. All other files are linked or copied to the
+      new directory, unless it holds files of the same names.
 
   Yields:
     The path of the directory to fill.
 
   Raises:
-    SaveError: if the target exists and may not be replaced, if another process is writing it, or if the file
-      system refuses: full, read-only, not permitted. The target is as it was.
+    SaveError: if the target holds files and `overwrite` is false, another process is writing it, or the file system
+      refuses the write, such as a full disk. The target is unchanged.
   """
   target = os.path.realpath(os.path.expanduser(target))
   with save_errors(target):
@@ -71,7 +74,7 @@ def replace_directory(
         if exists:
           seen = set(os.listdir(target))
           _exchange(building, target)
-          # What appeared in the last moment.
+          # Keep files that were added to the old directory in the last moment.
           for name in set(os.listdir(building)) - seen - set(os.listdir(target)):
             _link(os.path.join(building, name), os.path.join(target, name))
         else:
@@ -83,7 +86,7 @@ def replace_directory(
 
 @contextlib.contextmanager
 def save_errors(target: str) -> Iterator[None]:
-  """Turns what a file system refuses into a SaveError."""
+  """Turns an OSError of the block into a SaveError that names the target and the remedy."""
   try:
     yield
   except ModelsError:
@@ -92,23 +95,27 @@ def save_errors(target: str) -> Iterator[None]:
     raise SaveError(
       f"{target} cannot be written: {error.strerror or error}"
       + (f" ({error.filename})" if error.filename else "")
-      + f"; what was there before is unchanged.{_REMEDIES.get(error.errno or 0, '')}",
+      + f"; its previous contents are unchanged.{_REMEDIES.get(error.errno or 0, '')}",
       error.errno,
     ) from error
 
 
 _REMEDIES = {
-  errno.ENOSPC: " Free space: old and new lie beside each other until the new one is complete",
-  errno.EDQUOT: " Free space: old and new lie beside each other until the new one is complete",
-  errno.EFBIG: " Raise the limit of a file's size, or give a smaller max_shard_size",
-  errno.EACCES: " The directory that holds it must be writable, too",
-  errno.EPERM: " The directory that holds it must be writable, too",
-  errno.EROFS: " The file system is read-only",
+  errno.ENOSPC: " Free some space: the disk must hold the old and the new contents at the same time",
+  errno.EDQUOT: " Free some space: the disk must hold the old and the new contents at the same time",
+  errno.EFBIG: " Raise the limit on file sizes, or give a smaller max_shard_size",
+  errno.EACCES: " Make the directory and its parent directory writable, or give another path",
+  errno.EPERM: " Make the directory and its parent directory writable, or give another path",
+  errno.EROFS: " Give a path on a file system that is not read-only",
 }
 
 
 def recover(target: str) -> None:
-  """Finishes what a process that was killed between two renames left of a directory. Else does nothing."""
+  """Finishes the replacement of a directory if a process was killed between two renames; otherwise does nothing.
+
+  Raises:
+    SaveError: if another process is writing the target, or the file system refuses.
+  """
   target = os.path.realpath(os.path.expanduser(target))
   if not os.path.lexists(target) and _leftovers(target):
     with save_errors(target), _locked(target) as alone:
@@ -117,12 +124,16 @@ def recover(target: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-  """Puts a directory's entries on the disk."""
+  """Flushes the entries of a directory to the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
   except OSError as error:
-    if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES):  # some file systems have no such step
+    if error.errno not in (
+      errno.EINVAL,
+      errno.EBADF,
+      errno.EACCES,
+    ):  # some file systems cannot sync directories
       raise
   finally:
     os.close(descriptor)
@@ -132,9 +143,11 @@ def _check_target(target: str, overwrite: bool) -> None:
   if not os.path.lexists(target):
     return
   if not os.path.isdir(target):
-    raise SaveError(f"{target} is no directory: give another path", errno.ENOTDIR)
+    raise SaveError(f"{target} is not a directory: give another path", errno.ENOTDIR)
   if not overwrite and os.listdir(target):
-    raise SaveError(f"{target} exists: give another path, or overwrite=True to replace it", errno.EEXIST)
+    raise SaveError(
+      f"{target} exists and is not empty: give another path, or overwrite=True to replace it", errno.EEXIST
+    )
 
 
 def _hidden(target: str, stage: str) -> str:
@@ -143,7 +156,7 @@ def _hidden(target: str, stage: str) -> str:
 
 
 def _leftovers(target: str) -> dict[str, list[str]]:
-  """Hidden directories of this target by stage."""
+  """Paths of the hidden directories of this target, by stage."""
   directory, name = os.path.split(target)
   pattern = re.compile(rf"\.{re.escape(name)}\.({'|'.join(_STAGES)})-[0-9a-f]{{16}}")
   found: dict[str, list[str]] = {}
@@ -155,7 +168,7 @@ def _leftovers(target: str) -> dict[str, list[str]]:
 
 
 def _clean(target: str) -> None:
-  """Finishes or removes what killed processes left. Only under the lock."""
+  """Finishes the renames of killed processes and removes their hidden directories. Needs the lock."""
   found = _leftovers(target)
   if not os.path.lexists(target):
     for path in [*found.get("complete", []), *found.get("replaced", [])][:1]:
@@ -168,7 +181,7 @@ def _clean(target: str) -> None:
 
 @contextlib.contextmanager
 def _locked(target: str) -> Iterator[bool]:
-  """Keeps other writers off a target. False where the file system has no locks.
+  """Keeps other writers out of a target. Yields False if the file system has no locks.
 
   Raises:
     SaveError: if another process holds the lock.
@@ -179,7 +192,7 @@ def _locked(target: str) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
       alone = _lock(descriptor, target)
-      # Whoever held the lock before removes the file: then this descriptor is of a file without a name.
+      # The previous holder may have removed the lock file, so that this descriptor has no name: try again.
       if not alone or _is_at(descriptor, path):
         try:
           yield alone
@@ -211,7 +224,7 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _link(source: str, target: str) -> None:
-  """A file or a tree of files under a second name; a copy where there are no hard links."""
+  """Gives a file, or a tree of files, a second name by hard links; copies on file systems without hard links."""
   mode = os.lstat(source).st_mode
   if stat.S_ISLNK(mode):
     os.symlink(os.readlink(source), target)
@@ -233,7 +246,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _exchange(building: str, target: str) -> None:
-  """Puts the new directory in the place of the old one, which then lies where the new one lay."""
+  """Exchanges the names of the new and the old directory."""
   parent = os.path.dirname(target)
   if _rename_exchange(building, target):
     sync_directory(parent)
@@ -253,7 +266,7 @@ def _exchange(building: str, target: str) -> None:
 
 
 def _rename_exchange(a: str, b: str) -> bool:
-  """Two directories change places in one step; False where the system has no such step."""
+  """Exchanges the names of two directories in one step; False if the system has no such step."""
   try:
     rename = ctypes.CDLL(None, use_errno=True).renameat2
   except (AttributeError, OSError, TypeError):

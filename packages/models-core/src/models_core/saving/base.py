@@ -1,4 +1,4 @@
-"""The files that a saved model came from."""
+"""The base of a saved model: the files that it was loaded from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from models_core.saving.plan import SavedTensor
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """The files that a model came from. What a configuration and parameters leave open is written as they have it.
+  """The files that a model was loaded from. They decide what the configuration and the parameters leave open.
 
   Attributes:
-    files: with config.json, and the files that are copied.
-    checkpoint: what its headers say, where they were read.
-    reader: gives a reader of the checkpoint that is open anyway; without it one is opened for the tensors that are
-      copied.
+    files: the files, such as config.json and those of the tokenizer.
+    checkpoint: the headers of the weights; None if there are none in the expected format.
+    reader: returns a reader of the checkpoint that is open already. If it is None, a reader is opened for the tensors
+      that are copied.
   """
 
   files: Files
@@ -28,21 +28,25 @@ class Base:
 
   @classmethod
   def of(cls, place: str | os.PathLike | Files, format: Format) -> Base:
-    """The files of a place. Headers are read where a checkpoint in this format is there.
+    """The base at a path. Headers are read if it holds a checkpoint in the given format.
+
+    Args:
+      place: path of a directory or file, or files.
+      format: the format to look for.
 
     Raises:
-      CheckpointError: if there is no such place.
+      CheckpointError: if the path does not exist, or its headers are broken.
     """
     files = as_files(place)
     return cls(files, format.read(files) if format.is_in(files) else None)
 
   def in_format(self, format: Format) -> Checkpoint | None:
-    """The checkpoint, if it is in this format: no other one's tensors can be repeated in such files."""
+    """The checkpoint if it is in this format, otherwise None: tensors are copied only between files of one format."""
     return self.checkpoint if self.checkpoint is not None and self.checkpoint.format is format else None
 
   @contextlib.contextmanager
   def open_reader(self, tensors: Sequence[SavedTensor]) -> Iterator[TensorReader | None]:
-    """A reader of the tensors that are copied; None where none is."""
+    """Opens a reader for the tensors that are copied from the base; None if there are none."""
     names = sorted({tensor.copied.file for tensor in tensors if tensor.copied is not None})
     if not names:
       yield None

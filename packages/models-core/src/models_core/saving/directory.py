@@ -1,4 +1,4 @@
-"""The directory that a saved checkpoint becomes: what lies beside the weights, and what they take the place of."""
+"""The directory of a saved checkpoint: its creation by all processes, and the files besides the weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from models_core.saving.atomic import replace_directory, save_errors
 from models_core.saving.plan import SavedTensor, Shaped
 
 CONFIG = "config.json"
-# Of this process, not of the checkpoint.
+# Fields that describe how a process runs the model, not the checkpoint.
 _NOT_IN_CONFIG_JSON = ("shd_config", "remat_config")
 
 
 @contextlib.contextmanager
 def shared_directory(save_dir: str, overwrite: bool) -> Iterator[str]:
-  """One directory that all processes fill, and which becomes `save_dir` if none of them failed."""
+  """Gives a directory that all processes fill together. It becomes `save_dir` if none of them fails.
+
+  Raises:
+    SaveError: in all processes, if one of them fails.
+  """
   if jax.process_count() == 1:
     with replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries) as directory:
       yield directory
     return
-  # All processes take every step, so that none waits for one that failed.
+  # Every process takes part in every step, so that none waits forever for one that failed.
   failure: Exception | None = None
   try:
     with contextlib.ExitStack() as stack:
@@ -51,15 +55,19 @@ def shared_directory(save_dir: str, overwrite: bool) -> Iterator[str]:
         except Exception as error:
           failure = error
       if not _all_well(failure is None and bool(directory)):
-        raise failure or SaveError(f"{save_dir} is as it was: another process could not write its part")
+        raise failure or SaveError(
+          f"{save_dir} is unchanged: another process could not write its part; the error raised there says why"
+        )
   except Exception as error:
     failure = error
   if not _all_well(failure is None):
-    raise failure or SaveError(f"{save_dir} is as it was: another process could not put it there")
+    raise failure or SaveError(
+      f"{save_dir} is unchanged: process 0 could not replace it; the error raised there says why"
+    )
 
 
 def _from_first(text: str) -> str:
-  """What process 0 says, in all of them."""
+  """Sends a text from process 0 to all processes."""
   buffer = np.zeros(4096, np.uint8)
   data = text.encode()
   buffer[: len(data)] = np.frombuffer(data, np.uint8)
@@ -67,19 +75,19 @@ def _from_first(text: str) -> str:
 
 
 def _all_well(well: bool) -> bool:
-  """Whether all processes are well. Waits for all."""
+  """Whether all processes have succeeded so far. Waits for all of them."""
   return bool(np.all(multihost_utils.process_allgather(np.array(well, np.int32))))
 
 
 def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
-  """Writes new files and puts them on the disk.
+  """Writes new files and flushes them to the disk.
 
   Args:
-    directory: that gets them; holds none of them.
-    texts: contents by name.
+    directory: directory to write into.
+    texts: contents of the files, by name.
 
   Raises:
-    OSError: if the file system refuses.
+    OSError: if a file exists already, or the file system refuses.
   """
   for name, data in texts.items():
     with open(os.path.join(directory, name), "xb") as file:
@@ -89,7 +97,7 @@ def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
 
 
 def copy_companions(directory: str, base: Files | None, names: Collection[str]) -> None:
-  """Copies those of the named files that the base has, as they are."""
+  """Copies files of the base to a directory; names that the base does not have are skipped."""
   if base is not None:
     for name in sorted(set(names).intersection(base.names())):
       write_texts(directory, {name: base.read(name, 0, base.size(name))})
@@ -102,24 +110,24 @@ def config_text(
   parameters: Mapping[str, Shaped],
   tensors: Sequence[SavedTensor],
 ) -> bytes:
-  """config.json: the base's fields, over which the configuration's go, and the dtype of most elements.
+  """The text of config.json: the base's fields, overridden by those of the configuration and by the saved dtype.
 
   Args:
-    family: of the model.
-    config: of the model.
-    base: the files that the model came from.
-    parameters: of the model, by name.
-    tensors: that are saved.
+    family: family of the model.
+    config: configuration of the model.
+    base: the files that the model was loaded from.
+    parameters: shapes and dtypes of the model's parameters, by name.
+    tensors: the tensors that are saved.
 
   Raises:
-    ConfigError: if reading it would give another configuration.
+    ConfigError: if reading the text would give a different configuration.
   """
   dtype = _main_dtype(parameters, tensors)
   own = family.write_config(config)
   names = {"torch_dtype": dtype.name, "dtype": dtype.name}
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
   if isinstance(text := former.get("text_config"), Mapping):
-    # The language model's fields lie one level deeper; the whole keeps its own type.
+    # A multimodal configuration keeps its own type; the fields of the language model are in text_config.
     inner = dict(text) | {k: v for k, v in own.items() if k != "architectures"}
     inner |= {key: name for key, name in names.items() if key in text}
     raw = former | {"text_config": inner} | names
@@ -129,13 +137,13 @@ def config_text(
   fields = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_CONFIG_JSON]
   if differing := [name for name in fields if getattr(again, name) != getattr(config, name)]:
     raise ConfigError(
-      f"config.json cannot state this configuration: {', '.join(differing)} would be read otherwise"
+      f"config.json cannot express this configuration: {', '.join(differing)} would be read back with another value"
     )
   return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _main_dtype(parameters: Mapping[str, Shaped], tensors: Sequence[SavedTensor]) -> np.dtype:
-  """The dtype of most elements."""
+  """The dtype in which most elements of the parameters are saved."""
   written = {name: tensor.dtype for tensor in tensors if tensor.copied is None for name, _ in tensor.parts}
   sizes: dict[np.dtype, int] = {}
   for name, dtype in written.items():

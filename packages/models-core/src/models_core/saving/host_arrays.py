@@ -1,4 +1,4 @@
-"""Parameters on their way to a file: the parts that devices hold, put together as tensors of a checkpoint."""
+"""Parameters in host memory: the shards that devices hold, assembled to tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from models_core.weights import Piece, put_back
 def with_arrays(
   tensors: Sequence[SavedTensor], get: Callable[[str], Any]
 ) -> Iterator[tuple[SavedTensor, Mapping[str, HostArray]]]:
-  """Each tensor with the parameters that it takes, which are held no longer than needed."""
+  """Yields each tensor with the parameters that fill it, which are released after their last use.
+
+  Under several processes all must iterate over all tensors.
+
+  Args:
+    tensors: the tensors to write, in order.
+    get: a parameter's name -> its array.
+  """
   last = {name: tensor.name for tensor in tensors for name, _ in tensor.parts}
   held: dict[str, HostArray] = {}
   for tensor in tensors:
@@ -38,7 +45,16 @@ def with_arrays(
 def assemble(
   tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], rows: slice | None
 ) -> np.ndarray:
-  """Some rows of a tensor, or all of it, contiguous and in the dtype of the file."""
+  """Assembles some rows of a tensor, or all of it, as contiguous memory in the dtype of the file.
+
+  Args:
+    tensor: the tensor to write.
+    sources: the parameters that fill it, each with the piece that describes how.
+    rows: rows along the first axis that tensor and parameters share; None is the whole tensor.
+
+  Raises:
+    SaveError: if a finite value is infinite in the dtype of the file.
+  """
   host, piece = sources[0]
   if len(sources) == 1 and piece.run is not None:
     return cast(np.ascontiguousarray(host.part(piece, rows)), tensor)
@@ -74,21 +90,21 @@ def cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
 
 
 def whole(array: Any) -> np.ndarray:
-  """All elements of an array in host memory. All processes that hold a part of it must call it."""
+  """All elements of an array, in host memory. All processes that hold a part of it must call this."""
   host = HostArray(_gathered(array))
   host.fetch()
   return host.region(tuple(slice(0, size) for size in host.shape))
 
 
 class HostArray:
-  """The parts of an array that this process's devices hold."""
+  """The shards of an array that this process's devices hold, in host memory."""
 
   def __init__(self, array: Any):
     self.shape, self.dtype, self._array = tuple(array.shape), np.dtype(array.dtype), array
     self.parts: list[tuple[Index, np.ndarray]] = []
 
   def fetch(self) -> None:
-    """Has the parts in host memory, each once: bounds and elements. On a CPU without a copy."""
+    """Copies the distinct shards to host memory; on CPUs they are not copied."""
     if self.parts:
       return
     if not isinstance(self._array, jax.Array):
@@ -98,13 +114,21 @@ class HostArray:
     for shard in self._array.addressable_shards:
       bounds = bounds_of(shard.index, self.shape)
       if bounds not in parts:
-        # A handle of its own: an array keeps what it once copied to the host.
+        # A new array of the same buffer: the original would keep its host copy for as long as it lives.
         handle = jax.make_array_from_single_device_arrays(shard.data.shape, shard.data.sharding, [shard.data])
         parts[bounds] = np.asarray(handle)
     self.parts = [(tuple(slice(*bound) for bound in bounds), data) for bounds, data in parts.items()]
 
   def part(self, piece: Piece, rows: slice | None) -> np.ndarray:
-    """What fills a piece, or rows of it: elements of one shard as they lie, of several put together."""
+    """The elements of the array that a piece describes.
+
+    Args:
+      piece: how a tensor corresponds to a part of the array.
+      rows: rows of that part to take; None takes all.
+
+    Returns:
+      A view if one shard holds all of these elements, otherwise a copy.
+    """
     index, dropped, cut = [], [], rows
     for at, size in zip(piece.target, self.shape, strict=True):
       if isinstance(at, int):
@@ -116,7 +140,7 @@ class HostArray:
     return self.region(tuple(index))[(*dropped, ...)]
 
   def region(self, index: Index) -> np.ndarray:
-    """Elements within an index of one slice an axis: a view of one shard, or put together of several."""
+    """The elements within a box of the array: a view if one shard holds all of them, otherwise a copy."""
     whole = None
     for bounds, data in self.parts:
       common = tuple(
@@ -134,12 +158,12 @@ class HostArray:
 
 
 def _within(outer: Index, inner: Index) -> Any:
-  """An index of an array that covers `outer`; the ellipsis makes a view also of a single element."""
+  """`inner` as an index of an array that covers `outer`. The ellipsis makes the result a view even of one element."""
   return *(slice(i.start - o.start, i.stop - o.start) for o, i in zip(outer, inner, strict=True)), ...
 
 
 def _gathered(array: Any) -> Any:
-  """The array, with every part of it in every process. All processes must call it."""
+  """The array itself if this process can read all of it, otherwise a replicated copy. All processes must call this."""
   if not isinstance(array, jax.Array) or array.is_fully_addressable or _is_everywhere(array):
     return array
   if not isinstance(array.sharding, NamedSharding):
@@ -153,7 +177,7 @@ def _gather(replicated: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def _is_everywhere(array: jax.Array) -> bool:
-  """Whether each process holds all parts. The same answer in all of them."""
+  """Whether each process holds all elements. All processes get the same answer."""
   held: dict[int, set] = collections.defaultdict(set)
   device: Any
   for device, index in array.sharding.devices_indices_map(array.shape).items():

@@ -1,4 +1,4 @@
-"""A model's parameters as an Orbax tree, in a directory that loads by itself."""
+"""Saves a model's parameters as an Orbax tree, in a directory with all other files that loading needs."""
 
 from __future__ import annotations
 
@@ -33,35 +33,41 @@ def save_parameters_to_orbax(
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
-  """Writes an Orbax tree, at once complete: `save_dir` is what it was, or holds the whole checkpoint.
+  """Writes an Orbax tree. The write is atomic: `save_dir` is either unchanged or holds the complete checkpoint.
 
-  The arrays have the names and layouts of the family's table, those of Google's trees for Gemma. Of a family without
-  one they have the parameters' own: `layers.0.attn.q_proj.w` is the leaf `["layers"]["0"]["attn"]["q_proj"]["w"]`.
-  One parameter is in host memory at a time, or those of one fused array.
+  The arrays have the names and layouts of the family's "orbax" weight table; for Gemma these are the ones of Google's
+  trees. If the family has no such table, the arrays have the names and layouts of the parameters:
+  `layers.0.attn.q_proj.w` is the leaf `["layers"]["0"]["attn"]["q_proj"]["w"]`. Host memory holds one parameter at a
+  time, or those that one fused array consists of.
 
   Args:
-    parameters: shapes and dtypes, by name.
-    get: name -> array.
-    save_dir: may be missing or empty.
-    family: of the model.
-    config: of the model.
-    base: that the model came from. What is open without it is as an Orbax tree has it: the forms of fused arrays,
-      parts that the model lacks; and the fields of config.json that are no part of `config`.
-    companions: names of files of `base` that are copied, where they are there.
-    dtype: that floating-point parameters are written in; None keeps each as it is.
-    overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
-    on_total: called once with the number of bytes that are going to be written.
-    on_bytes: called with the number of bytes that were written.
+    parameters: shapes and dtypes of the parameters, by name.
+    get: a parameter's name -> its array.
+    save_dir: directory to write; it may be missing or empty.
+    family: family of the model.
+    config: configuration of the model.
+    base: the files that the model was loaded from. Fields of config.json that `config` does not have are copied from
+      it. If its weights are an Orbax tree, this also decides which arrays are fused, and arrays that the model does not
+      have are copied from it.
+    companions: names of files to copy from `base`, such as "tokenizer.json"; those that it does not have are skipped.
+    dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
+    overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
+    on_total: called once with the number of bytes that will be written.
+    on_bytes: called with the number of bytes of each write.
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot state the configuration.
+    ConfigError: if config.json cannot express the configuration.
     MissingExtraError: if TensorStore is not installed.
-    SaveError: if `save_dir` exists, is being written, or the file system refuses; under several processes.
-    TypeError: if `dtype` is no floating-point type.
+    SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
+      `dtype`, the file system refuses the write, or there are several processes.
+    TypeError: if `dtype` is not a floating-point type.
   """
   if jax.process_count() > 1:
-    raise SaveError(f"{os.fspath(save_dir)}: one process writes an Orbax tree, not {jax.process_count()}")
+    raise SaveError(
+      f"{os.fspath(save_dir)}: {jax.process_count()} processes cannot write an Orbax tree together: save safetensors, "
+      "or run a single process"
+    )
   table = family.table_of(ORBAX, {name: shaped.shape for name, shaped in parameters.items()})
   tree = None if base is None else base.in_format(ORBAX)
   tensors = plan_save(parameters, table, config=config, base=tree, dtype=as_dtype(dtype))

@@ -1,4 +1,4 @@
-"""Parameters, which may be made when they are needed, as a directory of safetensors files."""
+"""Saves parameters as a directory of safetensors files; the arrays may be computed while they are written."""
 
 from __future__ import annotations
 
@@ -37,17 +37,35 @@ def save_parameters_to_safetensors(
   on_bytes: OnBytes | None = None,
   max_shard_size: int | str = "5GB",
 ) -> None:
-  """As `save_model_to_safetensors`, of parameters that are made when they are needed.
+  """Writes parameters that `get` returns one by one; otherwise the same as `save_model_to_safetensors`.
 
   Args:
-    parameters: shapes and dtypes, by name.
-    get: name -> array.
-    save_dir: and all that follows: as there.
+    parameters: shapes and dtypes of the parameters, by name.
+    get: a parameter's name -> its array. Called when the parameter is needed, again for each file that needs it.
+    save_dir: directory to write; it may be missing or empty.
+    family: family of the model.
+    config: configuration of the model; required with a family.
+    base: the files that the model was loaded from; it requires a family.
+    companions: names of files to copy from `base`; those that it does not have are skipped.
+    dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
+    overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
+    on_total: called once with the number of bytes that this process will write.
+    on_bytes: called with the number of bytes of each write, from several threads.
+    max_shard_size: most bytes of tensor data in one file, as a number or a string such as "5GB", "200MB" or "2GiB".
+
+  Raises:
+    CheckpointError: if `base` is broken or of another architecture.
+    ConfigError: if config.json cannot express the configuration, or `family`, `config` and `base` are not given
+      together.
+    SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
+      `dtype`, or the file system refuses the write.
+    TypeError: if `dtype` is not a floating-point type.
+    ValueError: if `max_shard_size` is not a size.
   """
   if (family is None) != (config is None):
-    raise ConfigError("a family needs a config, and a config a family: give both, or neither")
+    raise ConfigError("family= and config= belong together: give both, or neither")
   if family is None and base is not None:
-    raise ConfigError("a base needs the family that reads it: give family= and config=")
+    raise ConfigError("base= needs the family of the checkpoint: give family= and config= as well")
   limit, dtype = parse_size(max_shard_size), as_dtype(dtype)
   if family is None:
     tensors = plan_state(parameters, dtype=dtype)
@@ -69,10 +87,10 @@ def save_parameters_to_safetensors(
 
 
 def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
-  """Arrays by their names joined with dots.
+  """The arrays of a nested dictionary, by their paths joined with dots.
 
   Raises:
-    TypeError: if there is something else among them.
+    TypeError: if the dictionary is empty or a value is not a numeric array.
   """
   flat = {}
   pure = nnx.to_pure_dict(state_dict) if isinstance(state_dict, nnx.State) else state_dict
@@ -80,10 +98,14 @@ def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
     value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     name = dotted(path)
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-      raise TypeError(f"{name} is {type(value).__name__}, expected an array")
+      raise TypeError(
+        f"{name} is a {type(value).__name__}, expected an array: save nnx.state(model, nnx.Param)"
+      )
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
-      raise TypeError(f"{name} is {value.dtype}, no array of numbers: save nnx.state(model, nnx.Param) alone")
+      raise TypeError(
+        f"{name} has the dtype {value.dtype}, which is not numeric: save only nnx.state(model, nnx.Param)"
+      )
     flat[name] = value
   if not flat:
-    raise TypeError("the state dictionary is empty: there is nothing to save")
+    raise TypeError("the state dictionary is empty: save nnx.state(model, nnx.Param)")
   return flat

@@ -1,8 +1,8 @@
-"""The save plan: which parameters become which tensors of which files, from shapes alone.
+"""The save plan: which parameters become which tensors of which files. It is made from shapes alone.
 
-It is the weight table read backwards. Where the checkpoint that a model came from is given, its headers decide
-what the table leaves open: which form a parameter is written in, whether a tied head is repeated, and which
-tensors that the model has no parameter for are copied through.
+The weight table is applied backwards. If the checkpoint that a model was loaded from is given, its headers decide what
+the table leaves open: in which form each parameter is written, whether a tied head is stored, and which tensors are
+copied because the model has no parameter for them.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 
 
 class Shaped(Protocol):
-  """An array, or what is known of one."""
+  """Anything with a shape and a dtype: an array, or a `jax.ShapeDtypeStruct`."""
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Sizes of its axes."""
+    """Sizes of the axes."""
 
   @property
   def dtype(self) -> np.dtype:
-    """Of its elements."""
+    """Dtype of the elements."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class SavedTensor:
   """A tensor to be written.
 
   Attributes:
-    name: as the file will spell it.
-    dtype: of the elements in the file.
-    shape: slowest axis first.
-    parts: names of parameters, each with the piece of the tensor that it fills.
-    copied: the tensor of another checkpoint whose bytes it repeats; then it has no parts.
+    name: name in the file.
+    dtype: dtype in the file.
+    shape: shape in the file.
+    parts: names of the parameters that fill the tensor, each with the piece that describes how.
+    copied: the tensor of the base that is copied to the file, if any; `parts` is empty then.
   """
 
   name: str
@@ -67,7 +67,7 @@ class SavedTensor:
 
   @property
   def nbytes(self) -> int:
-    """Bytes in the file."""
+    """The number of bytes in the file."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -76,8 +76,8 @@ class SavedFile:
   """A file of a checkpoint.
 
   Attributes:
-    name: of the file.
-    tensors: in the order in which they are written.
+    name: name of the file.
+    tensors: tensors of the file, in the order in which they are written.
   """
 
   name: str
@@ -85,21 +85,24 @@ class SavedFile:
 
   @functools.cached_property
   def layout(self) -> tuple[bytes, dict[str, int]]:
-    """The file's bytes up to the data, and where the data of each tensor starts, in bytes from the file's start."""
+    """The bytes of the file before the data, and the offset of each tensor's data from the beginning of the file."""
     return file_layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors})
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the whole file."""
+    """The number of bytes of the whole file."""
     return len(self.layout[0]) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 def plan_state(parameters: Mapping[str, Shaped], *, dtype: np.dtype | None = None) -> list[SavedTensor]:
-  """Tensors under the parameters' own names and in their own shapes.
+  """Plans tensors that have the names and shapes of the parameters.
 
   Args:
-    parameters: by name.
-    dtype: that floating-point parameters are written in; None keeps each as it is.
+    parameters: shapes and dtypes of the parameters, by name.
+    dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
+
+  Raises:
+    TypeError: if safetensors files cannot store the dtype of a parameter.
   """
   return [
     SavedTensor(name, _saved_dtype(name, [array.dtype], dtype), tuple(array.shape), ((name, _whole(array)),))
@@ -121,20 +124,22 @@ def plan_save(
   base: Checkpoint | None = None,
   dtype: np.dtype | None = None,
 ) -> list[SavedTensor]:
-  """Tensors under a dialect's names and in its layouts.
+  """Plans tensors that have the names and layouts of a naming scheme.
 
   Args:
-    parameters: of the model, by name.
-    table: of the dialect.
-    config: of the model, where forms depend on it.
-    base: of the same dialect. Its headers decide the form of each parameter, tied tensors that it holds are
-      repeated, and its tensors that the table ignores are copied. None takes the form that the configuration's
-      published checkpoint has.
-    dtype: that floating-point parameters are written in; None keeps each as it is. Copied tensors stay as they are.
+    parameters: shapes and dtypes of the model's parameters, by name.
+    table: weight table of the naming scheme.
+    config: configuration of the model; it decides the forms of parameters if `base` does not.
+    base: headers of a checkpoint in the same naming scheme. Parameters are written in its forms, tied tensors that it
+      holds are written as well, and tensors that the table ignores are copied. None takes the forms of the published
+      checkpoint of `config`.
+    dtype: dtype in which floating-point parameters are written; None keeps the dtype of each. Copied tensors are not
+      cast.
 
   Raises:
-    CheckpointError: if the headers of `base` are broken or hold a tensor that the table does not know.
-    TypeError: if the table does not cover a parameter, or safetensors files do not hold its dtype.
+    CheckpointError: if the headers of `base` are broken, or hold a tensor that the table does not know.
+    TypeError: if the table does not have exactly one row for a parameter, the parameters do not fill a tensor, or
+      safetensors files cannot store a dtype.
   """
   held = base.tensors if base is not None else {}
   parts: dict[str, list[tuple[str, Piece]]] = {}
@@ -164,7 +169,11 @@ def plan_save(
 def _forms(
   parameters: Mapping[str, Shaped], table: WeightTable, config: Any, held: Mapping[str, TensorInfo]
 ) -> dict[str, list[Piece]]:
-  """The pieces of each parameter, in the form that is held; of what isn't held, in the form of its likes."""
+  """The pieces of each parameter, in the form that the base holds.
+
+  A parameter that the base does not hold takes the form of the same parameter in most other layers, or else that of
+  most parameters with as many forms; without a base, the form of the published checkpoint.
+  """
   forms: dict[str, list[list[Piece]]] = {}
   rows: dict[str, Row] = {}
   chosen: dict[str, int] = {}
@@ -172,11 +181,11 @@ def _forms(
     row, at = table.row_of(name)
     rows[name], forms[name] = row, [pieces(row, form, at, array.shape) for form in row.forms]
     complete = [i for i, form in enumerate(forms[name]) if all(piece.tensor in held for piece in form)]
-    # One name, several layouts: the shape decides.
+    # The same tensor in several layouts: its shape decides.
     fitting = [i for i in complete if all(held[p.tensor].shape == p.shape for p in forms[name][i])]
     if complete:
       chosen[name] = (fitting or complete)[0]
-  # Likes are the same parameter of other layers, else those that have as many forms.
+  # Count the chosen forms, per row (the same parameter in all layers) and per number of forms.
   votes: dict[object, collections.Counter[int]] = collections.defaultdict(collections.Counter)
   for name, form in chosen.items():
     votes[rows[name].ours][form] += 1
@@ -189,23 +198,29 @@ def _forms(
 
 
 def _published(row: Row, config: Any) -> int:
-  """The place of the form that a configuration's published checkpoint has."""
+  """The index of the form that the published checkpoint of a configuration has."""
   return next((i for i, form in enumerate(row.forms) if form.when is not None and form.when(config)), 0)
 
 
 def _check_filled(tensor: SavedTensor) -> None:
-  """Refuses a table by which a tensor would have holes."""
+  """Raises TypeError if the parameters do not fill all of a tensor."""
   filled = 0
   for _, piece in tensor.parts:
     kept = zip(piece.split, piece.select, strict=True)
     filled += math.prod(size for size, at in kept if isinstance(at, slice))
   if filled != math.prod(tensor.shape):
     names = ", ".join(name for name, _ in tensor.parts)
-    raise TypeError(f"{tensor.name} {tensor.shape} is not filled by {names}: the model lacks a part of it")
+    raise TypeError(
+      f"{tensor.name} {tensor.shape} would be incomplete: only {names} fills it; save all parameters of the model"
+    )
 
 
 def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTensor]) -> Iterator[TensorInfo]:
-  """The tensors of the base that no parameter of any model fills."""
+  """The tensors of the base to copy: those that no model of the architecture has a parameter for.
+
+  Raises:
+    CheckpointError: if the headers of the base are broken, or hold a tensor that the table does not know.
+  """
   left = [info for name, info in base.tensors.items() if name not in tensors]
   known = [form.name for row in table.rows for form in row.forms]
   problems, dropped = list(base.problems), []
@@ -216,12 +231,15 @@ def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTen
     elif ignored is not None or any(matches(name, info.name) for name in known):
       dropped.append(info.name)
     else:
-      problems.append(f"{info.name} {info.shape} is unexpected: it belongs to another architecture")
+      problems.append(
+        f"{info.name} {info.shape} is unexpected: the architecture of the model has no such tensor; give the base that "
+        "the model was loaded from"
+      )
   if problems:
     raise CheckpointError(base.files.path, problems)
   if dropped:
     _log.warning(
-      "%s: %d tensors of the base are not written, such as %s: the model has no parameter for them",
+      "%s: %d tensors of the base are not saved, such as %s: the model has no parameter for them",
       base.files.path,
       len(dropped),
       dropped[0],
@@ -234,20 +252,21 @@ def _saved_dtype(name: str, dtypes: Sequence[np.dtype], dtype: np.dtype | None) 
     own = dtype
   if own not in CODES:
     raise TypeError(
-      f"{name} is {own}, which safetensors files do not hold; they hold {', '.join(CODES.values())}"
+      f"{name} has the dtype {own}, which safetensors files cannot store: cast it to one of "
+      f"{', '.join(CODES.values())}"
     )
   return own
 
 
 def split_files(tensors: Sequence[SavedTensor], max_shard_size: int) -> list[SavedFile]:
-  """Distributes tensors over files in their order.
+  """Distributes tensors over files, in their order.
 
   Args:
-    tensors: of the checkpoint.
-    max_shard_size: bytes of tensor data in a file; a larger tensor has a file of its own.
+    tensors: all tensors of the checkpoint.
+    max_shard_size: most bytes of tensor data in one file; a larger tensor gets a file of its own.
 
   Returns:
-    One `model.safetensors`, or `model-00001-of-00003.safetensors` and so on.
+    A single `model.safetensors`, or several files `model-00001-of-00003.safetensors` and so on.
   """
   shards: list[list[SavedTensor]] = [[]]
   room = max_shard_size
@@ -263,7 +282,7 @@ def split_files(tensors: Sequence[SavedTensor], max_shard_size: int) -> list[Sav
 
 
 def index_json(files: Sequence[SavedFile]) -> dict[str, bytes]:
-  """The index of several files, by its name; nothing for a single one."""
+  """The contents of the index of several files, by its file name; empty for a single file."""
   if len(files) == 1:
     return {}
   index = {
@@ -274,10 +293,10 @@ def index_json(files: Sequence[SavedFile]) -> dict[str, bytes]:
 
 
 def parse_size(size: int | str) -> int:
-  """Bytes of a size such as 5000000000, "5GB" (10^9 bytes each) or "2GiB" (2^30 bytes each).
+  """The number of bytes of a file size such as 5000000000, "5GB" (5 * 10^9 bytes) or "2GiB" (2 * 2^30 bytes).
 
   Raises:
-    ValueError: if it is not that, or not positive.
+    ValueError: if it is not such a size, or not positive.
   """
   if isinstance(size, str):
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B|)\s*", size.upper())
@@ -285,5 +304,5 @@ def parse_size(size: int | str) -> int:
   else:
     nbytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
   if nbytes <= 0:
-    raise ValueError(f'{size!r} is no size of a file: write it like 5000000000, "5GB" or "2GiB"')
+    raise ValueError(f'{size!r} is not a file size: write it as 5000000000, "5GB" or "2GiB"')
   return nbytes

@@ -1,4 +1,4 @@
-"""Writing planned tensors into safetensors files, straight from the memory in which the devices hold them."""
+"""Writes planned tensors into safetensors files, straight from the memory of the devices."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from models_core.saving.plan import SavedFile, SavedTensor
 from models_core.threads import THREADS
 from models_core.weights import Piece, part_shape
 
-# The unit of parallel work, in bytes.
+# Bytes that one task of a thread writes.
 _TASK = 8 << 20
-# Bytes that may wait to be written before more is asked of the devices.
+# Bytes that may wait to be written before more are fetched from the devices.
 _IN_FLIGHT = 128 << 20
 
-# Where the bytes of a block lie in the tensor, how many they are, and what makes them.
+# The offset of a block in the tensor's bytes, its number of bytes, and a function that returns them.
 _Block = tuple[int, int, Callable[[], np.ndarray]]
 
 
@@ -37,19 +37,21 @@ def write_files(
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
 ) -> None:
-  """Writes files and puts them on the disk. Under several processes each writes files of its own; all must call it.
+  """Writes files and flushes them to the disk.
+
+  Under several processes all must call this, and each of them writes some of the files.
 
   Args:
-    directory: to write into; holds none of the files.
-    files: of the whole checkpoint.
-    get: a parameter's name -> its array, on whatever sharding. Asked when it is needed, again for another file.
-    reader: of the checkpoint that copied tensors come from.
-    on_total: called once with the number of bytes that this process is going to write.
-    on_bytes: called with the number of bytes that were written, from several threads.
+    directory: directory to write into; it holds none of the files.
+    files: all files of the checkpoint.
+    get: a parameter's name -> its array, in any sharding. Called when the parameter is needed, again for each file.
+    reader: reader of the checkpoint that tensors are copied from.
+    on_total: called once with the number of bytes that this process will write.
+    on_bytes: called with the number of bytes of each write, from several threads.
 
   Raises:
-    OSError: if the file system refuses, or a number does not fit into the dtype that it is written in. Under
-      several processes it is raised when all parameters were gathered, so that no process waits for another.
+    OSError: if the file system refuses; as a SaveError, if a finite value is infinite in the dtype of the file. Under
+      several processes it is raised only after all parameters were gathered, so that no process waits for another.
   """
   if on_total is not None:
     own = files[jax.process_index() :: jax.process_count()]
@@ -61,7 +63,7 @@ def write_files(
       tensors = with_arrays(file.tensors, get)
       if number % jax.process_count() == jax.process_index() and failure is None:
         try:
-          # The disk takes a file while the next one is being written.
+          # One file is flushed to the disk while the next one is written.
           descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, reader, on_bytes)
           syncing.append(pool.submit(_sync, descriptor))
         except OSError as error:
@@ -69,7 +71,7 @@ def write_files(
             raise
           failure = error
       for _ in tensors:
-        pass  # Gathering takes all processes.
+        pass  # gathering needs all processes
     for task in syncing:
       try:
         task.result()
@@ -87,7 +89,7 @@ def _write_file(
   reader: TensorReader | None,
   on_bytes: OnBytes | None,
 ) -> int:
-  """Writes a file. Returns its descriptor, which is still open."""
+  """Writes a file. Returns its descriptor, for the caller to close."""
   beginning, starts = file.layout
   descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
   pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
@@ -112,7 +114,7 @@ def _write_file(
     for _, task in pending:
       task.result()
   except BaseException:
-    # No thread may write once the descriptor is another file's.
+    # After the close, another file may get the number of this descriptor: no thread may write to it then.
     for _, task in pending:
       task.cancel()
     concurrent.futures.wait([task for _, task in pending])
@@ -137,7 +139,7 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
 def _blocks(
   tensor: SavedTensor, held: Mapping[str, HostArray], reader: TensorReader | None
 ) -> Iterator[_Block]:
-  """A tensor's bytes in units that threads share."""
+  """The bytes of a tensor as blocks, each for one task."""
   if tensor.copied is not None:
     assert reader is not None
     assert reader.runs is not None
@@ -163,7 +165,7 @@ def _blocks(
 
 
 def _rows(sources: Sequence[tuple[HostArray, Piece]]) -> int | None:
-  """How many rows the tensor and all parts of parameters in it have in common; None where they share no such axis."""
+  """The number of rows of a tensor if these are rows of all parameters that fill it, otherwise None."""
   counts = {
     piece.split[0]
     if piece.order

@@ -1,4 +1,4 @@
-"""The formats that checkpoints are written in."""
+"""The formats in which checkpoints are written."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from models_core.saving.parameters import save_parameters_to_safetensors
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-  """How a format is written.
+  """How checkpoints are written in one format.
 
   Attributes:
-    format: that it writes.
+    format: the format.
     save: called as `save(parameters, get, save_dir, *, family, config, base, companions, dtype, overwrite, on_total,
       on_bytes)`.
-    has_shards: `save` takes `max_shard_size`, too.
+    has_shards: whether `save` also takes `max_shard_size`.
   """
 
   format: Format
@@ -26,7 +26,7 @@ class Writer:
   has_shards: bool = False
 
 
-# By the naming scheme that they write.
+# The writers, by the naming scheme that they write.
 WRITERS = {
   writer.format.naming: writer
   for writer in (
