@@ -308,7 +308,7 @@ def test_no_template(engine, tmp_path):
     ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
     ("tokenizer_config.json", b"[]", "tokenizer_config.json is list, expected an object"),
     ("tokenizer_config.json", b'{"bos_token": "a", "bos_token": "b"}', "'bos_token' is doubled"),
-    ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is no text"),
+    ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a string"),
     ("config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ("generation_config.json", b"\xff", "generation_config.json is not valid JSON: 'utf-8' codec"),
   ],
