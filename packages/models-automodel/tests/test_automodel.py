@@ -206,7 +206,7 @@ def test_a_model_is_cut_to_its_first_layers_and_nothing_else_is_read(config, tmp
     safetensors.numpy.save_file(own, tmp_path / f"layer{layer}.safetensors")
   plan = AutoModel.plan(tmp_path, layers=range(count))
   others = {name for name, layer in layer_of.items() if layer >= count}
-  reason = f"layers from {count} on, beyond those that were asked for"
+  reason = f"layers from {count} on, which were not requested"
   assert dict(plan.ignored) == dict.fromkeys(others, reason)
   assert any(reason in note for note in plan.notes()) == (count < 4)
   for layer in range(count, 4):

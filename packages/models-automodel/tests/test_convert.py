@@ -61,7 +61,9 @@ def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
 
 
 def test_an_unknown_naming_scheme_is_an_error(checkpoint, tmp_path):
-  with pytest.raises(ConfigError, match="nothing writes the naming scheme 'onnx'; known are huggingface"):
+  with pytest.raises(
+    ConfigError, match="the naming scheme 'onnx' cannot be written: choose one of huggingface"
+  ):
     convert(str(checkpoint[0]), tmp_path / "out", to="onnx")
   with pytest.raises(SaveError):
     convert(str(checkpoint[0]), checkpoint[0], progress=False)
@@ -101,6 +103,6 @@ def test_verify_compares_checksums(edit_config, tmp_path, capsys):
   assert "model.safetensors is missing" in err
   sums.write_text("no checksums")
   assert main(["verify", str(directory), "--checksums", str(sums)]) == 1
-  assert "is no line of sha256sum" in capsys.readouterr().err
+  assert "is not a line of sha256sum" in capsys.readouterr().err
   assert main(["verify", str(directory), "--checksums", str(tmp_path / "none")]) == 1
   assert "cannot be read" in capsys.readouterr().err

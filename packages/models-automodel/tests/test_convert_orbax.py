@@ -165,12 +165,15 @@ def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
 
 
 def test_refusals(checkpoint, tree, tmp_path, capsys):
-  with pytest.raises(ConfigError, match="max_shard_size is '1GB', but orbax has no such files: leave it out"):
+  with pytest.raises(
+    ConfigError,
+    match="max_shard_size is '1GB', but orbax checkpoints are not split into files by size: leave it out",
+  ):
     convert(str(checkpoint[0]), tmp_path / "out", to="orbax", max_shard_size="1GB")
   with pytest.raises(SaveError, match="overwrite=True"):
     convert(str(checkpoint[0]), tree, to="orbax", progress=False)
   assert main(["convert", str(tree), str(tree), "--to", "gguf"]) == 1
-  assert "known are huggingface, orbax" in capsys.readouterr().err
+  assert "choose one of huggingface, orbax" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 

@@ -33,7 +33,7 @@ def test_a_changed_weight_is_found_by_name(checkpoint):
 def test_a_model_in_memory_takes_no_arguments(checkpoint):
   directory, _ = checkpoint
   model, _ = AutoModel.from_pretrained(str(directory))
-  with pytest.raises(TypeError, match="dtype: only a checkpoint"):
+  with pytest.raises(TypeError, match="dtype: these arguments are for checkpoints only"):
     digest(model, dtype="bfloat16")
 
 

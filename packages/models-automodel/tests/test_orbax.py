@@ -113,7 +113,7 @@ def test_a_fine_tuned_model_is_recognised_by_its_shapes(tmp_path):
 
 
 def test_shapes_of_no_published_size_are_refused(tree):
-  with pytest.raises(ConfigError, match=r"none of .*gemma2_2b.* has its shapes: pass config="):
+  with pytest.raises(ConfigError, match=r"none of the presets .*gemma2_2b.* has its shapes: pass config="):
     AutoModel.plan(str(tree))
   plan = AutoModel.plan(str(tree), config=CONFIG)
   assert plan.model.parameters["embedder.input_embedding"].shape == (32, 16)
@@ -204,12 +204,14 @@ class TestIntermediate:
 
   def test_another_call_is_refused(self, tree, tmp_path):
     self.load(tree, tmp_path / "kept")
-    with pytest.raises(ConfigError, match=r"kept is of another call, with dtype=None instead of 'bfloat16'"):
+    with pytest.raises(
+      ConfigError, match=r"kept holds the result of another call, with dtype=None instead of 'bfloat16'"
+    ):
       self.load(tree, tmp_path / "kept", dtype="bfloat16")
 
   def test_a_foreign_directory_is_refused_and_not_touched(self, tree, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ConfigError, match=r"no readable origin\.json; nothing in it is touched"):
+    with pytest.raises(ConfigError, match=r"no readable origin\.json; it stays as it is"):
       self.load(tree, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -114,7 +114,7 @@ def test_overridden_fields_are_written(base, tmp_path):
 
 
 def test_a_model_of_no_family_is_an_error(tmp_path):
-  with pytest.raises(ModelsError, match="has no config"):
+  with pytest.raises(ModelsError, match="has no attribute config"):
     AutoModel.save_pretrained(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path / "out")
 
 

@@ -208,7 +208,7 @@ def test_an_object_that_is_replaced_is_an_error(store, checkpoint, small_ranges,
 def test_errors_of_a_store_are_errors_of_this_house(store, waits):
   with pytest.raises(SourceFilesError, match="there is nothing at gs://nobucket/x"):
     AutoModel.from_pretrained("gs://nobucket/x")
-  with pytest.raises(SourceFilesError, match="no address of the form gs://bucket/folder"):
+  with pytest.raises(SourceFilesError, match="not an address of the form gs://bucket/folder"):
     AutoModel.from_pretrained("google/gemma-3-1b-it", model_source=ModelSource.GCS)
   store.fail("GET .*safetensors", status=503, times=999)
   with pytest.raises(SourceFilesError, match=r"answers 503 about gs://bucket/models/mine/model\.safetensors"):

@@ -29,5 +29,5 @@ def test_it_stands_for_the_arguments(checkpoint, tmp_path):
 
 
 def test_arguments_beside_it_are_refused(checkpoint):
-  with pytest.raises(TypeError, match="revision, progress: a Where says this itself"):
+  with pytest.raises(TypeError, match="revision, progress: these are fields of the Where already"):
     AutoModel.plan(Where(str(checkpoint[0])), revision="main", progress=False)

@@ -71,7 +71,7 @@ def test_another_architecture_is_never_taken_for_its_neighbour(model_id, reason,
 def test_quantised_weights_name_the_original(model_id, marker, original):
   with pytest.raises(UnsupportedModelError) as error:
     ModelNaming(model_id)
-  assert str(error.value).endswith(f"quantised weights ({marker}) are not loadable; take {original}")
+  assert str(error.value).endswith(f"quantised weights ({marker}) cannot be loaded; use {original}")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_a_burst_of_503_is_waited_out(hub, commit, waits):
 def test_a_lasting_503_is_an_error(hub, commit, waits):
   hub.fail("api", status=503, times=99)
   with pytest.raises(
-    ConnectionFailedError, match="answers 503 about its list of files of org/name: try later"
+    ConnectionFailedError, match="answers 503 about the list of files of org/name: try later"
   ):
     open_files(REPO)
   assert len(waits) == 4
@@ -79,7 +79,7 @@ def test_a_broken_connection_is_made_again(hub, commit, waits, fault):
 def test_nobody_listens(hub, waits, monkeypatch):
   monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9/")
   with pytest.raises(
-    ConnectionFailedError, match=r"no connection .* http://127.0.0.1:9 \(ConnectError\)"
+    ConnectionFailedError, match=r"no connection to http://127.0.0.1:9 for .* of org/name \(ConnectError\)"
   ) as caught:
     open_files(REPO)
   assert "password" not in str(caught.value)
@@ -95,10 +95,10 @@ def test_an_endpoint_that_is_no_address(hub, waits, monkeypatch):
 
 def test_a_server_that_is_no_hub(hub, commit, waits):
   hub.fail("api", alter=lambda body: body.replace(b'"sha"', b'"no"'))
-  with pytest.raises(SourceError, match="names no commit for org/name: check HF_ENDPOINT"):
+  with pytest.raises(SourceError, match="states no commit for org/name: check HF_ENDPOINT"):
     open_files(REPO)
   hub.fail("api", alter=lambda body: b"<html>")
-  with pytest.raises(SourceError, match="does not answer as a hub does"):
+  with pytest.raises(SourceError, match="is not that of a Hugging Face hub"):
     open_files(REPO)
 
 
@@ -173,7 +173,7 @@ def test_a_whole_file_is_checked(hub, files):
   hub.fail("hub GET", alter=flipped)
   assert files.read("config.json", 0, len(CONFIG)) == CONFIG
   hub.fail("hub GET", alter=flipped, times=2)
-  with pytest.raises(CorruptFilesError, match=r"config.json of org/name .* came twice"):
+  with pytest.raises(CorruptFilesError, match=r"config.json of org/name .* was downloaded twice"):
     files.read("config.json", 0, len(CONFIG))
 
 
@@ -191,7 +191,8 @@ def test_a_lasting_flipped_bit_leaves_nothing_behind(hub, files):
   kept = blobs(files)
   hub.fail("storage GET", alter=flipped, times=99)
   with pytest.raises(
-    CorruptFilesError, match=r"model.safetensors of org/name .* came twice with other bytes"
+    CorruptFilesError,
+    match=r"model.safetensors of org/name .* was downloaded twice, and neither copy matches",
   ):
     files.fetch(["model.safetensors", "config.json"])
   assert blobs(files) == kept

@@ -88,7 +88,7 @@ def test_a_list_of_files_may_have_pages(server):
 def test_a_licence_must_be_accepted(server, monkeypatch):
   server.add_version("google/gemma/flax/2b", FILES, licensed=True)
   with pytest.raises(
-    AccessError, match=r"google/gemma/flax/2b/1 .*kaggle.com/models/google/gemma,.*KAGGLE_KEY"
+    AccessError, match=r"google/gemma/flax/2b/1: accept .*kaggle.com/models/google/gemma,.*KAGGLE_KEY"
   ):
     kaggle.open_files("google/gemma/flax/2b")
   monkeypatch.setenv("KAGGLE_USERNAME", "somebody")

@@ -78,14 +78,16 @@ def test_permanent_failures_are_not_tried_again(store, files, store_waits):
 
 def test_a_bucket_of_another_region(store, files, store_waits):
   store.fail("GET /bucket$", status=301)
-  with pytest.raises(SourceError, match=r"has .*://bucket/m elsewhere: .*(AWS_REGION|STORAGE_EMULATOR_HOST)"):
+  with pytest.raises(
+    SourceError, match=r"says that .*://bucket/m is elsewhere: .*(AWS_REGION|STORAGE_EMULATOR_HOST)"
+  ):
     open_files(store.address)
   assert store_waits == []
 
 
 def test_a_listing_that_is_none(store, files, store_waits):
   store.fail("GET /bucket$", alter=lambda body: b"<html>", times=99)
-  with pytest.raises(SourceError, match=f"does not answer what was asked about {store.address}"):
+  with pytest.raises(SourceError, match=f"about {store.address} is not that of an object store"):
     open_files(store.address)
   assert store_waits == []
 
@@ -159,7 +161,9 @@ def test_a_stalled_connection_is_left(store, monkeypatch, store_waits):
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
 def test_a_limit_that_is_no_number_of_seconds(store, monkeypatch, text):
   monkeypatch.setenv("MODELS_SOURCES_TIMEOUT", text)
-  with pytest.raises(SourceError, match=f"MODELS_SOURCES_TIMEOUT is '{text}': set it to a number of seconds"):
+  with pytest.raises(
+    SourceError, match=f"MODELS_SOURCES_TIMEOUT is '{text}': set it to a positive number of seconds"
+  ):
     open_files(f"{store.scheme}://bucket/m")
 
 
@@ -196,7 +200,7 @@ def test_an_answer_to_another_question_is_an_error(store, files, store_waits, fa
 
 def test_more_than_was_asked_for_is_an_error(store, files):
   store.fail("GET .*safetensors", alter=lambda body: body + b"more")
-  with pytest.raises(SourceError, match="more bytes came than were asked for"):
+  with pytest.raises(SourceError, match="the answer has more bytes than were requested"):
     files.read("model.safetensors", 0, 100)
 
 
@@ -230,7 +234,7 @@ def test_an_object_that_is_replaced_within_a_cut_range(store, files, store_waits
 
 def test_an_object_that_is_removed(store, files, store_waits):
   store.remove(KEY)
-  with pytest.raises(FilesNotFoundError, match="was removed since it was listed"):
+  with pytest.raises(FilesNotFoundError, match="was removed after it was listed"):
     files.read("model.safetensors", 0, 1000)
   assert store_waits == []
 

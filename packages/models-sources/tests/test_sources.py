@@ -76,7 +76,7 @@ def test_errors_are_built_ins_too(error, builtin):
   "name", ["", "/a", "a/", "../a", "a/../b", "a//b", ".", "./a", "C:/a", "c:a", "a\\b", "a\0"]
 )
 def test_names_that_lead_elsewhere_are_refused(name):
-  with pytest.raises(InvalidNameError, match="is no file name"):
+  with pytest.raises(InvalidNameError, match="is not a valid file name"):
     check_name(name)
 
 

@@ -1,4 +1,4 @@
-"""From a model id or a directory to a model on a mesh."""
+"""AutoModel: from a model id or a directory to a model on a mesh, and back to a directory."""
 
 from __future__ import annotations
 
@@ -47,39 +47,42 @@ class AutoModel:
     rng_seed: int | None = None,
     **kwargs: Any,
   ) -> tuple[nnx.Module, str]:
-    """Loads a model.
+    """Loads a pretrained model onto a mesh.
 
     Args:
-      model_id: of the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address of an object store such
-        as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. Or a `Where`, which
-        says all that the other arguments up to `progress` say.
-      mesh: of either kind; None is one device.
-      model_source: where the checkpoint lies. A local path and an address of a store need none.
-      model_path: a local directory or GGUF file, or an address of the source, to load instead.
-      model_download_path: the source's cache directory. Without it a checkpoint in a store is read where it lies, and
-        nothing is written to the disk.
+      model_id: a repository id on the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
+        object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. A
+        `Where` holds this and all other arguments up to `progress`.
+      mesh: a `jax.sharding.Mesh` with auto or explicit axes; None is one device.
+      model_source: the source of the checkpoint. Local paths and addresses in object stores do not need it.
+      model_path: a local directory or GGUF file, or an address in the source, to load instead of `model_id`.
+      model_download_path: directory that downloads are kept in. Without it, a checkpoint in an object store is read in
+        place, and nothing is written to the disk.
       revision: branch, tag or commit.
-      token: of the hub.
-      progress: show progress bars on a terminal.
-      intermediate_ckpt_dir: directory that keeps the loaded model as safetensors: made by the first call, loaded by
-        later ones instead of the source. Never overwritten.
-      rng_seed: has no effect: nothing of a pretrained model is random.
-      **kwargs: as listed below, or fields of the model's configuration.
-        dtype: of the parameters, such as "bfloat16"; None keeps each as it is stored.
+      token: the user's token for the source.
+      progress: whether progress bars are shown on a terminal.
+      intermediate_ckpt_dir: directory that keeps the loaded model as safetensors. The first call writes it; later calls
+        load it instead of the source. It is never overwritten.
+      rng_seed: has no effect, because nothing in a pretrained model is random.
+      **kwargs: one of the following, or a field of the model's configuration.
+        dtype: of the floating-point parameters, such as "bfloat16"; None keeps each as it is stored.
         config: a configuration to use instead of the checkpoint's.
-        layers: `range(n)` loads the first n layers alone, and reads nothing else: for bringing a large model up.
-        strict_sharding: raise where the mesh cannot hold a sharding instead of replicating that axis.
+        layers: `range(n)` loads only the first n layers and reads nothing of the others, to debug a large model.
+        strict_sharding: whether an axis that the mesh cannot shard is an error; otherwise it is replicated.
 
     Returns:
-      The model and the path of its files: a directory, or the address in a store.
+      The model, and the path of its files: a directory, or the address in an object store.
 
     Raises:
-      CheckpointError: with all that is missing, unexpected, doubled or mis-shaped, before weights are read.
-      ConfigError: if the configuration is incomplete, contradicts itself or asks for what is not implemented.
+      CheckpointError: lists all tensors that are missing, unexpected, doubled or mis-shaped, before weights are read.
+      ConfigError: if the configuration is incomplete, contradicts itself or asks for what is not implemented; if
+        `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
       MissingFamilyError: if the architecture's package is not installed.
-      ModelNameError: for a model that is unknown or not supported.
-      SourceFilesError: if the source cannot give the files.
-      TypeError: for a keyword argument that is none of these, or a value of another kind.
+      ModelNameError: if the model is unknown or not supported.
+      ShardingError: with `strict_sharding`, if the mesh cannot shard an axis.
+      SourceFilesError: if the source cannot provide the files.
+      TypeError: if a keyword argument is none of these, or a value has the wrong type.
+      ValueError: if `layers` is not `range(n)` for an n up to the number of layers.
     """
     where = _where(
       model_id,
@@ -98,7 +101,7 @@ class AutoModel:
         return cls.from_pretrained(local, mesh, **kwargs)
     plan = cls.plan(where, mesh, **kwargs)
     files = plan.checkpoint.files
-    hidden = None if where.progress else True  # None: bars on a terminal alone.
+    hidden = None if where.progress else True  # None shows bars on a terminal only.
     with source_errors():
       with together(mesh):
         if not isinstance(files, RangeFiles):
@@ -126,30 +129,32 @@ class AutoModel:
   ) -> None:
     """Writes a model as a directory that `from_pretrained` and transformers load.
 
-    `save_dir` is what it was, or holds the whole checkpoint, whatever happens meanwhile. Saving onto `base` is safe.
-    Under several processes all must call it.
+    Whatever happens meanwhile, `save_dir` stays as it was or holds the whole checkpoint. Saving onto `base` is safe.
+    Under several processes, all must call it.
 
     Args:
-      model: of an installed family, with a `config`.
-      save_dir: may be missing or empty.
-      base: the directory of files that the model came from, such as the path that `from_pretrained` returned. What a
-        model does not know is taken from it: forms and prefixes of names, a vision tower, tokenizer files, fields of
-        config.json. Of a base without safetensors only the tokenizer's and other files. None writes the weights and
-        a config.json alone.
+      model: a model of an installed family; its attribute `config` is the family's configuration.
+      save_dir: directory to write; it must be missing or empty unless `overwrite` is set.
+      base: the checkpoint that the model came from, such as the path that `from_pretrained` returned. It provides what
+        the model does not hold: the forms and names of tensors, a vision tower, tokenizer files, other fields of
+        config.json. A base without safetensors provides only its companions. None writes only the weights and a
+        config.json.
       max_shard_size: bytes of tensor data in a file, as a number or like "5GB".
-      dtype: that floating-point parameters are written in, such as "bfloat16"; None keeps each as it is.
-      overwrite: whether `save_dir` may hold something. Weights and files of the same names are replaced, others stay.
-      progress: show a progress bar on a terminal.
+      dtype: of the written floating-point parameters, such as "bfloat16"; None keeps the dtype of each.
+      overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, others stay.
+      progress: whether a progress bar is shown on a terminal.
 
     Raises:
       CheckpointError: if `base` is broken or of another architecture.
-      ConfigError: if config.json cannot state the model's configuration.
+      ConfigError: if config.json cannot express the model's configuration.
       ModelsError: if the model belongs to no installed family.
-      SaveError: if `save_dir` exists, is being written, or the file system refuses. It is as it was.
+      SaveError: if `save_dir` exists, is being written, or the file system refuses. It stays as it was.
     """
     config = getattr(model, "config", None)
     if config is None:
-      raise ModelsError(f"{type(model).__name__} has no config: save_pretrained() takes models of a family")
+      raise ModelsError(
+        f"{type(model).__name__} has no attribute config: save_pretrained() needs a model of an installed family"
+      )
     arrays = flatten(nnx.state(model, nnx.Param))
     family = family_of_config(config, type(model).__name__)
     came_from = None if base is None else Base.of(base, SAFETENSORS)
@@ -187,7 +192,10 @@ class AutoModel:
     strict_sharding: bool = False,
     **fields: Any,
   ) -> LoadPlan:
-    """What `from_pretrained` would do, from the configuration and the headers alone. Same arguments and errors."""
+    """Plans what `from_pretrained` would do. Reads only the configuration and the headers.
+
+    Takes the arguments of `from_pretrained`, except `intermediate_ckpt_dir` and `rng_seed`, and raises the same errors.
+    """
     check_mesh(mesh)
     where = _where(
       model_id,
@@ -227,21 +235,23 @@ class AutoModel:
 
 
 def _keywords() -> tuple[str, ...]:
-  """Names of the arguments of `from_pretrained`, also of those that it hands on to `plan`; no fields."""
+  """Names of all keyword arguments of `from_pretrained` and `plan`, without fields of a configuration."""
   signatures = (inspect.signature(function) for function in (AutoModel.from_pretrained, AutoModel.plan))
   parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
   return tuple(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))
 
 
 def _where(model_id: str | os.PathLike | Where, **arguments: Any) -> Where:
-  """What the arguments say together.
+  """Combines a model id and the arguments about its source.
 
   Raises:
-    TypeError: if a Where comes with arguments that say the same.
+    TypeError: if `model_id` is a Where and an argument sets one of its fields.
   """
   if not isinstance(model_id, Where):
     return Where.of(model_id, **arguments)
   defaults = inspect.signature(Where.of).parameters
   if given := [name for name, value in arguments.items() if value != defaults[name].default]:
-    raise TypeError(f"{', '.join(given)}: a Where says this itself; use dataclasses.replace to change it")
+    raise TypeError(
+      f"{', '.join(given)}: these are fields of the Where already; set them there, with dataclasses.replace"
+    )
   return model_id

@@ -1,4 +1,4 @@
-"""A checkpoint in another form: tensor by tensor, so that no more than one parameter is in memory at a time."""
+"""Converts a checkpoint parameter by parameter, so that only one of them is in host memory at a time."""
 
 from __future__ import annotations
 
@@ -29,28 +29,31 @@ def convert(
   overwrite: bool = False,
   progress: bool = True,
 ) -> None:
-  """Writes a checkpoint anew: of GGUF, of an Orbax tree or as one, of another dtype, of other shards.
+  """Converts a checkpoint: from GGUF, from or to an Orbax tree, to another dtype or shard size.
 
   Args:
-    source: as `from_pretrained` takes it, or a `Where`. It is identified once: all that is written is of one version.
-    target: a directory, missing or empty.
-    to: the naming scheme to be written, a key of `models_core.saving.WRITERS`: "huggingface", safetensors files as
-      transformers has them; "orbax", a tree that Orbax restores, of Gemma with Google's names.
-    dtype: of floating-point parameters; None keeps each as it is stored.
-    max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". An Orbax tree has no such limit.
-    overwrite: whether `target` may hold something.
-    progress: show progress bars on a terminal.
+    source: a model id, path or address as `from_pretrained` takes it, or a `Where`. Its version is pinned once, so all
+      written files come from one version.
+    target: directory to write; it must be missing or empty unless `overwrite` is set.
+    to: the naming scheme to write, a key of `models_core.saving.WRITERS`: "huggingface" writes safetensors files that
+      transformers loads; "orbax" writes a tree that Orbax restores, for Gemma under Google's names.
+    dtype: of the written floating-point parameters; None keeps each as it is stored.
+    max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". Must be None for an Orbax tree.
+    overwrite: whether `target` may hold files. Weights and files of the same names are replaced, others stay.
+    progress: whether progress bars are shown on a terminal.
 
   Raises:
-    ConfigError: if nothing writes the naming scheme, or its files have no maximal size.
-    ModelsError: as `from_pretrained` and `save_pretrained` do.
+    ConfigError: if the naming scheme cannot be written, or `max_shard_size` does not apply to it.
+    ModelsError: as `from_pretrained` and `save_pretrained` raise it.
   """
   if (writer := WRITERS.get(to)) is None:
-    raise ConfigError(f"nothing writes the naming scheme {to!r}; known are {', '.join(WRITERS)}")
+    raise ConfigError(f"the naming scheme {to!r} cannot be written: choose one of {', '.join(WRITERS)}")
   options: dict[str, Any] = {}
   if max_shard_size is not None:
     if not writer.has_shards:
-      raise ConfigError(f"max_shard_size is {max_shard_size!r}, but {to} has no such files: leave it out")
+      raise ConfigError(
+        f"max_shard_size is {max_shard_size!r}, but {to} checkpoints are not split into files by size: leave it out"
+      )
     options["max_shard_size"] = max_shard_size
   where = source if isinstance(source, Where) else Where.of(source, progress=progress)
   plan = AutoModel.plan(where, dtype=dtype)
@@ -61,7 +64,7 @@ def convert(
     planned.parameter.name: jax.ShapeDtypeStruct(planned.parameter.shape, planned.dtype)
     for planned in plan.parameters
   }
-  # The first read fetches the files: what the writer refuses before costs no download.
+  # The first read fetches the weights, so a target that the writer refuses costs no download.
   with source_errors(), plan.open() as opened, weights_bar(progress) as bar:
     writer.save(
       shapes,
@@ -69,7 +72,7 @@ def convert(
       os.fspath(target),
       family=plan.family,
       config=plan.config,
-      # What the model has no parameter for comes along.
+      # Tensors that the model has no parameter for are copied from here.
       base=Base(files, plan.checkpoint, lambda: opened.reader),
       companions=companions_of(files),
       overwrite=overwrite,

@@ -1,4 +1,4 @@
-"""One number for a model's weights, in memory or in a checkpoint."""
+"""The digest of a model's weights, in memory or in a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ __all__ = ["Digest", "digest"]
 
 
 def digest(model: nnx.Module | str | os.PathLike | Where, **kwargs: Any) -> Digest:
-  """What stands for the weights of a model: equal for a checkpoint and the model that was loaded from it.
+  """Computes the digest of a model's weights. A checkpoint and the model that was loaded from it have equal digests.
 
-  The mesh and the form of the checkpoint don't count; the dtype does. Weights of a checkpoint are read about a gigabyte
-  at a time.
+  The digest depends on the dtype, but neither on the mesh nor on the format of the checkpoint. The weights of a
+  checkpoint are read about a gigabyte at a time.
 
   Args:
-    model: in memory, or what `AutoModel.from_pretrained` takes: a repository, a directory or a GGUF file.
-    **kwargs: as `AutoModel.plan` takes them, for a checkpoint.
+    model: a model in memory, or what `AutoModel.from_pretrained` takes: a repository, a directory or a GGUF file.
+    **kwargs: arguments of `AutoModel.plan`, for a checkpoint.
 
   Raises:
-    CheckpointError: and all else that `AutoModel.from_pretrained` raises, for a checkpoint.
-    ModelsError: if a parameter of a model holds no array.
-    TypeError: for keyword arguments beside a model in memory.
+    ModelsError: if a parameter of a model in memory holds no array; for a checkpoint as `AutoModel.from_pretrained`.
+    TypeError: if keyword arguments are given for a model in memory.
   """
   if isinstance(model, nnx.Module):
     if kwargs:
-      raise TypeError(f"{', '.join(kwargs)}: only a checkpoint takes these, a model in memory is as it is")
+      raise TypeError(
+        f"{', '.join(kwargs)}: these arguments are for checkpoints only: leave them out for a model in memory"
+      )
     return digest_of_model(model)
   plan = AutoModel.plan(model, **kwargs)
   with source_errors():

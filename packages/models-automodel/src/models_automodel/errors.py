@@ -1,4 +1,4 @@
-"""All errors of this package: those of core, and those of names and sources, which have the same root."""
+"""The errors of this package: core's, and those of names and sources under core's root `ModelsError`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,20 +24,20 @@ __all__ = [
 
 
 class ModelNameError(ModelsError, ValueError):
-  """A model id that is unknown, or names what cannot be loaded."""
+  """A model id that is unknown, or that names a model which cannot be loaded."""
 
 
 class SourceFilesError(ModelsError, OSError):
-  """Files that cannot be had from a source."""
+  """Files that a source cannot provide."""
 
 
 class MissingFamilyError(ModelsError, ImportError):
-  """A model whose architecture's package is not installed, or speaks another contract."""
+  """A model whose architecture's package is not installed, or has another version of the family contract."""
 
 
 @contextlib.contextmanager
 def name_errors() -> Iterator[None]:
-  """Turns a naming error into a ModelNameError."""
+  """Turns a NamingError into a ModelNameError."""
   try:
     yield
   except models_naming.NamingError as error:
@@ -46,7 +46,7 @@ def name_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def source_errors() -> Iterator[None]:
-  """Turns a source's error into a SourceFilesError, and a missing client of it into a MissingExtraError."""
+  """Turns a SourceError into a SourceFilesError, and a MissingClientError into a MissingExtraError."""
   try:
     yield
   except models_sources.MissingClientError as error:

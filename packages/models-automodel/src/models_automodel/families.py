@@ -1,4 +1,4 @@
-"""Architectures, found by the entry points `models.families`. Only the one that is asked for is imported."""
+"""Families, found by the entry points `models.families`. Only the requested family is imported."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ GROUP = "models.families"
 
 @functools.cache
 def installed() -> dict[str, importlib.metadata.EntryPoint]:
-  """Entry points by the name of the family."""
+  """The entry points of all installed families, by the family's name."""
   return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
 
 
 def check_installed(model_id: str) -> None:
-  """Refuses a published repository whose architecture's package is missing, before anything is asked of a source.
+  """Refuses a published repository whose architecture's package is missing, before any request to a source.
 
   Raises:
-    MissingFamilyError: with the command that installs it.
+    MissingFamilyError: the package is missing; the message holds the command that installs it.
   """
   for family, ids in models_naming.known_model_ids().items():
     if model_id in ids:
@@ -44,14 +44,14 @@ def _missing(category: str, wanted_by: str) -> MissingFamilyError:
 
 
 def family_module(category: str, wanted_by: str) -> ModuleType:
-  """The package of an architecture, such as `models_llama.llama3`.
+  """Imports the package of an architecture, such as `models_llama.llama3`.
 
   Args:
-    category: the family's name.
-    wanted_by: what needs it, for the error.
+    category: the config category, which is also the family's name.
+    wanted_by: the model that needs the family, for the message.
 
   Raises:
-    MissingFamilyError: with the command that installs it.
+    MissingFamilyError: the package is missing; the message holds the command that installs it.
   """
   entry = installed().get(category)
   if entry is None:
@@ -60,8 +60,12 @@ def family_module(category: str, wanted_by: str) -> ModuleType:
 
 
 def load_family(category: str, wanted_by: str) -> Family:
-  """The family of a category. As `family_module`."""
-  # Lists of models do without flax.
+  """Imports the family of a config category.
+
+  Raises:
+    MissingFamilyError: the package is missing, or its version of the family contract differs from models-core's.
+  """
+  # Imported here, because `automodel list` does not need Flax.
   from models_core.family import FAMILY_API_VERSION
 
   family = family_module(category, wanted_by).FAMILY
@@ -77,18 +81,20 @@ def family_of_model_type(model_type: str, wanted_by: str) -> Family:
   """The family that reads a `model_type` of config.json.
 
   Raises:
-    ModelNameError: if no family does.
+    MissingFamilyError: as `load_family`.
+    ModelNameError: if no installed family reads it.
   """
   if (category := models_naming.category_of_model_type(model_type)) is not None:
     return load_family(category, wanted_by)
-  # A third party's: its entry point has to be asked.
+  # Only the module of a third party's family says which model types it reads.
   for category in installed():
     if models_naming.distribution_of(category) is None:
       family = load_family(category, wanted_by)
       if model_type in family.model_types:
         return family
   raise ModelNameError(
-    f"{wanted_by}: no installed family reads model_type {model_type!r}; installed are {', '.join(installed()) or 'none'}"
+    f"{wanted_by}: no installed family reads model_type {model_type!r}: install the package of its family; "
+    f"installed are {', '.join(installed()) or 'none'}"
   )
 
 
@@ -96,10 +102,12 @@ def family_of_config(config: Any, wanted_by: str) -> Family:
   """The family that a configuration object belongs to.
 
   Raises:
-    ModelsError: if no family's package defines its class.
+    ModelsError: if no installed family's package defines its class.
   """
   module = type(config).__module__
   for category, entry in installed().items():
     if module == entry.module or module.startswith(f"{entry.module}."):
       return load_family(category, wanted_by)
-  raise ModelsError(f"config={type(config).__qualname__} of {module} belongs to no installed family")
+  raise ModelsError(
+    f"the configuration {module}.{type(config).__qualname__} belongs to no installed family: install its package"
+  )

@@ -1,4 +1,4 @@
-"""From a model id, a path or an address to files, a family and a configuration."""
+"""Identifies a checkpoint: from a model id, a path or an address to files, a family and a configuration."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_
 CONFIG = "config.json"
 
 
-# What belongs to a model besides its weights: whoever gets the directory finds them there.
+# Companions: files that belong to a model besides its weights, and are fetched and copied with it.
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
                "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "preprocessor_config.json",
                "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
 
 
 def is_companion(name: str) -> bool:
-  """Whether a file belongs to a model besides its weights."""
+  """Whether a file belongs to a model besides its weights, such as the tokenizer's."""
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint that was identified. Its headers are read when they are wanted, unless its configuration is in them.
+  """An identified checkpoint. Its headers are read on demand, unless the configuration had to be read from them.
 
   Attributes:
     files: of the checkpoint.
-    family: that reads it.
+    family: the family that reads it.
     config: of the model.
-    format: of the files; None where no format recognises them.
-    read: what its headers say, where they were read.
+    format: of the files; None if no format recognises them.
+    read: the checkpoint's headers, if they have been read.
   """
 
   files: Files
@@ -52,23 +52,23 @@ class Found:
 
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
-    """What the headers say.
+    """The checkpoint's headers.
 
     Raises:
-      CheckpointError: if there are none, or they are broken.
+      CheckpointError: if there are no headers, or they are broken.
     """
     return self.read or (self.format or SAFETENSORS).read(self.files)
 
 
 def find(where: Where, config: Any = None) -> Found:
-  """Identifies files, family and configuration.
+  """Finds the files, the family and the configuration of a checkpoint.
 
   Args:
-    where: the checkpoint lies.
-    config: of the model, to use instead of the checkpoint's.
+    where: the place of the checkpoint.
+    config: a configuration to use instead of the checkpoint's.
 
   Raises:
-    ModelsError: as `AutoModel.from_pretrained`.
+    ModelsError: as `AutoModel.from_pretrained` raises it.
   """
   name = where.model_id
   check_installed(name)
@@ -100,10 +100,10 @@ def find(where: Where, config: Any = None) -> Found:
 
 
 def refuse_adapter(files: Files, names: set[str]) -> None:
-  """Says what to do with what peft wrote.
+  """Refuses a directory that holds an adapter of peft and no model.
 
   Raises:
-    CheckpointError: if there is an adapter and no model.
+    CheckpointError: the message says how to load the adapter.
   """
   if ADAPTER_CONFIG not in names or set(weight_files(files)) - {ADAPTER_WEIGHTS}:
     return
@@ -111,7 +111,7 @@ def refuse_adapter(files: Files, names: set[str]) -> None:
   raise CheckpointError(
     files.path,
     [
-      f"it is an adapter of {base}, no model: load that one, then the adapter with "
-      "models_core.adapters.load_peft_adapter, and put them together with models_core.adapters.merge_into"
+      f"it is a LoRA adapter of {base}, not a model: load {base}, read the adapter with "
+      "models_core.adapters.load_peft_adapter, and merge the two with models_core.adapters.merge_into"
     ],
   )

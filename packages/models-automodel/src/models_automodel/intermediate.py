@@ -1,7 +1,7 @@
-"""A loaded model kept as a directory of safetensors, which later calls load instead of the source.
+"""`intermediate_ckpt_dir`: a loaded model, kept as a directory of safetensors that later calls load.
 
-The directory is an ordinary one, of a config.json and weights in Hugging Face's names, with `origin.json`
-beside them, which says what call it is the result of.
+The directory holds config.json, weights under Hugging Face's names, and `origin.json`: the arguments of the call that
+wrote it.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.saving import write_texts
 
 ORIGIN = "origin.json"
-# What of a call does not change the numbers of its model.
+# Arguments that do not change the weights of the model.
 _NO_MATTER = ("strict_sharding",)
 
 
 def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
-  """Whether a directory holds the result of this very call; False where there is none, or an empty one.
+  """Whether a directory holds the result of the call that `origin` describes; False if it is missing or empty.
 
   Raises:
-    ConfigError: if it holds anything else.
+    ConfigError: if the directory holds anything else.
   """
   if not os.path.exists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
     return False
-  remedy = "nothing in it is touched: give intermediate_ckpt_dir another directory, or remove it"
+  remedy = "it stays as it is: give intermediate_ckpt_dir another directory, or remove this one"
   try:
     found = read_json(LocalFiles(directory), ORIGIN)
   except (OSError, ConfigError):
     raise ConfigError(
-      f"{directory} is not what from_pretrained keeps: it has no readable {ORIGIN}; {remedy}"
+      f"{directory} was not written by from_pretrained, because it has no readable {ORIGIN}; {remedy}"
     ) from None
   if found != json.loads(json.dumps(origin)):
     differing = [
@@ -50,12 +50,14 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
       for key, value in origin.items()
       if found.get(key) != value
     ]
-    raise ConfigError(f"{directory} is of another call, with {', '.join(differing) or 'more'}; {remedy}")
+    raise ConfigError(
+      f"{directory} holds the result of another call, with {', '.join(differing) or 'more arguments'}; {remedy}"
+    )
   return True
 
 
 def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
-  """What a call asks for, in words that can be compared."""
+  """The arguments of a call as JSON values, which can be compared with those of another call."""
   place = {"model_id": where.model_id, "model_source": where.source, "model_path": where.path}
   arguments = {**arguments, "revision": where.revision}
   asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
@@ -65,19 +67,20 @@ def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_alone() -> None:
-  """Refuses several processes.
+  """Checks that there is only one process.
 
   Raises:
-    ConfigError: if there are some.
+    ConfigError: if there are several.
   """
   if jax.process_count() > 1:
     raise ConfigError(
-      "intermediate_ckpt_dir is for one process: save the model with save_pretrained, and load that directory"
+      "intermediate_ckpt_dir works in a single process only: save the model with save_pretrained and load that "
+      "directory instead"
     )
 
 
 def keep(directory: str, model: nnx.Module, family: Family, config: Any, origin: Mapping[str, Any]) -> None:
-  """Writes the directory beside its place and moves it there. Where another process was faster, its own stays."""
+  """Writes a temporary directory and renames it to `directory`; if another process was faster, its result stays."""
   directory = os.path.abspath(os.path.expanduser(directory))
   draft = f"{directory}.{uuid.uuid4().hex}.tmp"
   try:
@@ -89,5 +92,5 @@ def keep(directory: str, model: nnx.Module, family: Family, config: Any, origin:
       if not is_kept(directory, origin):
         raise
   finally:
-    # Our own draft, where it was not moved.
+    # Removes the draft if it was not renamed.
     shutil.rmtree(draft, ignore_errors=True)

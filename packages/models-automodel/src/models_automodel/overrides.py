@@ -1,4 +1,4 @@
-"""What keyword arguments of `from_pretrained` say."""
+"""Keyword arguments of `from_pretrained` that change the configuration."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from models_core.sharding import ShardingConfig
 
 
 def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()) -> Any:
-  """The configuration with some fields replaced.
+  """Returns the configuration with some fields replaced.
 
   Args:
     config: a frozen dataclass.
     fields: new values; those of enum fields may be their names or values as strings.
-    known: other keywords that the caller takes, for the nearest match.
+    known: other keyword arguments of the caller, which a message may suggest for a mistyped name.
 
   Raises:
-    TypeError: for a name that the configuration has no field for, with the nearest one; for a value of another kind.
+    TypeError: if the configuration has no such field (the message suggests the nearest name), or a value has the wrong
+      type.
   """
   own = {field.name: field for field in dataclasses.fields(config)}
   for name in fields:
     if name not in own:
-      # `plan` lacks some keywords of `from_pretrained`: none is the answer to itself.
+      # `plan` lacks some keywords of `from_pretrained`; a name is never suggested for itself.
       near = difflib.get_close_matches(name, [other for other in (*own, *known) if other != name], n=1)
       hint = (
         f": did you mean {near[0]!r}?" if near else f"; fields of {type(config).__name__}: {', '.join(own)}"
@@ -38,10 +39,10 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
 
 
 def cut(config: Any, layers: range | None) -> Any:
-  """The configuration of the first layers of a model; of all where `layers` is None.
+  """Returns the configuration with only the first layers; unchanged if `layers` is None.
 
   Raises:
-    ValueError: if these are not the first layers, or more than the model has.
+    ValueError: if `layers` is not `range(n)` for an n from 1 to the number of layers.
   """
   if layers is None:
     return config
@@ -52,7 +53,7 @@ def cut(config: Any, layers: range | None) -> Any:
   return dataclasses.replace(config, num_layers=len(layers))
 
 
-# Kinds of fields -> what they take, and how that is called. A bool is an int to Python, and none to a configuration.
+# (type of the field, accepted type, its name in a message). A bool is an int to Python, but not to a configuration.
 _KINDS: tuple[tuple[type, type, str], ...] = (
   (bool, bool, "True or False"),
   (int, numbers.Integral, "a whole number"),
@@ -67,10 +68,10 @@ def _value(name: str, old: Any, new: Any) -> Any:
     try:
       return members[new.upper()]
     except KeyError:
-      raise TypeError(f"{name}={new!r} is none of {', '.join(one.name for one in members)}") from None
+      raise TypeError(f"{name}={new!r} is not one of {', '.join(one.name for one in members)}") from None
   for kind, accepted, what in _KINDS:
     if isinstance(old, kind):
-      # Some numbers are optional; the configuration knows which.
+      # None passes for numbers: the configuration itself checks which of them are optional.
       fits = isinstance(new, accepted) and isinstance(new, bool) == (kind is bool)
       if not fits and not (new is None and kind in (int, float)):
         raise TypeError(f"{name}={new!r}, expected {what}")

@@ -1,4 +1,4 @@
-"""Configurations of published models, by name or by the shapes of a checkpoint."""
+"""Presets: configurations of published models, found by name or by the shapes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models_core.loading import abstract_model, plan_load
 
 
 class ModelModule(enum.Enum):
-  """A module of an architecture's package."""
+  """A module of an architecture's package, for `get_model_module`."""
 
   MODEL = "model"
   PARAMS = "params"
@@ -25,10 +25,10 @@ class ModelModule(enum.Enum):
 
 
 def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
-  """A module of the package that holds a model's architecture, such as `models_llama.llama3.model`.
+  """Imports a module of a model's architecture, such as `models_llama.llama3.model`.
 
   Raises:
-    MissingFamilyError: an ImportError with the command that installs it.
+    MissingFamilyError: the package is missing; the message holds the command that installs it.
     ModelNameError: if the name is unknown.
   """
   with name_errors():
@@ -37,7 +37,7 @@ def get_model_module(model_name: str, module_type: ModelModule) -> ModuleType:
   return importlib.import_module(f"{package.__name__}.{module_type.value}")
 
 
-# Variants of a size whose numbers are the size's own unless they have a preset.
+# Suffixes of variants that share the configuration of their size, unless they have a preset of their own.
 _QAT = ("_it_qat_q4_0_unquantized", "_it_qat_int4_unquantized")
 _VARIANTS = ("_instruct", "_it", "_base", "_pt", "_jpn_it", *_QAT)
 
@@ -46,7 +46,8 @@ def call_model_config(model_name: str) -> Any:
   """The preset of a model's name: "llama-3.1-8b" -> `ModelConfig.llama3p1_8b()`.
 
   Raises:
-    ModelNameError: for a size that has no preset, with those that have one.
+    MissingFamilyError: the architecture's package is missing.
+    ModelNameError: if the name is unknown or its size has no preset; the message lists those that exist.
   """
   with name_errors():
     config_id = models_naming.get_model_config_id(model_name)
@@ -62,12 +63,16 @@ def call_model_config(model_name: str) -> Any:
 
 
 def presets(config_class: type) -> list[str]:
-  """Names of a configuration's presets."""
+  """Names of the presets of a configuration class."""
   return [name for name, member in vars(config_class).items() if isinstance(member, classmethod)]
 
 
 def by_name(model_id: str, where: str) -> tuple[str, Any]:
-  """Category and preset of a checkpoint that has no configuration.
+  """The config category and the preset of a checkpoint without config.json, from its name.
+
+  Args:
+    model_id: names the model.
+    where: path of the checkpoint, for messages.
 
   Raises:
     ModelNameError: if the name is unknown or has no preset.
@@ -77,24 +82,26 @@ def by_name(model_id: str, where: str) -> tuple[str, Any]:
       naming = models_naming.ModelNaming(model_id=model_id)
     return naming.model_config_category, call_model_config(naming.model_name)
   except ModelNameError as error:
-    raise ModelNameError(f"{where} has no config.json, so the name must do, but {error}") from error
+    raise ModelNameError(
+      f"{where} has no config.json, so its configuration is taken from the name, but {error}"
+    ) from error
 
 
 def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
-  """Family and configuration of a checkpoint that has none: its name's preset, else the one that its shapes fit.
+  """The family and the configuration of a checkpoint without config.json: the preset of its name, else of its shapes.
 
   Raises:
-    ConfigError: if the name is unknown and no preset, or more than one, fits.
+    ConfigError: if the name is unknown and not exactly one preset has the checkpoint's shapes.
     MissingFamilyError: if the architecture's package is not installed.
   """
   try:
     category, config = by_name(model_id, checkpoint.files.path)
     family = load_family(category, model_id)
-    # Where the sizes differ, the plan says how.
+    # If the preset does not fit, planning lists the differences.
     return family, _fit(family, config, checkpoint) or config
   except ModelNameError:
     pass
-  # A model of one's own: its name says nothing, but all published sizes have shapes of their own.
+  # A fine-tune with a name of its own: no two published sizes have the same shapes.
   fitting: list[tuple[Family, str, Any]] = []
   tried: list[str] = []
   for category in installed():
@@ -110,10 +117,13 @@ def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
     ((family, _, config),) = fitting
     return family, config
   found = (
-    f"{', '.join(name for _, name, _ in fitting)} all have" if fitting else f"none of {', '.join(tried)} has"
+    f"the presets {', '.join(name for _, name, _ in fitting)} all have"
+    if fitting
+    else f"none of the presets {', '.join(tried)} has"
   )
   raise ConfigError(
-    f"{checkpoint.files.path} has no config.json, {model_id!r} names no known model, and {found} its shapes: pass config="
+    f"{checkpoint.files.path} has no config.json, {model_id!r} is not a known model, and {found} its shapes: pass "
+    "config="
   )
 
 

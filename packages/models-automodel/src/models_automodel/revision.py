@@ -1,4 +1,4 @@
-"""One revision for all processes of a mesh: a branch may move between two questions."""
+"""Agreement on one revision: a branch may move between the requests of two processes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from models_automodel.where import Where
 from models_core.formats import Files
 from models_core.processes import exchange, processes_of, together
 
-# Longer than the hash of a commit.
+# Bytes of a revision that are exchanged; a commit hash is shorter.
 _LONGEST = 256
 
 
 def agree_on_revision(mesh: Mesh | None, where: Where, open_files: Callable[[], Files]) -> Where:
-  """The same place at the revision that all processes take: what the first one of the mesh finds it to be.
+  """Pins the revision for all processes of a mesh: the first process asks the source, the others take its answer.
 
   Args:
     mesh: whose processes load together.
-    where: with the revision that was asked for; one process alone keeps it.
-    open_files: asks the source; the files tell by an attribute `revision` what they are of.
+    where: with the requested revision; returned unchanged if there is only one process.
+    open_files: asks the source; the attribute `revision` of the files it returns is the pinned version.
 
   Raises:
-    ProcessError: where another process failed.
+    ProcessError: if another process failed.
   """
   processes = processes_of(mesh)
   if mesh is None or len(processes) == 1:

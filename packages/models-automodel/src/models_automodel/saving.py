@@ -1,4 +1,4 @@
-"""What comes along when a model is saved, and how far its weights are."""
+"""Shared by saving and converting: which companions are copied, and the progress bar."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from models_core.formats import Files
 
 
 def companions_of(files: Files | None) -> list[str]:
-  """Names of the files that come along when a model is saved, whatever its weights become."""
+  """Names of the companions that are copied when a model is saved, in whatever format its weights are written."""
   names = () if files is None else files.names()
   return [n for n in names if is_companion(n) and not n.endswith(".index.json") and n != "config.json"]
 
 
 def weights_bar(progress: bool) -> tqdm.tqdm:
-  """A bar of bytes; `reset` tells it how many there will be."""
-  hidden = None if progress else True  # None: bars on a terminal alone.
+  """A progress bar that counts bytes; `reset` sets their total."""
+  hidden = None if progress else True  # None shows bars on a terminal only.
   return tqdm.tqdm(unit="B", unit_scale=True, desc="weights", disable=hidden)

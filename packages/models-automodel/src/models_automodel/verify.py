@@ -1,4 +1,4 @@
-"""Is a checkpoint whole: its structure, its numbers, its bytes."""
+"""Checks whether a checkpoint is intact: its structure, its numbers, its bytes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from models_core.loading import LoadPlan
 
 
 def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
-  """Checks a checkpoint of this machine without keeping any of it.
+  """Checks a checkpoint on this machine without loading it as a model.
 
   Args:
-    path: a directory or GGUF file.
-    values: read all numbers, too, and refuse NaN and infinity.
+    path: a directory or a GGUF file.
+    values: whether all weights are read, too, and NaN and infinity refused.
 
   Returns:
-    How it would be loaded.
+    The load plan.
 
   Raises:
-    CheckpointError: with every file that is missing or broken, every tensor that is missing, unexpected, doubled
-      or not of the shape that config.json implies, and with `values` every tensor that has no finite numbers.
-    ModelsError: as `from_pretrained` does.
+    CheckpointError: lists every file that is missing or broken, every tensor that is missing, unexpected, doubled or
+      of a shape that config.json does not imply, and with `values` every tensor that holds NaN or infinity.
+    ModelsError: as `AutoModel.from_pretrained` raises it.
   """
   plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False))
   if values:
@@ -53,9 +53,9 @@ def _not_finite(reader: TensorReader, info: TensorInfo) -> Iterator[str]:
 
 
 def checksums(path: str | os.PathLike) -> dict[str, str]:
-  """The SHA-256 of every file of a directory, in hexadecimal, by its name.
+  """The SHA-256 of every file of a directory, in hexadecimal, by file name.
 
-  Files in folders below it don't count, but for those of an Orbax tree.
+  Files in subdirectories are left out, except those of an Orbax tree.
   """
   root = pathlib.Path(path)
   folders = [root / name for name in checkpoint_entries(str(root))]
@@ -68,10 +68,10 @@ def checksums(path: str | os.PathLike) -> dict[str, str]:
 
 
 def check_checksums(path: str | os.PathLike, expected: Mapping[str, str]) -> None:
-  """Compares files with what `checksums` gave.
+  """Compares the files of a directory with checksums that `checksums` returned earlier.
 
   Raises:
-    CheckpointError: naming each file that is missing or has other bytes.
+    CheckpointError: lists each file that is missing or whose checksum differs.
   """
   found = checksums(path)
   problems = [
@@ -84,10 +84,10 @@ def check_checksums(path: str | os.PathLike, expected: Mapping[str, str]) -> Non
 
 
 def read_checksums(path: str | os.PathLike) -> dict[str, str]:
-  """Lines as `sha256sum` writes them: digest, two spaces, name.
+  """Reads a file of checksums as `sha256sum` writes it: digest, two spaces, name on each line.
 
   Raises:
-    CheckpointError: if there is no such file, or for a line that is something else.
+    CheckpointError: if the file cannot be read, or a line has another form.
   """
   try:
     text = pathlib.Path(path).read_text("utf-8")
@@ -97,6 +97,8 @@ def read_checksums(path: str | os.PathLike) -> dict[str, str]:
   for line in filter(None, text.splitlines()):
     digest, _, name = line.partition("  ")
     if len(digest) != 64 or not name:
-      raise CheckpointError(os.fspath(path), [f"{line!r} is no line of sha256sum: digest, two spaces, name"])
+      raise CheckpointError(
+        os.fspath(path), [f"{line!r} is not a line of sha256sum: write digest, two spaces, name"]
+      )
     result[name] = digest.lower()
   return result

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, as one value that all calls pass on."""
+"""Where a checkpoint lies, as one value that is passed from call to call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models_core.saving import recover
 
 
 class ModelSource(enum.Enum):
-  """Where a checkpoint lies."""
+  """Names of the sources."""
 
   HUGGINGFACE = "huggingface"
   KAGGLE = "kaggle"
@@ -26,16 +26,16 @@ class ModelSource(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-  """Where a checkpoint lies, and how its source is asked for it.
+  """Where a checkpoint lies, and how its source is asked for the files.
 
   Attributes:
-    model_id: of the hub, a Kaggle handle, an address of an object store, or a local path.
-    source: the name of the source, one of ModelSource or one that another package announces.
-    path: a local path or an address of the source, to load instead.
+    model_id: a repository id on the hub, a Kaggle handle, an address in an object store, or a local path.
+    source: name of the source: a value of ModelSource, or a source that another package announces.
+    path: a local path, or an address in the source, to load instead of `model_id`.
     revision: branch, tag or commit.
-    token: of the source.
-    download_path: the source's cache directory.
-    progress: whether downloads show bars on a terminal.
+    token: the user's token for the source.
+    download_path: directory that downloads are kept in.
+    progress: whether downloads show progress bars on a terminal.
   """
 
   model_id: str
@@ -58,7 +58,7 @@ class Where:
     token: str | bool | None = None,
     progress: bool = True,
   ) -> Where:
-    """What the arguments of `AutoModel.from_pretrained` say. A path that is no string is local."""
+    """Makes a Where of arguments of `AutoModel.from_pretrained`. A `pathlib.Path` is always local."""
     if model_path is None and not isinstance(model_id, str):
       model_path = model_id
     return cls(
@@ -72,11 +72,11 @@ class Where:
     )
 
   def open_files(self) -> Files:
-    """The files, at one version.
+    """Asks the source for the files and pins their version.
 
     Raises:
-      ModelNameError: for a model that Kaggle does not have.
-      SourceError: if the source does not give them.
+      ModelNameError: if no Kaggle handle is known for the model.
+      models_sources.SourceError: if the source cannot provide the files.
     """
     source, place = self.source, self.path or self.model_id
     if (named := models_sources.source_of_address(place)) is not None:
@@ -85,7 +85,7 @@ class Where:
       with name_errors():
         place = models_naming.kaggle_handle(self.model_id)
     elif not os.path.exists(os.path.expanduser(place)):
-      # A saver that was killed may have left a directory between two renames.
+      # A save that was killed between two renames may have left the directory under a temporary name.
       recover(place)
     if source == ModelSource.HUGGINGFACE.value and (
       self.path is not None or os.path.exists(os.path.expanduser(place))

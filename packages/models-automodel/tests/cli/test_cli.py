@@ -46,7 +46,7 @@ def test_show_states_config_parameters_and_memory(directory, capsys):
   assert "2 x layers.*.mlp.gate_proj.w [24, 16]" in out
   # 2 x 64 x 16 for embedding and head, 2 x (2 x 16 + 2 x 256 + 2 x 128 + 3 x 384) in layers, 16 in the last norm
   assert "5,968 in all" in out
-  assert "for a row of 100 tokens" in out
+  assert "for one sequence of 100 tokens" in out
 
 
 def test_show_takes_a_bare_name_without_asking_anybody(capsys):

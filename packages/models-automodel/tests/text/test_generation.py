@@ -97,7 +97,7 @@ def test_default_cache_sizes_are_shared(model):
 def test_a_full_cache(model):
   ids = list(generate(model, PROMPT, max_new_tokens=95, cache_size=99))
   assert ids == greedy(model, PROMPT, 95)
-  with pytest.raises(CacheError, match="need a cache of 100, cache_size is 99"):
+  with pytest.raises(CacheError, match="need a KV cache of 100, but cache_size is 99"):
     generate(model, PROMPT, max_new_tokens=96, cache_size=99)
 
 

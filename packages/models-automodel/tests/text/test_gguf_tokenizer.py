@@ -128,13 +128,13 @@ WRONG = {
   "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
   "doubled": ({"tokens": ("a",) * COUNT}, f"tokenizer.ggml.tokens holds 'a' {COUNT} times"),
   "types": ({"token_type": None}, "tokenizer.ggml.token_type is missing"),
-  "scores": ({"scores": np.zeros(3)}, f"tokenizer.ggml.scores is no list of {COUNT} numbers"),
+  "scores": ({"scores": np.zeros(3)}, f"tokenizer.ggml.scores is not a list of {COUNT} numbers"),
   "merges": (
     {"model": "gpt2", "merges": ("a zz",)},
-    "merges holds 'a zz', whose parts or whole are no tokens",
+    "merges holds 'a zz', but its parts or their concatenation are not tokens",
   ),
   "merge": ({"model": "gpt2", "merges": ("ab",)}, "merges holds 'ab'"),
-  "id": ({"bos_token_id": COUNT}, f"bos_token_id is {COUNT}, expected one of {COUNT} tokens"),
+  "id": ({"bos_token_id": COUNT}, f"bos_token_id is {COUNT}, expected a token id below {COUNT}"),
   "flag": ({"add_bos_token": 1}, "add_bos_token is 1, expected true or false"),
   "spaces": ({"add_space_prefix": True}, "user-defined tokens that hold spaces is not implemented"),
 }

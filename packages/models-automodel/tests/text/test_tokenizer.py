@@ -312,7 +312,7 @@ def test_no_template(engine, tmp_path):
       "tokenizer_config.json holds a value of type list, expected a JSON object",
     ),
     ("tokenizer_config.json", b'{"bos_token": "a", "bos_token": "b"}', "the key 'bos_token' occurs twice"),
-    ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is no text"),
+    ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a string"),
     ("config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ("generation_config.json", b"\xff", "generation_config.json is not valid JSON: 'utf-8' codec"),
   ],

@@ -74,7 +74,7 @@ class TestAdapterOf:
     assert adapter_of(model, alpha=ALPHA, rank=RANK).rank == RANK
 
   def test_a_model_that_nobody_adapted(self):
-    with pytest.raises(AdapterError, match="no nnx\.LoRAParam: apply LoRA to it first"):
+    with pytest.raises(AdapterError, match=r"no nnx\.LoRAParam: apply LoRA to it first"):
       adapter_of(plain(), alpha=1.0)
 
   @pytest.mark.parametrize(("left", "missing"), [("a", "w_lora_b"), ("b", "w_lora_a")])

@@ -209,7 +209,7 @@ class TestLeftovers:
     made = plan(save(tensors), parameters, table, layers=2)
     reason = "layers from 2 on, which were not requested"
     assert made.ignored == (("m.2.w", reason), ("m.3.w", reason))
-    assert f"left out: 2 tensors: {reason}" in made.notes()
+    assert f"2 tensors not loaded: {reason}" in made.notes()
     assert made.stored_nbytes == 3 * 8
     # Within the cut a tensor must be the model's, as it must without a cut.
     with pytest.raises(CheckpointError) as caught:

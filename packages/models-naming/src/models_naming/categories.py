@@ -1,4 +1,4 @@
-"""Config categories: the `model_type` values of config.json that they read, and the distributions that hold them."""
+"""Config categories: which `model_type` of config.json belongs to which, and which distribution implements it."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from immutabledict import immutabledict
 
 
 class Distribution(NamedTuple):
-  """Where a category's implementation lives.
+  """The distribution that implements a category.
 
   Attributes:
-    name: the distribution, `models-qwen`.
-    extra: the extra of `models-automodel` that installs it, `qwen`.
+    name: of the distribution, such as `models-qwen`.
+    extra: of `models-automodel` that installs it, such as `qwen`.
   """
 
   name: str
@@ -18,7 +18,7 @@ class Distribution(NamedTuple):
 
   @property
   def install_command(self) -> str:
-    """The remedy where the distribution is missing: `pip install "models-automodel[qwen]"`."""
+    """The command that installs it, for messages: `pip install "models-automodel[qwen]"`."""
     return f'pip install "models-automodel[{self.extra}]"'
 
 
@@ -45,10 +45,10 @@ _MODEL_TYPES = immutabledict(
 
 
 def distribution_of(category: str) -> Distribution | None:
-  """The distribution that holds a config category; None for a category of a third party."""
+  """The distribution that implements a config category; None for a third party's category."""
   return _DISTRIBUTIONS.get(category)
 
 
 def category_of_model_type(model_type: str) -> str | None:
-  """The config category that reads config.json's `model_type`; None where none of this project's does."""
+  """The config category of a `model_type` in config.json; None if no family of this project reads it."""
   return _MODEL_TYPES.get(model_type)

@@ -1,8 +1,8 @@
-"""What can be wrong with a name."""
+"""The errors of this package."""
 
 
 class NamingError(ValueError):
-  """A name that cannot be used; the root of this package's errors."""
+  """A name that cannot be used. Root of this package's errors."""
 
 
 class UnknownModelError(NamingError):
@@ -10,8 +10,8 @@ class UnknownModelError(NamingError):
 
 
 class UnsupportedModelError(NamingError):
-  """The name is recognised as another architecture, or as weights that no family reads."""
+  """The name belongs to an architecture that no family implements, or to quantised weights."""
 
 
 class NamingConflictError(NamingError):
-  """Two fields name different models, or two packages give one prefix different meanings."""
+  """Two fields name different models, or two packages announce one prefix with different meanings."""

@@ -1,4 +1,4 @@
-"""The families of model names: which prefix means which family and which config category."""
+"""Model families: which prefix of a name means which family and which config category."""
 
 import dataclasses
 
@@ -7,18 +7,18 @@ from immutabledict import immutabledict
 
 @dataclasses.dataclass(frozen=True)
 class FamilyInfo:
-  """What a prefix of a model name stands for.
+  """The meaning of a prefix of a model name.
 
   Attributes:
-    family: the standardised family, an identifier: `llama3p1`.
-    category: the config category, the module that implements it: `llama3`.
+    family: the standardised family, a Python identifier such as `llama3p1`.
+    category: the config category, which is the name of the implementing module, such as `llama3`.
   """
 
   family: str
   category: str
 
 
-# A family's first prefix is the spelling of its repositories.
+# The first prefix of a family is the one that its repositories use.
 FAMILIES: immutabledict[str, FamilyInfo] = immutabledict(
   {
     "gemma-": FamilyInfo("gemma", "gemma"),

@@ -1,11 +1,11 @@
-"""Where Kaggle has the models: handles of Google's own Gemma checkpoints."""
+"""Kaggle handles of Google's own Gemma checkpoints."""
 
 from immutabledict import immutabledict
 
 from models_naming.errors import UnknownModelError
 from models_naming.model_naming import ModelNaming
 
-# The handle of a family's models; the version is the repository's, less "-pt".
+# Family -> handle of its models; the version is that of the Hugging Face id without "-pt".
 _HANDLES: immutabledict[str, str] = immutabledict(
   {
     "gemma": "google/gemma/flax/{version}",
@@ -14,7 +14,7 @@ _HANDLES: immutabledict[str, str] = immutabledict(
     "gemma3": "google/gemma-3/flax/gemma3-{version}",
   }
 )
-# Kaggle spells these otherwise than their family.
+# Config ids whose handles do not follow the pattern of their family.
 _OTHERS: immutabledict[str, str] = immutabledict(
   {
     "gemma3_270m": "google/gemma-3/flax/gemma-3-270m",
@@ -26,11 +26,11 @@ _OTHERS: immutabledict[str, str] = immutabledict(
 def kaggle_handle(model_id: str) -> str:
   """The Kaggle handle of a model: `google/gemma-2-2b-it` -> `google/gemma-2/flax/gemma2-2b-it`.
 
-  A handle, `owner/model/framework/variation` with or without a version, is returned as it is.
+  A handle, `owner/model/framework/variation` with or without a version, is returned unchanged.
 
   Raises:
-    UnknownModelError: Kaggle is not known to have the model.
-    UnsupportedModelError: as `split`.
+    UnknownModelError: the name is unknown, or no handle is known for the model.
+    UnsupportedModelError: as `split` raises it.
   """
   parts = model_id.split("/")
   if len(parts) in (4, 5) and all(parts):
@@ -40,7 +40,7 @@ def kaggle_handle(model_id: str) -> str:
     return other
   if naming.model_family not in _HANDLES:
     raise UnknownModelError(
-      f"{model_id!r} has no known handle at Kaggle: pass one, owner/model/framework/variation, as its page shows it"
+      f"no Kaggle handle is known for {model_id!r}: pass the handle itself, owner/model/framework/variation"
     )
   version = naming.model_version.removesuffix("_pt").replace("_", "-")
   return _HANDLES[naming.model_family].format(version=version)

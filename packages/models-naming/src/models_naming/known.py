@@ -1,4 +1,4 @@
-"""The repositories that are known to exist, and the ones nearest to a name."""
+"""The known repositories, and those whose names are nearest to a text."""
 
 import functools
 
@@ -6,7 +6,7 @@ from immutabledict import immutabledict
 
 from models_naming.spelling import normalise, with_points
 
-# `{a,b}` stands for either, as in a shell.
+# `{a,b}` stands for a or b, as in a shell.
 _KNOWN = {
   "gemma": ("google/gemma-{2b,7b}{,-it}",),
   "gemma1p1": ("google/gemma-1.1-{2b,7b}-it",),
@@ -59,7 +59,7 @@ def _expand(pattern: str) -> list[str]:
 
 @functools.cache
 def known_model_ids() -> immutabledict[str, tuple[str, ...]]:
-  """The ids of the published repositories that load by name, by standardised family."""
+  """Standardised family -> ids of its published repositories."""
   return immutabledict(
     {
       family: tuple(i for pattern in patterns for i in _expand(pattern))
@@ -70,15 +70,15 @@ def known_model_ids() -> immutabledict[str, tuple[str, ...]]:
 
 @functools.cache
 def known_names() -> immutabledict[str, str]:
-  """The known ids by normalised model name."""
+  """Normalised model name -> known id."""
   return immutabledict(
     {normalise(i.rpartition("/")[2]): i for ids in known_model_ids().values() for i in ids}
   )
 
 
 def nearest_model_ids(text: str, count: int = 3) -> tuple[str, ...]:
-  """The known ids whose names are spelled most like `text` (an id, a name or a config id); empty where none is near."""
-  import difflib  # only errors need it
+  """The known ids whose spelling is nearest to `text` (an id, a name or a config id); empty if none is near."""
+  import difflib  # needed for error messages only
 
   names = difflib.get_close_matches(normalise(with_points(text.rpartition("/")[2])), known_names(), count)
   return tuple(known_names()[name] for name in names)

@@ -1,4 +1,4 @@
-"""All names of one model, from any one of them."""
+"""Derives all names of a model from any one of them."""
 
 import dataclasses
 import functools
@@ -24,20 +24,20 @@ _WHOLE_NAMES = ("model_id", "model_name", "model_config_id")
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ModelNaming:
-  """All names of one model, filled in from those that are given, in any letter case.
+  """All names of one model, derived from those that are given. Letter case does not matter.
 
-  `ModelNaming("meta-llama/Llama-3.1-8B")`, `ModelNaming("google/gemma-2/flax/gemma2-2b-it/1")`,
+  Examples: `ModelNaming("meta-llama/Llama-3.1-8B")`, `ModelNaming("google/gemma-2/flax/gemma2-2b-it/1")`,
   `ModelNaming("llama-3.1-8b")`, `ModelNaming(model_config_id="llama3p1_8b")`,
   `ModelNaming(model_family="llama3p1", model_version="8b")`.
 
   Attributes:
-    model_id: the id or Kaggle handle as given, but a known id in its repository's letter case; without one, the known
-      id of that model, None where there is none.
-    model_name: `llama-3.1-8b`, in the spelling of the field that it comes from.
-    model_family: `llama3p1`.
-    model_version: `8b`.
-    model_config_category: `llama3`.
-    model_config_id: `llama3p1_8b`.
+    model_id: the given id or Kaggle handle (a known id in the letter case of its repository), else the known id of
+      the model; None if there is neither.
+    model_name: such as `llama-3.1-8b`, spelled as in the field that it is derived from.
+    model_family: such as `llama3p1`.
+    model_version: such as `8b`.
+    model_config_category: such as `llama3`.
+    model_config_id: such as `llama3p1_8b`.
   """
 
   model_id: str | None
@@ -57,14 +57,15 @@ class ModelNaming:
     model_config_category: str | None = None,
     model_config_id: str | None = None,
   ) -> None:
-    """Derives every field from the first of id, name, config id, family with version; the others must agree.
+    """Derives every field from the first one given; the others must agree with it.
 
-    `model_id` and `model_name` may each be an id, a Kaggle handle, a bare name or a config id.
+    The order is: id, name, config id, family with version. `model_id` and `model_name` may each be an id, a Kaggle
+    handle, a bare name or a config id.
 
     Raises:
-      UnknownModelError, UnsupportedModelError: as `split`.
+      UnknownModelError, UnsupportedModelError: as `split` raises them.
       NamingConflictError: two fields name different models.
-      NamingError: the fields that are given do not name a model.
+      NamingError: the given fields do not name a model.
     """
     fields = {
       "model_id": model_id,
@@ -87,27 +88,34 @@ class ModelNaming:
       "model_config_id": config_id,
     }
     for field, value in given.items():
-      if field in _WHOLE_NAMES:  # spellings may differ
+      if field in _WHOLE_NAMES:  # two spellings of one name agree
         agrees = get_model_config_id(_name_of(value)) == config_id
       else:
         agrees = standardise(value) == derived[field]
       if not agrees:
         raise NamingConflictError(
-          f"{first}={given[first]!r} has {field} {derived[field]!r}, which disagrees with {field}={value!r}"
+          f"{first}={given[first]!r} has {field} {derived[field]!r}, which disagrees with {field}={value!r}: leave "
+          "one of them out"
         )
     for field in derived:
       object.__setattr__(self, field, derived[field])
 
 
 def _first_name(given: dict[str, str]) -> tuple[str, str]:
-  """The first field that names a model, and the model name that it gives."""
+  """The first field that names a model, and that model name.
+
+  Raises:
+    NamingError: none does.
+  """
   for field in _WHOLE_NAMES:
     if field in given:
       return field, _name_of(given[field])
   if "model_family" in given and "model_version" in given:
     return "model_family", _name_of(standardise(f"{given['model_family']}_{given['model_version']}"))
+  arguments = ", ".join(f"{field}={value!r}" for field, value in given.items())
   raise NamingError(
-    f"{given or 'nothing'} names no model: give model_id, model_name, model_config_id, or model_family with model_version"
+    f"ModelNaming({arguments}) does not name a model: give model_id, model_name, model_config_id, or model_family with "
+    "model_version"
   )
 
 
@@ -127,7 +135,7 @@ def _name_of_config_id(config_id: str) -> str | None:
 
 
 def _respelled(config_id: str, families: Mapping[str, FamilyInfo]) -> str | None:
-  """The model name of a config id of one of these families, None where it belongs to none."""
+  """The model name of a config id of one of these families; None if it belongs to none."""
   prefixes = [prefix for prefix, info in families.items() if config_id.startswith(f"{info.family}_")]
   if not prefixes:
     return None

@@ -10,7 +10,7 @@ from models_naming.spelling import normalise, standardise
 from models_naming.third_party import third_party_families
 
 _NAME = r"[a-z0-9][a-z0-9._-]*"
-# A size decides where a family ends: without it `gemma-5-2b` would be a version of `gemma`.
+# The size decides where the family ends: otherwise `gemma-5-2b` would be version `5-2b` of `gemma`.
 _VERSION = r"(?:(?:coder|math)-)?\d+(?:\.\d+)?[bm](?![^-_.])"
 
 
@@ -20,26 +20,27 @@ def get_model_name_from_model_id(model_id: str) -> str:
   `meta-llama/Meta-Llama-3-8B` -> `llama-3-8b`; `google/gemma/flax/1.1-2b-it/1` -> `gemma-1.1-2b-it`.
 
   Raises:
-    NamingError: the id has no `/`, or nothing behind its last one.
+    NamingError: the id has no `/`, or nothing after its last `/`.
   """
   parts = model_id.split("/")
   if len(parts) == 5 and all(parts) and parts[-1].isdigit():
     parts = parts[:-1]  # a Kaggle handle's version number
   if len(parts) < 2 or not parts[-1]:
     raise NamingError(
-      f"{model_id!r} is not a repository id like meta-llama/Llama-3.1-8B; ModelNaming also reads a bare name or a config id"
+      f"{model_id!r} is not a repository id like meta-llama/Llama-3.1-8B; ModelNaming also reads bare names and config "
+      "ids"
     )
   name = parts[-1]
   if len(parts) == 4 and all(parts) and name[0].isdigit():
-    name = f"{parts[1]}-{name}"  # Kaggle's variation may leave out the model
+    name = f"{parts[1]}-{name}"  # a variation such as `1.1-2b-it` leaves out the model's name
   return normalise(name)
 
 
 def split(model_name: str) -> tuple[str, str]:
-  """The prefix that names the family and the rest, the version: `llama3.1-8b` -> (`llama3.1-`, `8b`).
+  """Splits a model name into the family's prefix and the version: `llama3.1-8b` -> (`llama3.1-`, `8b`).
 
-  The longest prefix wins; both spellings (`gemma-2-`, `gemma2-`) are known. Prefixes of other packages
-  (entry points, group `models.names`) count only where no own family claims the name.
+  The longest prefix wins; both spellings (`gemma-2-`, `gemma2-`) are known. Prefixes that other packages announce
+  (entry points in the group `models.names`) are tried only if no family of this package claims the name.
 
   Raises:
     UnknownModelError: no family claims the name; the message lists the nearest known ids.
@@ -53,26 +54,26 @@ def get_model_family_and_version(model_name: str) -> tuple[str, str]:
   """The standardised family and version: `qwen2.5-0.5b` -> (`qwen2p5`, `0p5b`).
 
   Raises:
-    UnknownModelError, UnsupportedModelError: as `split`.
+    UnknownModelError, UnsupportedModelError: as `split` raises them.
   """
   _, version, info = _match(model_name)
   return info.family, standardise(version)
 
 
 def get_model_config_category(model_name: str) -> str:
-  """The config category, which is the module's name: `gemma2-9b` -> `gemma`, `llama-3.1-8b` -> `llama3`.
+  """The config category, which is also the module's name: `gemma2-9b` -> `gemma`, `llama-3.1-8b` -> `llama3`.
 
   Raises:
-    UnknownModelError, UnsupportedModelError: as `split`.
+    UnknownModelError, UnsupportedModelError: as `split` raises them.
   """
   return _match(model_name)[2].category
 
 
 def get_model_config_id(model_name: str) -> str:
-  """The config id, an identifier and the name of a config's classmethod: `llama-3.1-8b` -> `llama3p1_8b`.
+  """The config id, which is also the name of the preset's classmethod: `llama-3.1-8b` -> `llama3p1_8b`.
 
   Raises:
-    UnknownModelError, UnsupportedModelError: as `split`.
+    UnknownModelError, UnsupportedModelError: as `split` raises them.
   """
   return "_".join(get_model_family_and_version(model_name))
 
@@ -86,7 +87,7 @@ def _match(model_name: str) -> tuple[str, str, FamilyInfo]:
   reason = reason_against(name)
   if own and not reason and re.match(_VERSION, name[len(own) :]):
     return own, name[len(own) :], FAMILIES[own]
-  # Longer than an own prefix, or it would take names that the own family leaves out on purpose.
+  # Must be longer than a prefix of this package, which may leave out a name on purpose.
   theirs = third_party_families()
   longer = (p for p in theirs if name.startswith(p) and len(own) < len(p) < len(name))
   other = max(longer, key=len, default="")
@@ -98,10 +99,12 @@ def _match(model_name: str) -> tuple[str, str, FamilyInfo]:
 
 
 def _unknown(text: str) -> UnknownModelError:
-  """The error for a text that names no model: the nearest ids and the remedy."""
+  """Makes the error for an unknown name; the message lists the nearest known ids and the remedy."""
   near = nearest_model_ids(text)
   families = sorted({info.family for info in FAMILIES.values()})
-  known = f"the nearest known are {', '.join(near)}" if near else f"the families are {', '.join(families)}"
+  known = (
+    f"the nearest known ids are {', '.join(near)}" if near else f"the families are {', '.join(families)}"
+  )
   return UnknownModelError(
-    f"{text!r} names no known model; {known}. A checkpoint directory with config.json loads whatever its name"
+    f"{text!r} is not a known model; {known}. A checkpoint directory with config.json loads whatever its name"
   )

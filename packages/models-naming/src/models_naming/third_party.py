@@ -1,4 +1,4 @@
-"""Families that other packages announce by an entry point."""
+"""Families that other packages announce with an entry point."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def third_party_families() -> Mapping[str, FamilyInfo]:
   Each entry resolves to a mapping from a lower-case prefix to its `FamilyInfo`.
 
   Raises:
-    NamingError: an entry cannot be imported or is no such mapping.
+    NamingError: an entry cannot be imported or is not such a mapping.
     NamingConflictError: two packages give one prefix different meanings.
   """
-  from importlib.metadata import entry_points  # costs more than the rest of the package together
+  from importlib.metadata import entry_points  # takes longer to import than this whole package
 
   families: dict[str, FamilyInfo] = {}
   for entry in entry_points(group=ENTRY_POINT_GROUP):
     for prefix, info in _load(entry).items():
       if families.setdefault(prefix, info) != info:
         raise NamingConflictError(
-          f"prefix {prefix!r} is {families[prefix]} and, in entry point {entry.name} = {entry.value}, {info}: "
-          "uninstall one of the packages that announce it"
+          f"the prefix {prefix!r} is announced twice, as {families[prefix]} and as {info} by the entry point "
+          f"{entry.name} = {entry.value}: uninstall one of the two packages"
         )
   return families
 
@@ -43,7 +43,7 @@ def _load(entry: EntryPoint) -> Mapping[str, FamilyInfo]:
   try:
     families = entry.load()
   except Exception as error:
-    raise NamingError(f"{where} cannot be imported ({error}): mend or uninstall its package") from error
+    raise NamingError(f"{where} cannot be imported ({error}): repair or uninstall its package") from error
   if not isinstance(families, Mapping):
     raise NamingError(f"{where} is a {type(families).__name__}, not a mapping from prefix to FamilyInfo")
   for prefix, info in families.items():

@@ -1,13 +1,13 @@
-"""Where checkpoints lie: a model identifier becomes files.
+"""Sources of checkpoints: a model identifier becomes files.
 
-A source is a module with one function, `open_files`, announced by an entry point of the group `models.sources`
-under the name that users ask for:
+A source is a module with one function, `open_files`. An entry point in the group `models.sources` announces it under
+the name that users ask for:
 
     [project.entry-points."models.sources"]
     huggingface = "models_sources.huggingface"
 
 `open_files` finds the files of an identifier, pins one version of them, and returns a `Files`. It reads no weights.
-Only the source that is asked for is imported, and with it the client library that it needs.
+Only the requested source is imported, together with its client library.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ __all__ = [
 
 GROUP = "models.sources"
 
-# Schemes of addresses, and the sources that read them.
+# URL scheme -> the source that reads its addresses.
 _SCHEMES = {"gs": "gcs", "s3": "s3"}
 
 
 class Files(Protocol):
   """The files of one version of one checkpoint, wherever they lie. Safe to use from several threads.
 
-  A method `locate(name) -> str | None` is optional: the path of a file on this machine, None where it lies elsewhere.
-  Then a header is read through one descriptor.
+  An implementation may also have a method `locate(name) -> str | None`: the path of a file on this machine, or None if
+  the file is elsewhere. Readers then open a local file once and read its header through that descriptor.
   """
 
   @property
   def path(self) -> str:
-    """Where the files are, or where `fetch` puts them: a directory, or one file."""
+    """Where the files are, or where `fetch` puts them: a directory, one file, or an address."""
 
   @property
   def revision(self) -> str | None:
-    """What, as `open_files`' argument, gives these very files again; None where a source has no versions."""
+    """The version: passed to `open_files`, it gives these very files again. None if the source has no versions."""
 
   def names(self) -> Sequence[str]:
-    """Names of all files, relative to the root, with `/` between folders, sorted."""
+    """Sorted names of all files, relative to the root, with `/` between folders."""
 
   def size(self, name: str) -> int:
     """Bytes of a file.
@@ -80,21 +80,21 @@ class Files(Protocol):
 
     Raises:
       FilesNotFoundError: there is no such file.
-      ConnectionFailedError: the bytes did not come, after all retries.
+      ConnectionFailedError: the bytes could not be read, after all retries.
     """
 
   def fetch(self, names: Sequence[str]) -> str:
-    """Makes the named files local, complete or not at all. Returns the directory that holds them.
+    """Makes the named files local, complete or not at all, and returns the directory that holds them.
 
     Raises:
-      FilesNotFoundError: naming every file that there isn't.
-      ConnectionFailedError: a file did not come, after all retries.
-      CorruptFilesError: a file came twice with other bytes than its source promises.
+      FilesNotFoundError: some files do not exist; the message names all of them.
+      ConnectionFailedError: a file could not be downloaded, after all retries.
+      CorruptFilesError: a file was downloaded twice, and neither copy matches the hash that its source states.
     """
 
 
 class Source(Protocol):
-  """What a source module offers."""
+  """The interface of a source module."""
 
   def open_files(
     self,
@@ -105,29 +105,29 @@ class Source(Protocol):
     download_path: str | None = None,
     progress: bool = True,
   ) -> Files:
-    """Finds the files of an identifier.
+    """Finds the files of an identifier and pins one version of them.
 
     Args:
-      identifier: what the source calls a checkpoint: a path, a repository's name.
-      revision: branch, tag or commit, where the source has versions; None is its default one.
+      identifier: the source's name of a checkpoint, such as a path or a repository id.
+      revision: branch, tag or commit, if the source has versions; None is the default version.
       token: of the user's account; None takes the one that the client library has saved, False sends none.
-      download_path: directory below which downloads are kept; None is the client library's cache.
-      progress: False shows no progress bars.
+      download_path: directory that downloads are kept in; None is the client library's cache.
+      progress: whether downloads may show progress bars.
 
     Raises:
-      SourceError: a subclass that says what is missing and what to do.
+      SourceError: a subclass whose message says what is wrong and what to do.
     """
 
 
 class RangeFiles(Files, Protocol):
-  """Files that can also be read where they lie: then nothing is fetched that a reader reads by ranges."""
+  """Files whose byte ranges can be read in place. Readers load weights from them without calling `fetch`."""
 
   def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-    """Fills a buffer with a file's bytes from `start` on.
+    """Fills a buffer with the bytes of a file that begin at `start`.
 
     Raises:
-      CorruptFilesError: the file was replaced since it was opened, or ends before the buffer does.
-      ConnectionFailedError: the bytes did not come, after all retries.
+      CorruptFilesError: the file was replaced after it was opened, or ends before the buffer is full.
+      ConnectionFailedError: the bytes could not be read, after all retries.
     """
 
 
@@ -137,25 +137,25 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def source_names() -> tuple[str, ...]:
-  """Names of all installed sources, sorted. Imports none of them."""
+  """Sorted names of all installed sources. Imports none of them."""
   return tuple(sorted(_entry_points()))
 
 
 def source_of_address(identifier: str) -> str | None:
-  """The source that an address of a store names by its scheme: "gs://bucket/folder" -> "gcs". None for all else."""
+  """The source of an object store's address, by its scheme: "gs://bucket/folder" -> "gcs". None for anything else."""
   scheme, separator, _ = identifier.partition("://")
   return _SCHEMES.get(scheme) if separator else None
 
 
 def get_source(name: str) -> Source:
-  """The source module of that name. Only this one is imported.
+  """Imports the source module of that name, and no other.
 
   Raises:
-    InvalidNameError: no installed package announces it.
+    InvalidNameError: no installed package announces a source of that name.
   """
   if name not in _entry_points():
     raise InvalidNameError(
       f"there is no source {name!r}: available are {', '.join(source_names()) or 'none'}; "
-      f"another package can announce one by an entry point of the group {GROUP!r}"
+      f"another package can announce one with an entry point in the group {GROUP!r}"
     )
   return cast(Source, _entry_points()[name].load())

@@ -1,37 +1,37 @@
-"""What can go wrong with a source. Each is also the built-in exception that its kind of failure has in Python."""
+"""The errors of sources. Each also derives from the built-in exception for its kind of failure."""
 
 from __future__ import annotations
 
 
 class SourceError(OSError):
-  """Root of all errors of sources. The message says what, where, and what to do; it never holds a token."""
+  """Root of all errors of sources. The message says what is wrong, where, and what to do; it never holds a token."""
 
 
 class InvalidNameError(SourceError, ValueError):
-  """A source, identifier, revision or file has a name that none of its kind can have."""
+  """The name of a source, checkpoint, revision or file is not a valid one."""
 
 
 class FilesNotFoundError(SourceError, FileNotFoundError):
-  """There is no such directory, repository, revision or file."""
+  """The directory, repository, revision or file does not exist."""
 
 
 class AccessError(SourceError, PermissionError):
-  """It is there, but not for this user: a licence to accept, a token to set."""
+  """The files exist, but this user may not read them: a licence must be accepted, or a token set."""
 
 
 class ConnectionFailedError(SourceError, ConnectionError):
-  """No answer, or one that says "later". Asking again may help.
+  """No answer, or an answer that asks to try later. Another attempt may succeed.
 
   Attributes:
-    retry_after: seconds that the other side wants to be left alone, where it said so.
+    retry_after: seconds that the server asks clients to wait; None if it does not say.
   """
 
   retry_after: float | None = None
 
 
 class CorruptFilesError(SourceError):
-  """A file has other bytes than its source promises."""
+  """The content of a file differs from what its source states, or the file was replaced while it was read."""
 
 
 class MissingClientError(ImportError):
-  """The client library of a source is not installed; the message says how to install it. No `SourceError`."""
+  """The client library of a source is not installed; the message says how to install it. Not a `SourceError`."""

@@ -1,7 +1,7 @@
 """Google Cloud Storage: `gs://bucket/folder`, or `gs://bucket/folder/model.gguf`.
 
-Credentials are those of the platform: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the
-account of the virtual machine. STORAGE_EMULATOR_HOST names another server, which is asked without credentials.
+Credentials are the platform's: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the
+account of the virtual machine. STORAGE_EMULATOR_HOST names another server, which gets requests without credentials.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from models_sources import object_store
 from models_sources.object_store import CachedFiles, Provider, StoreFiles
 
-# After the module that says what to install where it is missing.
+# Imported after object_store, whose error says how to install a missing obstore.
 from obstore.store import GCSStore  # isort: skip
 
 
@@ -37,7 +37,7 @@ _PROVIDER = Provider(
   connect=_connect,
   remedy=(
     "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or pass an access token as "
-    "token=, of an account that may list and read the bucket"
+    "token=; the account must be allowed to list and read the bucket"
   ),
   misplaced="check GOOGLE_BASE_URL, STORAGE_EMULATOR_HOST and the proxy settings",
 )
@@ -51,14 +51,14 @@ def open_files(
   download_path: str | None = None,
   progress: bool = True,
 ) -> StoreFiles | CachedFiles:
-  """The objects directly below an address, or the one object that it names. One request.
+  """Lists the objects directly below an address, or the one object that it names. One request per 1000 objects.
 
   Args:
     identifier: `gs://bucket/folder`.
-    revision: None, or that of files that were opened before: the folder must still hold the same.
-    token: an OAuth access token; None takes the platform's credentials, or none where it has none; True insists on
-      them, False sends none.
-    download_path: directory below which fetched objects are kept whole; None streams them.
+    revision: None, or the `revision` of files that were opened before: the folder must be unchanged since then.
+    token: an OAuth access token; None takes the platform's credentials if there are any, True requires them, False
+      sends none.
+    download_path: directory that fetched objects are cached in; None reads the objects in place.
     progress: has no effect.
 
   Raises:

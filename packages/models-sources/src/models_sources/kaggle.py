@@ -1,9 +1,9 @@
 """Models of Kaggle, such as `google/gemma-2/flax/gemma2-2b-it`, in the cache that `kagglehub` shares between programs.
 
-`kagglehub` gives the credentials (KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY, ~/.kaggle), the requests and the
-layout of the cache. What it leaves to chance is done here: a version is pinned when the files are opened; requests have
-time-outs and are repeated; a file is complete or absent, of the size and MD5 that Kaggle states; processes that want
-the same model wait for each other. Nobody is asked to log in.
+`kagglehub` provides the credentials (KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY, ~/.kaggle), the requests and
+the layout of the cache. This module adds what it lacks: a version is pinned when the files are opened; requests time
+out and are retried; a file is complete or absent, with the size and MD5 that Kaggle states; processes that want the
+same version wait for each other. There is no interactive login.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ except ModuleNotFoundError as error:
 T = TypeVar("T")
 
 POLICY = Policy()
-# Seconds to connect, and between two bytes of an answer.
+# Seconds to connect, and seconds without a byte of the answer.
 TIMEOUT = (10.0, 30.0)
 
 _PARALLEL_DOWNLOADS = 4
@@ -68,7 +68,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Patient(HTTPAdapter):
-  """Connections that give up after TIMEOUT; the client's own wait for ever."""
+  """Connections that give up after TIMEOUT; the client itself sets no time-outs."""
 
   def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
     return super().send(request, *args, **{**kwargs, "timeout": TIMEOUT})
@@ -76,14 +76,14 @@ class _Patient(HTTPAdapter):
 
 @dataclasses.dataclass(frozen=True)
 class _Kaggle:
-  """One variation of a model as Kaggle serves it: the requests, each with its errors translated and its retries."""
+  """The requests about one variation of a model; each translates its errors and retries."""
 
   handle: ModelHandle
   token: str | bool | None = dataclasses.field(repr=False)
 
   @property
   def page(self) -> str:
-    """Where its licence is accepted."""
+    """Address of the web page on which the licence is accepted."""
     return f"https://www.kaggle.com/models/{self.handle.owner}/{self.handle.model}"
 
   @contextlib.contextmanager
@@ -105,7 +105,7 @@ class _Kaggle:
       yield client.models.model_api_client
 
   def ask(self, action: Callable[[Any], T], what: str) -> T:
-    """Calls `action` with the client's API; translates and retries."""
+    """Calls `action` with the client's API; translates its errors and retries."""
 
     def attempt() -> T:
       try:
@@ -115,7 +115,7 @@ class _Kaggle:
         translated = self._translate(error, what)
         if translated is error:
           raise
-        # The original may quote a signed address.
+        # The original error may quote a signed address.
         raise translated from None
 
     return with_retries(attempt, POLICY)
@@ -129,25 +129,25 @@ class _Kaggle:
     return request
 
   def version(self) -> int:
-    """The newest version."""
+    """The number of the newest version."""
     request = self._request(ApiGetModelInstanceRequest)
-    return self.ask(lambda api: api.get_model_instance(request), "its newest version").version_number
+    return self.ask(lambda api: api.get_model_instance(request), "the newest version").version_number
 
   def listing(self) -> dict[str, int]:
-    """Size by name of all files of the version."""
+    """The size of every file of the version, in bytes, by name."""
     request = self._request(ApiListModelInstanceVersionFilesRequest)
     request.version_number = self.handle.version
     request.page_size = _PAGE
     files: dict[str, int] = {}
     while True:
-      page = self.ask(lambda api: api.list_model_instance_version_files(request), "its list of files")
+      page = self.ask(lambda api: api.list_model_instance_version_files(request), "the list of files")
       files |= {check_name(file.name): file.size for file in page.files}
       if not page.next_page_token:
         return files
       request.page_token = page.next_page_token
 
   def download(self, name: str, size: int, path: str) -> bool:
-    """Writes a file beside its place and moves it there. False where it is not what Kaggle states."""
+    """Downloads a file beside `path`, checks it and renames it. Returns False if it does not match size and MD5."""
     request = self._request(ApiDownloadModelInstanceVersionRequest)
     request.version_number = self.handle.version
     request.path = name
@@ -186,7 +186,7 @@ class _Kaggle:
       return ConnectionFailedError(f"no connection to Kaggle for {what} of {self.handle} ({kind})")
     if isinstance(error, requests.exceptions.JSONDecodeError):
       return SourceError(
-        f"what answers about {what} of {self.handle} is not Kaggle: check the proxy settings"
+        f"the answer about {what} of {self.handle} does not come from Kaggle: check the proxy settings"
       )
     return error
 
@@ -199,12 +199,12 @@ class _Kaggle:
       return later
     if status in (401, 403):
       return AccessError(
-        f"Kaggle does not give {what} of {self.handle} to this user: accept the licence at {self.page}, and set "
-        "KAGGLE_USERNAME and KAGGLE_KEY, or KAGGLE_API_TOKEN, of the account that did"
+        f"Kaggle denies access to {what} of {self.handle}: accept the licence at {self.page}, and set "
+        "KAGGLE_USERNAME and KAGGLE_KEY, or KAGGLE_API_TOKEN, for the account that accepted it"
       )
     if status == 404:
       return FilesNotFoundError(
-        f"Kaggle has no {self.handle}, or no {what}: see the variations at {self.page}"
+        f"Kaggle does not have {what} of {self.handle}: see the variations at {self.page}"
       )
     return SourceError(f"Kaggle answers {status} about {what} of {self.handle}")
 
@@ -215,7 +215,7 @@ class KaggleFiles:
 
   Attributes:
     path: the directory of the version in the cache.
-    sizes: bytes of all files, by name.
+    sizes: of all files in bytes, by name.
   """
 
   path: str
@@ -224,11 +224,11 @@ class KaggleFiles:
 
   @property
   def revision(self) -> str:
-    """The version's number."""
+    """The number of the version."""
     return str(self._kaggle.handle.version)
 
   def names(self) -> Sequence[str]:
-    """Names of all files of the version, sorted."""
+    """Sorted names of all files of the version."""
     return sorted(self.sizes)
 
   def size(self, name: str) -> int:
@@ -237,30 +237,30 @@ class KaggleFiles:
     return self.sizes[name]
 
   def locate(self, name: str) -> str:
-    """The path of a file, which is fetched first: Kaggle serves whole files."""
+    """The path of a file. Fetches the file first, because Kaggle serves whole files only."""
     return os.path.join(self.fetch([name]), name)
 
   def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file, which is fetched first: Kaggle serves whole files."""
+    """Bytes `[start, stop)` of a file. Fetches the file first, because Kaggle serves whole files only."""
     with open(self.locate(name), "rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 
   def fetch(self, names: Sequence[str]) -> str:
-    """Downloads those of the named files that the cache lacks. Returns the directory that holds them.
+    """Downloads the named files that are not cached, and returns the directory that holds them.
 
     Raises:
-      FilesNotFoundError: naming every file that the version lacks.
+      FilesNotFoundError: the version lacks some files; the message names all of them.
       AccessError: the licence is not accepted, or there are no credentials.
-      ConnectionFailedError: a file did not come, after all retries.
-      CorruptFilesError: a file came twice with other bytes than Kaggle states.
+      ConnectionFailedError: a file could not be downloaded, after all retries.
+      CorruptFilesError: a file was downloaded twice, and neither copy has the size and MD5 that Kaggle states.
     """
     self._check(names)
     if all(self._is_here(name) for name in names):
       return self.path
     os.makedirs(os.path.dirname(self.path), exist_ok=True)
     with filelock.FileLock(f"{self.path}.lock"):
-      # Another process may have fetched them while this one waited.
+      # Another process may have fetched them while this one waited for the lock.
       wanted = [name for name in names if not self._is_here(name)]
       with concurrent.futures.ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
         downloads = [pool.submit(self._download, name) for name in wanted]
@@ -271,7 +271,7 @@ class KaggleFiles:
           pool.shutdown(wait=False, cancel_futures=True)
           raise
       if all(self._is_here(name) for name in self.sizes):
-        # What kagglehub itself takes for a complete download.
+        # kagglehub takes this marker as the sign of a complete download.
         with open(f"{self.path}.complete", "ab"):
           pass
     return self.path
@@ -288,8 +288,8 @@ class KaggleFiles:
     path = os.path.join(self.path, name)
     if not any(self._kaggle.download(name, self.sizes[name], path) for _ in range(2)):
       raise CorruptFilesError(
-        f"{name} of {self._kaggle.handle} came twice with other bytes than Kaggle states: something on the way changes "
-        "them; check the proxy and the disk"
+        f"{name} of {self._kaggle.handle} was downloaded twice, and neither copy has the size and MD5 that Kaggle "
+        "states: check the proxy and the disk"
       )
 
 
@@ -301,34 +301,35 @@ def open_files(
   download_path: str | None = None,
   progress: bool = True,
 ) -> KaggleFiles:
-  """The files of a variation of a model, of the one version that is its newest now.
+  """Opens one version of a variation of a model; the newest one if none is given.
 
-  A version that the cache holds whole is not asked for. Where Kaggle cannot be reached, the newest such version is
-  used, and a warning is logged.
+  A version that is cached completely needs no request for its list of files. If Kaggle cannot be reached, the newest
+  such version is used, and a warning is logged.
 
   Args:
     identifier: `owner/model/framework/variation`, with or without `/version`.
-    revision: the version's number; None is the identifier's, or the newest.
-    token: KAGGLE_API_TOKEN's value; None takes the credentials that kagglehub finds, False sends none.
+    revision: number of the version; None takes the identifier's, else the newest.
+    token: an API token, as in KAGGLE_API_TOKEN; None takes the credentials that kagglehub finds, False sends none.
     download_path: directory of the cache; None is the one that all programs share (`KAGGLEHUB_CACHE`).
     progress: has no effect: no bars are shown.
 
   Raises:
-    InvalidNameError: the identifier or the revision cannot be one.
-    FilesNotFoundError: no such variation or version.
+    InvalidNameError: the identifier is not a Kaggle handle, or the revision is not the number of one version.
+    FilesNotFoundError: there is no such variation or version.
     AccessError: the licence is not accepted, or there are no credentials.
-    ConnectionFailedError: Kaggle cannot be reached, after all retries, and the cache holds no version.
+    ConnectionFailedError: Kaggle cannot be reached, after all retries, and no version is cached completely.
   """
   found = _HANDLE.fullmatch(identifier)
   if found is None:
     raise InvalidNameError(
-      f"{identifier!r} is no handle of Kaggle, which is owner/model/framework/variation, such as "
+      f"{identifier!r} is not a Kaggle handle: write owner/model/framework/variation, such as "
       "google/gemma-2/flax/gemma2-2b-it"
     )
   version = found[5] if revision is None else revision
   if (version is not None and not (version.isdigit() and int(version))) or (found[5] and version != found[5]):
     raise InvalidNameError(
-      f"{identifier} at revision {revision!r}: versions of Kaggle are numbers from 1 on, stated once"
+      f"{identifier} with revision={revision!r} is not one version: give a number from 1 on, in the handle or as "
+      "revision"
     )
   kaggle = _Kaggle(ModelHandle(found[1], found[2], found[3], found[4], version and int(version)), token)
   root = os.path.abspath(os.path.expanduser(download_path or get_cache_folder()))

@@ -1,4 +1,4 @@
-"""Files of this machine: a directory, or one safetensors or GGUF file."""
+"""The source `local`: a directory of this machine, or one safetensors or GGUF file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ from models_sources.names import check_name, missing_files
 
 @dataclasses.dataclass(frozen=True)
 class LocalFiles:
-  """A directory, or one file.
+  """The files of a directory, or one file.
 
   Attributes:
-    path: absolute, with symbolic links as they are.
-    revision: none; a directory has no versions.
+    path: absolute path of the directory or the file; symbolic links are not resolved.
+    revision: always None, because a directory has no versions.
   """
 
   path: str
   revision: None = dataclasses.field(default=None, init=False, repr=False)
 
   def names(self) -> Sequence[str]:
-    """Names of the regular files at the top level, sorted. A link counts as what it points to."""
+    """Names of the regular files at the top level, sorted. A symbolic link counts as the file it points to."""
     if os.path.isfile(self.path):
       return [os.path.basename(self.path)]
     with os.scandir(self.path) as entries:
-      # Of a loop of links, the entry itself would raise.
+      # `entry.is_file()` would raise on a loop of symbolic links.
       return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
   def locate(self, name: str) -> str:
-    """The path of a file."""
+    """The path of a file.
+
+    Raises:
+      FilesNotFoundError: there is no such file.
+      InvalidNameError: the name leads out of the directory.
+    """
     check_name(name)
     place = os.path.join(self._directory(), name)
     known = name == os.path.basename(self.path) if os.path.isfile(self.path) else os.path.isfile(place)
@@ -53,10 +58,10 @@ class LocalFiles:
       return file.read(max(0, stop - start))
 
   def fetch(self, names: Sequence[str]) -> str:
-    """They are here already. Returns the directory that holds them.
+    """Checks that the files exist and returns the directory that holds them. Nothing is copied.
 
     Raises:
-      FilesNotFoundError: naming every file that there isn't.
+      FilesNotFoundError: some files do not exist; the message names all of them.
     """
     here = self.names()
     absent = [
@@ -75,27 +80,27 @@ def open_files(
   download_path: str | None = None,
   progress: bool = True,
 ) -> LocalFiles:
-  """The files of a directory, or one file; `~` is the home directory.
+  """Opens a directory or one file; `~` stands for the home directory.
 
   Args:
-    identifier: path of a directory or of a file.
-    revision: must be None; a directory has no versions.
-    token: has no effect: nothing is asked for.
+    identifier: path of a directory or a file.
+    revision: must be None, because a directory has no versions.
+    token: has no effect: local files need none.
     download_path: has no effect: nothing is downloaded.
     progress: has no effect.
 
   Raises:
-    FilesNotFoundError: nothing is there.
+    FilesNotFoundError: the path does not exist.
     InvalidNameError: a revision is given.
   """
   if revision is not None:
     raise InvalidNameError(
-      f"{identifier} is of this machine and has no revision {revision!r}: leave revision out"
+      f"{identifier} is a local path and has no revision {revision!r}: leave revision out"
     )
   path = os.path.abspath(os.path.expanduser(identifier))
   if not os.path.exists(path):
     raise FilesNotFoundError(
-      f"there is no file or directory {path}: check the spelling; "
-      "for a repository of a hub ask its source, such as 'huggingface'"
+      f"there is no file or directory {path}: check the spelling, "
+      "or name the source of a repository, such as 'huggingface'"
     )
   return LocalFiles(path)

@@ -1,11 +1,11 @@
-"""Objects of stores on the disk, each version once, under a name made of all that it depends on.
+"""A cache of objects on the disk: each version once, under a hash of everything that identifies it.
 
     <root>/gs--bucket/blobs/<hash>           an object's bytes; the hash is of endpoint, bucket, key, ETag and size
                       snapshots/<hash>/      the objects of a folder at their versions: links to the blobs
-                      locks/<hash>           held by the process that downloads
+                      locks/<hash>           held by the process that downloads the blob
 
-A blob is written under a temporary name, flushed to the disk and renamed: what has a blob's name is complete. Nothing
-in it ever goes stale, for another version has another name.
+A blob is written under a temporary name, flushed to the disk and renamed, so a file with a blob's name is complete.
+Nothing goes stale, because another version of an object has another name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from filelock import FileLock
 
-# Bytes of one request, and requests at a time.
+# Bytes per request, and number of simultaneous requests.
 _RANGE = 8 << 20
 _REQUESTS = 16
 
@@ -29,7 +29,7 @@ ReadInto = Callable[[str, int, memoryview], None]
 
 
 def default_root() -> str:
-  """The user's own cache: MODELS_SOURCES_CACHE, else a folder of XDG_CACHE_HOME or ~/.cache."""
+  """The user's cache: MODELS_SOURCES_CACHE, else `models-sources` in XDG_CACHE_HOME or ~/.cache."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
   return os.environ.get("MODELS_SOURCES_CACHE") or os.path.join(base, "models-sources")
 
@@ -39,8 +39,8 @@ class ObjectCache:
   """The cached objects of one folder, each at one version.
 
   Attributes:
-    folder: of the bucket.
-    blobs: the name of each object's blob.
+    folder: of the bucket, within the cache.
+    blobs: name of an object -> name of its blob.
   """
 
   folder: pathlib.Path
@@ -48,7 +48,13 @@ class ObjectCache:
 
   @classmethod
   def of(cls, root: str, bucket: str, versions: Mapping[str, object]) -> ObjectCache:
-    """The cache below `root` of objects whose bytes are told apart by the `repr` of a version."""
+    """The cache below `root` of a bucket's objects.
+
+    Args:
+      root: directory of the cache.
+      bucket: name of its folder.
+      versions: name of an object -> what identifies its content; the blob is named by a hash of its `repr`.
+    """
     return cls(
       pathlib.Path(root).absolute() / bucket, {name: _hash(version) for name, version in versions.items()}
     )
@@ -59,20 +65,21 @@ class ObjectCache:
     return self.folder / "snapshots" / _hash(sorted(self.blobs.items()))
 
   def file(self, name: str) -> pathlib.Path | None:
-    """Where an object is, None while it is not cached."""
+    """The path of an object; None if it is not cached."""
     path = self.snapshot / name
     return path if path.is_file() else None
 
   def add(self, name: str, size: int, read_into: ReadInto) -> None:
-    """Downloads an object unless it is here, with many requests at a time. Other processes wait for it.
+    """Downloads an object unless it is cached, with many requests at a time. Other processes wait meanwhile.
 
     Args:
       name: of the object.
-      size: its bytes.
-      read_into: fills a buffer with the object's bytes from a place on.
+      size: of the object in bytes.
+      read_into: (name, start, buffer): fills the buffer with the object's bytes that begin at `start`.
 
     Raises:
-      OSError: of the disk; the partial file is removed.
+      OSError: the disk refuses; the partial file is removed.
+      SourceError: as `read_into` raises it.
     """
     blob, link = self.folder / "blobs" / self.blobs[name], self.snapshot / name
     for directory in (blob.parent, link.parent, self.folder / "locks"):
@@ -86,7 +93,7 @@ class ObjectCache:
         link.symlink_to(os.path.relpath(blob, link.parent))
 
   def _download(self, blob: pathlib.Path, name: str, size: int, read_into: ReadInto) -> None:
-    # The lock is held: these are of processes that were killed.
+    # This process holds the lock, so partial files are leftovers of processes that were killed.
     for leftover in blob.parent.glob(f"{blob.name}.*.part"):
       leftover.unlink(missing_ok=True)
     with _draft(blob) as descriptor:
@@ -110,7 +117,7 @@ class ObjectCache:
 
 @contextlib.contextmanager
 def _draft(path: pathlib.Path) -> Iterator[int]:
-  """A new file beside `path`, which takes its name once all is written and flushed; removed after an error."""
+  """Opens a new file beside `path`; renames it to `path` once it is written and flushed, removes it after an error."""
   draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
   descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
   try:

@@ -1,11 +1,11 @@
-"""Checkpoints in object stores, read where they lie: what is the same for Google's, Amazon's and their likes.
+"""Checkpoints in object stores, read in place: what Google Cloud Storage, S3 and similar stores have in common.
 
-The objects below an address are listed once. Every later request is bound to the ETag of that listing (`If-Match`), so
-that an object which is replaced meanwhile is an error and never a mixture. Ranges go straight into the reader's
-memory; a cut or stalled answer goes on where it ended. Only `retry` decides about further attempts: those of the
-client are off.
+The objects below an address are listed once. Every later request carries the ETag of that listing (`If-Match`): if an
+object is replaced meanwhile, the request fails, so old and new bytes are never mixed. Ranges go straight into the
+reader's memory; a cut or stalled answer is resumed where it ended. Only `retry` decides about further attempts; the
+client's own retries are off.
 
-A provider's own module, `gcs` or `s3`, says how to connect, and what to tell a user who lacks access.
+The module of a provider, `gcs` or `s3`, says how to connect, and what to tell a user who lacks access.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ except ModuleNotFoundError as error:
 
 T = TypeVar("T")
 
-# A store that is asked by many clients says 503 for longer than a hub does.
+# A busy store answers 503 for longer than a hub does.
 POLICY = Policy(attempts=8)
-# Seconds without a byte after which a connection is given up; MODELS_SOURCES_TIMEOUT is the user's own.
+# Seconds without a byte after which a connection is given up, unless MODELS_SOURCES_TIMEOUT is set.
 STALL = 20.0
 _CONNECT = 10.0
-# Bytes that are taken from an answer at a time: what a cut answer loses at most.
+# Bytes taken from an answer at a time; a cut answer loses at most this many.
 _BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-  """What tells one kind of store from another.
+  """What differs between kinds of object stores.
 
   Attributes:
     name: of the service, as its users call it.
-    scheme: of its addresses.
-    endpoint: where it is asked now, without credentials; empty for the provider's own place.
-    connect: (bucket, token, client options) -> a client; a token of False signs nothing.
-    remedy: how a user gets credentials.
-    misplaced: what to do where the bucket is said to be elsewhere.
+    scheme: of its addresses, such as "gs".
+    endpoint: returns the address of the server that the environment names; empty for the provider's own.
+    connect: (bucket, token, client options) -> a client; with token=False its requests are not signed.
+    remedy: tells a user how to get credentials, for messages.
+    misplaced: tells a user what to do if the server says that the bucket is elsewhere, for messages.
   """
 
   name: str
@@ -76,8 +76,8 @@ class Address:
 
   Attributes:
     scheme: "gs" or "s3".
-    bucket: its name.
-    key: of an object, or what the keys of a folder's objects begin with; empty for the whole bucket.
+    bucket: name of the bucket.
+    key: of one object, or the common prefix of the keys of a folder's objects; empty for the whole bucket.
   """
 
   scheme: str
@@ -89,26 +89,26 @@ class Address:
 
 
 def parse_address(identifier: str, scheme: str) -> Address:
-  """`gs://bucket/folder` in its parts.
+  """Splits `gs://bucket/folder` into its parts.
 
   Raises:
-    InvalidNameError: it is not that.
+    InvalidNameError: the identifier is not an address with that scheme.
   """
   match = re.fullmatch(rf"{scheme}://([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(.*))?", identifier)
   key = (match[2] or "").strip("/") if match else ""
   if match is None or any(part in ("", ".", "..") for part in key.split("/") if key):
-    raise InvalidNameError(f"{identifier!r} is no address of the form {scheme}://bucket/folder")
+    raise InvalidNameError(f"{identifier!r} is not an address of the form {scheme}://bucket/folder")
   return Address(scheme, match[1], key)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """An object as the store listed it.
+  """An object, as the store lists it.
 
   Attributes:
     key: within the bucket.
-    size: bytes.
-    etag: the store's mark of this version.
+    size: in bytes.
+    etag: changes whenever the object is replaced.
   """
 
   key: str
@@ -118,7 +118,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Bucket:
-  """One bucket as it is asked: each request with its errors translated and its attempts."""
+  """The requests to one bucket; each translates its errors and retries."""
 
   provider: Provider
   name: str
@@ -126,25 +126,28 @@ class _Bucket:
   anonymous: bool
 
   def ask(self, action: Callable[[], T], what: str, gone: str) -> T:
-    """Calls `action`; translates its errors and tries again where that may help.
+    """Calls `action`; translates its errors, and retries if another attempt may succeed.
 
     Args:
-      action: one request.
-      what: is asked for, in words.
-      gone: the error where it is not there.
+      action: makes one request.
+      what: the request is about, for messages.
+      gone: message of the error if the object or folder does not exist.
+
+    Raises:
+      SourceError: the subclass and the message that `_FAILURES` gives.
     """
 
     def attempt() -> T:
       try:
         return action()
       except (obstore.exceptions.BaseError, FileNotFoundError) as error:
-        # The original quotes addresses and answers.
+        # The original error quotes addresses and answers.
         raise self._translated(str(error), what, gone) from None
 
     return with_retries(attempt, POLICY)
 
   def _translated(self, message: str, what: str, gone: str) -> SourceError:
-    # An object may have any name: only the client's own words are looked at.
+    # Object names are cut out first: a name could look like one of the patterns.
     said = _NAMES.sub(lambda m: _NO_ACCOUNT if _METADATA.search(m[0]) else "", message)
     status = match[1] if (match := _STATUS.search(said)) else "none"
     kind, template = next(
@@ -166,24 +169,24 @@ class _Bucket:
 
 
 class _NoCredentialsError(AccessError):
-  """The platform has no credentials at all: whatever is public can still be read."""
+  """The platform has no credentials at all; public objects can still be read."""
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
 _NAMES = re.compile(r"https?://\S+|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\"")
-# The last link of both chains of credentials is the metadata service of a virtual machine.
+# Both providers look for credentials last at the metadata service of a virtual machine.
 _METADATA = re.compile(r"^https?://[^/]+/(computeMetadata|latest/(api/token|meta-data))\b")
 _NO_ACCOUNT = "<metadata service>"
 _REFUSED = frozenset({"400", "401", "403", "404"})
 _LATER = frozenset({"408", "425", "429", "500", "502", "503", "504"})
-_REPLACED = "{what} was replaced while it was read: load it again when it stays as it is"
+_REPLACED = "{what} was replaced while it was read: load it again once nothing writes to it"
 _SETTINGS = "check the endpoint and the proxy settings"
 
-# Statuses (None is any, "none" is no answer), a pattern of the client's message, and what it means. The first row that
-# fits decides. The client tells no more of an answer than this: neither Retry-After nor the region of a bucket.
+# Statuses (None is any, "none" is no answer), a pattern in the client's message, error class, our message. The first
+# row that matches decides. The client's message holds no more of an answer: no Retry-After, no region of a bucket.
 _FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...] = (
   (_LATER, "", ConnectionFailedError, "{place} answers {status} about {what}: try later"),
-  (None, _NO_ACCOUNT, _NoCredentialsError, "no credentials for {what}: {remedy}"),
+  (None, _NO_ACCOUNT, _NoCredentialsError, "there are no credentials for {what}: {remedy}"),
   (_REFUSED, "token request|AssumeRole", AccessError, "the credentials for {what} do not work: {remedy}"),
   (frozenset({"401", "403"}), "", AccessError, "{what} may not be read {who}: {remedy}"),
   (frozenset({"404"}), "", FilesNotFoundError, "{gone}"),
@@ -192,7 +195,7 @@ _FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...]
     frozenset({"none", "301", "307", "308"}),
     "redirect|code: 30",
     SourceError,
-    "{place} has {what} elsewhere: {misplaced}",
+    "{place} says that {what} is elsewhere: {misplaced}",
   ),
   (
     frozenset({"none"}),
@@ -204,25 +207,30 @@ _FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...]
     frozenset({"none"}),
     r"non-partial|Requested \d+\.\.|CONTENT.RANGE|CONTENT.LENGTH|ETag|LAST.MODIFIED|invalid list",
     SourceError,
-    f"{{place}} does not answer what was asked about {{what}}: {_SETTINGS}",
+    f"the answer of {{place}} about {{what}} is not that of an object store: {_SETTINGS}",
   ),
   (
     frozenset({"none"}),
     "Timeout|TimedOut",
     ConnectionFailedError,
-    "the connection to {place} for {what} timed out",
+    "the connection to {place} for {what} timed out: try later, or raise MODELS_SOURCES_TIMEOUT",
   ),
-  (frozenset({"none"}), "", ConnectionFailedError, "the connection to {place} for {what} failed or was cut"),
+  (
+    frozenset({"none"}),
+    "",
+    ConnectionFailedError,
+    f"the connection to {{place}} for {{what}} failed or was cut: {_SETTINGS}",
+  ),
   (None, "", SourceError, f"{{place}} answers {{status}} about {{what}}: {_SETTINGS}"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreFiles:
-  """The objects of one folder, of one version each, read where they lie.
+  """The objects of one folder, each pinned to one version, read in place.
 
   Attributes:
-    bucket: how the store is asked.
+    bucket: makes the requests.
     address: of the folder, or of one object.
     listing: the objects by name.
   """
@@ -233,17 +241,17 @@ class StoreFiles:
 
   @property
   def path(self) -> str:
-    """The address in the store."""
+    """The address of the folder or the object."""
     return str(self.address)
 
   @property
   def revision(self) -> str:
-    """A hash over the versions of all objects: as `open_files`' argument, these very files or an error."""
+    """A hash over the versions of all objects. Passed to `open_files`, it gives these very files, or an error."""
     versions = sorted((name, entry.size, entry.etag) for name, entry in self.listing.items())
     return hashlib.sha256(repr(versions).encode()).hexdigest()
 
   def names(self) -> Sequence[str]:
-    """Names of the objects, sorted."""
+    """Sorted names of the objects."""
     return sorted(self.listing)
 
   def size(self, name: str) -> int:
@@ -251,49 +259,57 @@ class StoreFiles:
     return self.entry(name).size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of an object, fewer where it ends before `stop`."""
+    """Bytes `[start, stop)` of an object, fewer where it ends before `stop`. Raises as `read_into`."""
     buffer = bytearray(max(0, min(stop, self.size(name)) - start))
     if buffer:
       self.read_into(name, start, memoryview(buffer))
     return bytes(buffer)
 
   def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-    """Fills a buffer with an object's bytes from `start` on. One request, or more where answers are cut.
+    """Fills a buffer with the bytes of an object that begin at `start`: one request, or more if answers are cut.
 
     Raises:
-      FilesNotFoundError: there is no such object, or no longer.
-      CorruptFilesError: it was replaced since it was listed, or ends before the buffer does.
-      ConnectionFailedError: the bytes did not come, after all retries.
+      FilesNotFoundError: there is no such object, or it was removed after it was listed.
+      CorruptFilesError: it was replaced after it was listed, or ends before the buffer is full.
+      ConnectionFailedError: the bytes could not be read, after all retries.
     """
     entry, done = self.entry(name), 0
     what = f"{self.address.scheme}://{self.bucket.name}/{entry.key}"
     if start + len(buffer) > entry.size:
-      raise CorruptFilesError(f"{what} has {entry.size} bytes, but {start + len(buffer)} are asked for")
+      raise CorruptFilesError(
+        f"{what} has {entry.size} bytes, but {start + len(buffer)} are needed: check that its upload is complete"
+      )
 
     def get() -> None:
       nonlocal done
       options = {"range": (start + done, start + len(buffer)), "if_match": entry.etag}
       answer = obstore.get(self.bucket.client, entry.key, options=options)  # type: ignore[arg-type]
-      # A store that does not know the condition still tells what it sends.
+      # A store that ignores If-Match still states the version that it sends.
       if _bare(answer.meta["e_tag"]) != _bare(entry.etag) or answer.meta["size"] != entry.size:
         raise CorruptFilesError(_REPLACED.format(what=what))
       for block in answer.stream(_BLOCK):
         if done + len(block) > len(buffer):
-          raise SourceError(f"{what}: more bytes came than were asked for; check the proxy settings")
+          raise SourceError(
+            f"{what}: the answer has more bytes than were requested; check the proxy settings"
+          )
         buffer[done : done + len(block)] = block
         done += len(block)
       if done < len(buffer):
-        raise ConnectionFailedError(f"{what}: {done} of {len(buffer)} bytes came before the answer ended")
+        raise ConnectionFailedError(f"{what}: the answer ended after {done} of {len(buffer)} bytes")
 
     if len(buffer):
-      self.bucket.ask(get, what, f"{what} was removed since it was listed: load it again from where it is")
+      self.bucket.ask(
+        get,
+        what,
+        f"{what} was removed after it was listed: restore it, or load the checkpoint from its new place",
+      )
 
   def fetch(self, names: Sequence[str]) -> str:
-    """Downloads objects into the cache of this user. Returns the directory that holds them."""
+    """Downloads objects into the user's cache and returns the directory that holds them. As `CachedFiles.fetch`."""
     return cached(self, default_root()).fetch(names)
 
   def entry(self, name: str) -> Entry:
-    """What the listing says about an object.
+    """The listing's entry of an object.
 
     Raises:
       FilesNotFoundError: there is no such object.
@@ -305,11 +321,11 @@ class StoreFiles:
 
 @dataclasses.dataclass(frozen=True)
 class CachedFiles:
-  """The objects of one folder, kept whole on the disk once they are fetched.
+  """The objects of one folder, with a cache on the disk for those that are fetched.
 
   Attributes:
-    store: where they come from.
-    cache: where they are kept.
+    store: reads objects that are not cached.
+    cache: holds whole objects.
   """
 
   store: StoreFiles
@@ -322,11 +338,11 @@ class CachedFiles:
 
   @property
   def revision(self) -> str:
-    """As the store's."""
+    """The revision of the store's files."""
     return self.store.revision
 
   def names(self) -> Sequence[str]:
-    """Names of the objects, sorted."""
+    """Sorted names of the objects."""
     return self.store.names()
 
   def size(self, name: str) -> int:
@@ -334,12 +350,12 @@ class CachedFiles:
     return self.store.size(name)
 
   def locate(self, name: str) -> str | None:
-    """The path of an object on the disk; None where it lies in the store alone."""
+    """The path of a cached object; None if it is not cached."""
     path = self.cache.file(name)
     return None if path is None else str(path)
 
   def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of an object, from the disk if it is there, fewer where it ends before `stop`."""
+    """Bytes `[start, stop)` of an object, fewer where it ends before `stop`; from the cache if it is cached."""
     self.store.entry(name)
     if (path := self.cache.file(name)) is None:
       return self.store.read(name, start, stop)
@@ -348,13 +364,13 @@ class CachedFiles:
       return file.read(max(0, stop - start))
 
   def fetch(self, names: Sequence[str]) -> str:
-    """Downloads what the cache lacks, complete or not at all. Returns the directory that holds the objects.
+    """Downloads the named objects that are not cached, each complete or not at all; returns their directory.
 
     Raises:
-      FilesNotFoundError: naming every object that there isn't.
-      CorruptFilesError: an object was replaced since it was listed.
-      ConnectionFailedError: an object did not come, after all retries.
-      OSError: of the disk, such as that it is full.
+      FilesNotFoundError: some objects do not exist; the message names all of them.
+      CorruptFilesError: an object was replaced after it was listed.
+      ConnectionFailedError: an object could not be downloaded, after all retries.
+      OSError: the disk refuses, for example because it is full.
     """
     if absent := [name for name in names if check_name(name) not in self.store.listing]:
       raise missing_files(self.store.path, absent, self.store.listing)
@@ -364,7 +380,7 @@ class CachedFiles:
 
 
 def cached(store: StoreFiles, root: str) -> CachedFiles:
-  """The same files with a cache below a directory."""
+  """The same files with a cache below the directory `root`."""
   place = (store.bucket.provider.endpoint(), store.address.scheme, store.bucket.name)
   versions = {name: (*place, entry.key, entry.etag, entry.size) for name, entry in store.listing.items()}
   return CachedFiles(store, ObjectCache.of(root, f"{store.address.scheme}--{store.bucket.name}", versions))
@@ -378,27 +394,31 @@ def open_files(
   token: str | bool | None,
   download_path: str | None,
 ) -> StoreFiles | CachedFiles:
-  """The objects directly below an address, or the one object that it names, at their versions of this moment.
+  """Lists the objects directly below an address, or the one object that it names, and pins their versions.
 
-  Without credentials of the platform, what is public is still read; `token=True` forbids that.
+  If the platform has no credentials, public objects are still read, unless `token` is True.
 
   Args:
     provider: of the store.
     identifier: the address.
-    revision: None, or the `revision` of files that were opened before: the folder must still hold the same.
-    token: as the provider understands it; False signs nothing.
-    download_path: directory below which fetched objects are kept whole; None streams them.
+    revision: None, or the `revision` of files that were opened before: the folder must be unchanged since then.
+    token: as the provider's own `open_files` documents it; with False requests are not signed.
+    download_path: directory that fetched objects are cached in; None reads the objects in place.
 
   Raises:
-    InvalidNameError: the identifier is no address, or the revision is none of a folder.
-    CorruptFilesError: the folder has changed since it had that revision.
+    InvalidNameError: the identifier is not an address, or the revision is not a folder's.
+    CorruptFilesError: the folder has changed since that revision.
     FilesNotFoundError: there is nothing at the address.
-    AccessError: it may not be read.
+    AccessError: the credentials do not work, or may not read the address.
     ConnectionFailedError: the store did not answer, after all retries.
+    SourceError: the store gives an object no ETag, the answer is not an object store's, or MODELS_SOURCES_TIMEOUT is
+      not a positive number.
   """
   address = parse_address(identifier, provider.scheme)
   if revision is not None and re.fullmatch("[0-9a-f]{64}", revision) is None:
-    raise InvalidNameError(f"{address} has no revision {revision!r}: a folder of a store is as it is")
+    raise InvalidNameError(
+      f"{address} has no revision {revision!r}: folders of object stores have no branches, tags or commits"
+    )
   try:
     bucket = _connected(provider, address, token)
     listing = _listed(bucket, address)
@@ -409,7 +429,10 @@ def open_files(
     listing = _listed(bucket, address)
   files = StoreFiles(bucket, address, listing)
   if revision not in (None, files.revision):
-    raise CorruptFilesError(f"{address} changed while it was opened: load it again when it stays as it is")
+    raise CorruptFilesError(
+      f"{address} has changed since revision {revision}: load it again, without a revision, once nothing writes to "
+      "it"
+    )
   return files if download_path is None else cached(files, os.path.expanduser(download_path))
 
 
@@ -418,7 +441,7 @@ def _connected(provider: Provider, address: Address, token: str | bool | None) -
   options = {
     "allow_http": provider.endpoint().startswith("http://"),
     "connect_timeout": datetime.timedelta(seconds=min(_CONNECT, stall)),
-    # Between two bytes. The limit for a whole answer would end slow ones that come all the same.
+    # Limits the silence between two bytes; a limit for the whole answer would end slow but steady ones.
     "read_timeout": datetime.timedelta(seconds=stall),
     "timeout": datetime.timedelta(days=1),
   }
@@ -434,18 +457,23 @@ def _connected(provider: Provider, address: Address, token: str | bool | None) -
 def _stall() -> float:
   text = os.environ.get("MODELS_SOURCES_TIMEOUT") or str(STALL)
   if re.fullmatch(r"\d+(\.\d+)?", text) is None or not float(text):
-    raise SourceError(f"MODELS_SOURCES_TIMEOUT is {text!r}: set it to a number of seconds")
+    raise SourceError(f"MODELS_SOURCES_TIMEOUT is {text!r}: set it to a positive number of seconds")
   return float(text)
 
 
 def _listed(bucket: _Bucket, address: Address) -> dict[str, Entry]:
-  """The objects of a folder by name, else the object of that very key."""
+  """The objects of a folder by name; if there are none, the object whose key is the address itself.
+
+  Raises:
+    FilesNotFoundError: there is neither.
+    SourceError: the store gives an object no ETag.
+  """
   nothing = f"there is nothing at {address}: check the spelling of bucket and folder"
   found = bucket.ask(
     lambda: obstore.list_with_delimiter(bucket.client, address.key or None)["objects"], str(address), nothing
   )
   folder = f"{address.key}/" if address.key else ""
-  # The mark of an empty folder is an object of the folder's own name.
+  # Some tools mark an empty folder by an object with the folder's own name.
   objects = {meta["path"].removeprefix(folder): meta for meta in found if meta["path"] != address.key}
   if not objects:
     if not address.key:
@@ -454,13 +482,14 @@ def _listed(bucket: _Bucket, address: Address) -> dict[str, Entry]:
     objects = {address.key.rpartition("/")[2]: meta}
   if unmarked := [name for name, meta in objects.items() if not meta["e_tag"]]:
     raise SourceError(
-      f"{address}: the store gives {unmarked[0]} no ETag, so that its versions cannot be told apart"
+      f"{address}: the store gives no ETag for {unmarked[0]}, so a replaced object would go unnoticed: copy the files "
+      "to a local directory and load that"
     )
   return {name: Entry(meta["path"], meta["size"], str(meta["e_tag"])) for name, meta in objects.items()}
 
 
 def _public(endpoint: str) -> str:
-  """An endpoint without user and password."""
+  """An endpoint without its user and password."""
   return re.sub(r"//[^/@]*@", "//", endpoint)
 
 

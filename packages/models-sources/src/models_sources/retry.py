@@ -1,4 +1,4 @@
-"""When to ask again: the one place where the waiting for a better moment is decided."""
+"""Retries: the only module that decides whether a failed request is made again, and after how long a wait."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """How often to ask, and how long to wait in between.
+  """How many attempts to make, and how long to wait between them.
 
   Attributes:
-    attempts: questions in all, the first one included.
-    first_wait: seconds before the second attempt; each further wait doubles.
-    longest_wait: seconds that doubling ends at.
-    patience: the longest `retry_after`, in seconds, that is waited for; a longer one is an error at once.
+    attempts: requests in all, including the first.
+    first_wait: seconds before the second attempt; each further wait is twice as long.
+    longest_wait: upper limit of a wait, in seconds.
+    patience: the longest `retry_after` that is waited for, in seconds; a longer one is an error at once.
     sleep: waits a number of seconds.
-    jitter: a number of [0, 1), so that many clients don't come back at the same moment.
+    jitter: returns a random number in [0, 1), so that many clients do not retry at the same moment.
   """
 
   attempts: int = 5
@@ -37,7 +37,12 @@ class Policy:
   jitter: Callable[[], float] = random.random
 
   def wait(self, attempt: int, retry_after: float | None) -> float:
-    """Seconds to wait after the failed attempt of that number, counted from 1."""
+    """Seconds to wait after a failed attempt.
+
+    Args:
+      attempt: number of the failed attempt, counted from 1.
+      retry_after: seconds that the server asked for; None if it did not say.
+    """
     backoff = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1))
     if retry_after is not None:
       return retry_after + self.first_wait * self.jitter()
@@ -45,10 +50,10 @@ class Policy:
 
 
 def with_retries(action: Callable[[], T], policy: Policy) -> T:
-  """Does it, again and again while it fails with a `ConnectionFailedError`; any other error is permanent.
+  """Calls `action` again while it fails with a `ConnectionFailedError`; any other error is raised at once.
 
   Raises:
-    ConnectionFailedError: the last one, when the attempts are used up or `retry_after` exceeds the patience.
+    ConnectionFailedError: the last one, if no attempts are left or `retry_after` exceeds the patience.
   """
   attempt = 1
   while True:

@@ -1,6 +1,6 @@
 """Amazon S3 and stores that speak its protocol: `s3://bucket/folder`, or `s3://bucket/folder/model.gguf`.
 
-Credentials are those of the platform: AWS_ACCESS_KEY_ID and its companions, a web identity, or the role of the
+Credentials are the platform's: AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, a web identity, or the role of the
 container or the machine. AWS_ENDPOINT_URL names another server, AWS_REGION the bucket's region.
 """
 
@@ -13,7 +13,7 @@ from models_sources import object_store
 from models_sources.errors import InvalidNameError
 from models_sources.object_store import CachedFiles, Provider, StoreFiles
 
-# After the module that says what to install where it is missing.
+# Imported after object_store, whose error says how to install a missing obstore.
 from obstore.store import S3Store  # isort: skip
 
 
@@ -50,22 +50,22 @@ def open_files(
   download_path: str | None = None,
   progress: bool = True,
 ) -> StoreFiles | CachedFiles:
-  """The objects directly below an address, or the one object that it names. One request.
+  """Lists the objects directly below an address, or the one object that it names. One request per 1000 objects.
 
   Args:
     identifier: `s3://bucket/folder`.
-    revision: None, or that of files that were opened before: the folder must still hold the same.
-    token: None takes the platform's credentials, or none where it has none; True insists on them, False sends none.
-    download_path: directory below which fetched objects are kept whole; None streams them.
+    revision: None, or the `revision` of files that were opened before: the folder must be unchanged since then.
+    token: None takes the platform's credentials if there are any, True requires them, False sends none.
+    download_path: directory that fetched objects are cached in; None reads the objects in place.
     progress: has no effect.
 
   Raises:
-    InvalidNameError: a token is given as text: S3 has keys.
+    InvalidNameError: the token is a string; S3 has keys instead of tokens.
     SourceError: as `models_sources.object_store.open_files`.
   """
   if isinstance(token, str):
     raise InvalidNameError(
-      f"{identifier}: S3 knows no token; leave it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+      f"{identifier}: S3 takes no token; leave token out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )
   return object_store.open_files(
     _PROVIDER, identifier, revision=revision, token=token, download_path=download_path

@@ -1,4 +1,4 @@
-"""A model hub and an object store on the loopback, for tests: they speak the real protocols, and fail when told to.
+"""A model hub and an object store on the loopback, for tests: they speak the real protocols and fail on demand.
 
     with HubServer() as hub:
       commit = hub.add("org/name", {"config.json": b"{}", "model.safetensors": weights})
@@ -6,14 +6,14 @@
       ...
       assert [r.line for r in hub.requests] == ["GET /api/models/org/name/revision/main"]
 
-Large files are served as the hub does it: by a redirect to a storage host (another name and another port) with a
-signed address.
+Large files are served as the hub serves them: by a redirect to a signed address on a storage host, which has another
+name and another port.
 
     with StoreServer() as store:
       store.put("bucket/folder/config.json", b"{}")
       monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)  # or AWS_ENDPOINT_URL
 
-Only the standard library is needed.
+Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _DRIP = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A request that came.
+  """A request that a server received.
 
   Attributes:
-    host: "hub" or "storage"; "store" of an object store.
+    host: the server: "hub" or "storage" of a HubServer, "store" of a StoreServer.
     method: GET or HEAD.
-    path: without the query.
-    headers: with names in lower case.
+    path: of the address, without the query.
+    headers: by name in lower case.
   """
 
   host: str
@@ -64,31 +64,31 @@ class Request:
 
   @property
   def range(self) -> str | None:
-    """The header Range."""
+    """The header Range; None if there is none."""
     return self.headers.get("range")
 
   @property
   def sent(self) -> int:
-    """Bytes of the body that have been handed to the connection up to now."""
+    """Bytes of the body that have been handed to the connection so far."""
     return self._sent[0]
 
 
 @dataclasses.dataclass
 class Fault:
-  """How the next answers to some requests go wrong.
+  """How the next answers to matching requests go wrong.
 
   Attributes:
     where: regular expression that is searched for in "host METHOD path".
-    times: number of answers that it changes.
-    status: sent instead of the answer.
-    headers: sent besides the others, or instead of those of the same name.
-    alter: changes the body.
+    times: number of answers that the fault changes.
+    status: HTTP status of an error that is sent instead of the answer.
+    headers: sent in addition; they replace headers of the same name.
+    alter: maps the body to the body that is sent.
     cut: bytes of the body after which the connection is closed.
-    reset: the connection is reset where it would be closed, or before any answer without `cut`.
+    reset: whether the connection is reset instead of closed; without `cut`, before any answer.
     stall: seconds of silence before the body.
-    drip: seconds of silence before each further KiB of the body.
-    ignore_range: the whole file is sent.
-    shift: bytes that the sent range is off by.
+    drip: seconds of silence before each KiB of the body.
+    ignore_range: whether the whole file is sent although a range was requested.
+    shift: bytes by which the range that is sent is off.
   """
 
   where: str
@@ -124,7 +124,7 @@ class _Loopback:
   """Servers on ports of the loopback, while the context lasts.
 
   Attributes:
-    requests: all that came, in order. Clear it to start anew.
+    requests: all received requests, in order. A test may clear the list.
   """
 
   def __init__(self, *hosts: str) -> None:
@@ -144,14 +144,19 @@ class _Loopback:
       server.close()
 
   def fail(self, where: str, **how: Any) -> Fault:
-    """Makes the next answers to requests that match go wrong, as the fields of `Fault` say."""
+    """Makes the next answers to matching requests go wrong.
+
+    Args:
+      where: regular expression that is searched for in "host METHOD path".
+      **how: other fields of `Fault`.
+    """
     fault = Fault(where, **how)
     with self._lock:
       self._faults.append(fault)
     return fault
 
   def lines(self, host: str = "") -> list[str]:
-    """Method and path of the requests that came to a host, or to all."""
+    """Method and path of the requests that one host received, or all hosts if `host` is empty."""
     return [request.line for request in list(self.requests) if host in ("", request.host)]
 
   def _take_fault(self, request: Request) -> Fault:
@@ -171,7 +176,7 @@ class HubServer(_Loopback):
   """A hub and its storage host, on two ports of the loopback, while the context lasts.
 
   Attributes:
-    requests: all that came, in order. Clear it to start anew.
+    requests: all received requests, in order. A test may clear the list.
   """
 
   def __init__(self) -> None:
@@ -199,14 +204,14 @@ class HubServer(_Loopback):
     gated: bool = False,
     readers: frozenset[str] | None = None,
   ) -> str:
-    """A new commit of a repository, which is made if there is none. Returns the commit's hash.
+    """Adds a commit to a repository, creates the repository if there is none, and returns the commit's hash.
 
     Args:
       repo: organisation/name.
       files: content by name.
-      revision: the branch that moves to the commit.
-      gated: files are kept from all but `readers`, but their list is public.
-      readers: tokens that may read; None is everybody. Without `gated` the others don't even see the repository.
+      revision: the branch that is moved to the commit.
+      gated: whether only `readers` get the files; the list of files is public all the same.
+      readers: tokens that may read; None is everybody. Unless `gated`, the repository does not exist for others.
     """
     with self._lock:
       place = self._repos.setdefault(repo, _Repo())
@@ -218,7 +223,7 @@ class HubServer(_Loopback):
     return commit
 
   def move(self, old: str, new: str) -> None:
-    """Gives a repository a new name; the old one redirects to it."""
+    """Renames a repository; the old name redirects to the new one."""
     with self._lock:
       self._repos[new] = self._repos.pop(old)
       self._moved[old] = new
@@ -305,14 +310,14 @@ class _Object:
 
 
 class StoreServer(_Loopback):
-  """An object store on the loopback, as Google's (its XML interface) and Amazon's are asked: list, HEAD and GET.
+  """An object store on the loopback with the protocols of Google Cloud Storage (XML interface) and S3.
 
-  Ranges, `If-Match`, pages of listings, private buckets and a virtual machine's metadata service without an account
-  are there; signatures are not checked.
+  It answers list, HEAD and GET requests, with ranges, `If-Match`, pages of listings, private buckets, and a virtual
+  machine's metadata service that has no account. It does not check signatures.
 
   Attributes:
-    requests: all that came, in order. Clear it to start anew.
-    page: keys in one page of a listing.
+    requests: all received requests, in order. A test may clear the list.
+    page: number of keys in one page of a listing.
   """
 
   def __init__(self, page: int = 1000) -> None:
@@ -327,7 +332,7 @@ class StoreServer(_Loopback):
     return self._servers["store"].address
 
   def put(self, path: str, data: bytes) -> None:
-    """Makes or replaces an object, `bucket/key`, in one step."""
+    """Creates or replaces the object `bucket/key` in one step."""
     with self._lock:
       self._objects[path] = _Object(data, hashlib.md5(data, usedforsecurity=False).hexdigest())
 
@@ -337,11 +342,11 @@ class StoreServer(_Loopback):
       del self._objects[path]
 
   def lock(self, bucket: str, token: str) -> None:
-    """Keeps a bucket from all requests that do not carry this bearer token."""
+    """Makes a bucket private: it refuses requests without this bearer token."""
     self._readers[bucket] = token
 
   def received(self, path: str) -> int:
-    """Bytes of an object that have been sent in all."""
+    """Bytes of an object that have been sent so far, over all requests."""
     return sum(r.sent for r in list(self.requests) if r.method == "GET" and unquote(r.path) == f"/{path}")
 
   def _answer(self, request: Request, query: str) -> _Answer:
@@ -407,7 +412,7 @@ class StoreServer(_Loopback):
     return _Answer(200, {"x-goog-generation": generation}, found.data, ranges=True)
 
 
-# Google's JSON interface, which TensorStore speaks.
+# Google's JSON interface, which TensorStore uses.
 _JSON_INTERFACE = re.compile(r"storage/v1/b/(?P<bucket>[^/]+)/o(?:/(?P<key>.+))?")
 _NOON = "Mon, 01 Jan 2024 12:00:00 GMT"
 
@@ -456,7 +461,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
   @property
   def address(self) -> str:
-    # Two names of one machine: some clients take another port for the same host.
+    # Two names of one machine: some clients take two ports of one name for the same host.
     name = "localhost" if self.host == "storage" else "127.0.0.1"
     return f"http://{name}:{self.server_address[1]}"
 
@@ -467,7 +472,7 @@ class _Server(http.server.ThreadingHTTPServer):
         connection.shutdown(socket.SHUT_RDWR)
 
   def handle_error(self, request: Any, client_address: Any) -> None:
-    pass  # a client that hangs up is part of many tests
+    pass  # clients hang up in many tests
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -520,7 +525,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for start in range(0, end, size):
       block = body[start : min(start + size, end)]
       time.sleep(fault.drip)
-      # Before the client has them: a test may ask as soon as it has.
+      # Counted before the client has them, because a test may look as soon as it does.
       request._sent[0] += len(block)
       self.wfile.write(block)
     if fault.cut is not None:

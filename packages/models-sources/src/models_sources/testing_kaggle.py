@@ -1,13 +1,13 @@
-"""Kaggle on the loopback, for tests: it speaks the protocol of its API for models, and fails when told to.
+"""Kaggle on the loopback, for tests: it speaks the protocol of the API for models and fails on demand.
 
     with KaggleServer() as kaggle:
       kaggle.add_version("google/gemma-2/flax/gemma2-2b-it", {"gemma2-2b-it/_METADATA": b"{}", ...})
       for name, value in kaggle.environment.items():
         monkeypatch.setenv(name, value)
 
-Requests are POSTs of JSON; here, their path goes on with what the JSON says, so that faults and assertions can name
-it: `GET /DownloadModelInstanceVersion/google/gemma-2/flax/gemma2-2b-it/1/gemma2-2b-it/_METADATA`. Files are served as
-Kaggle does it: by a redirect to another host, with a signed address and the MD5 in a header.
+Requests are POSTs of JSON. Here the values of the JSON are appended to the path, so that faults and assertions can name
+them: `GET /DownloadModelInstanceVersion/google/gemma-2/flax/gemma2-2b-it/1/gemma2-2b-it/_METADATA`. Files are served as
+Kaggle serves them: by a redirect to a signed address on another host, which states the MD5 in a header.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from models_sources.testing import SIGNATURE, HubServer, Request, _Answer, _Handler, _json
 
-# Not to be reached: the client sends requests for it through the proxy, which is this server.
+# A host that does not exist: the client sends its requests through the proxy, which is this server.
 _STORAGE = "http://storage.invalid"
 _FIELDS = ("ownerSlug", "modelSlug", "framework", "instanceSlug", "versionNumber", "path")
 
@@ -28,8 +28,8 @@ class KaggleServer(HubServer):
   """Kaggle's API and storage, on a port of the loopback, while the context lasts.
 
   Attributes:
-    requests: all that came, in order. Clear it to start anew.
-    page: files that a list of files holds; further ones are on a next page.
+    requests: all received requests, in order. A test may clear the list.
+    page: number of files in one page of a list of files.
   """
 
   def __init__(self, page: int = 200) -> None:
@@ -42,17 +42,17 @@ class KaggleServer(HubServer):
 
   @property
   def environment(self) -> dict[str, str]:
-    """Variables that lead the client here, with nobody's credentials."""
+    """Environment variables that direct the client to this server; they hold no credentials."""
     proxy = {"HTTP_PROXY": self.endpoint, "http_proxy": self.endpoint, "NO_PROXY": "", "no_proxy": ""}
     return proxy | {"KAGGLE_API_ENVIRONMENT": "LOCALHOST"}
 
   def add_version(self, handle: str, files: Mapping[str, bytes], *, licensed: bool = False) -> int:
-    """A new version of a variation. Returns its number.
+    """Adds a version to a variation and returns its number.
 
     Args:
       handle: owner/model/framework/variation.
       files: content by name.
-      licensed: only users with credentials get it.
+      licensed: whether only users with credentials get the files.
     """
     with self._lock:
       versions = self._versions.setdefault(handle, [])
@@ -101,7 +101,7 @@ class _KaggleHandler(_Handler):
     body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
     call = self.path.rpartition("/")[2]
     stated = [str(body[field]) for field in _FIELDS if body.get(field)]
-    # The framework is an enumeration: MODEL_FRAMEWORK_FLAX.
+    # The framework is sent as an enumeration member, MODEL_FRAMEWORK_FLAX.
     stated = [part.removeprefix("MODEL_FRAMEWORK_").lower() if part.isupper() else part for part in stated]
     self.path = "/".join(["", call, *stated]) + f"?{body.get('pageToken', '')}"
     self.command = "GET"

@@ -1,4 +1,4 @@
-"""`automodel convert`: a checkpoint written anew."""
+"""`automodel convert`: writes a checkpoint in another format, dtype or shard size."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ def add_convert(commands: Commands) -> None:
   parser = commands.add_parser(
     "convert",
     parents=[model_arguments()],
-    help="write a checkpoint anew: of GGUF, as an Orbax tree, of another dtype, of other shards",
+    help="convert a checkpoint: from GGUF, from or to an Orbax tree, to another dtype or shard size",
   )
   parser.set_defaults(run=_convert)
-  parser.add_argument("target", help="directory, missing or empty")
+  parser.add_argument("target", help="directory to write; missing or empty, unless --overwrite is given")
   parser.add_argument(
-    "--to", default="huggingface", help="huggingface (default) or orbax, a tree that Orbax restores"
+    "--to",
+    default="huggingface",
+    help="huggingface (default): safetensors files that transformers loads; orbax: a tree that Orbax restores",
   )
-  parser.add_argument("--max-shard-size", type=_size, help="of a safetensors file (default: 5GB)")
-  parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+  parser.add_argument(
+    "--max-shard-size", type=_size, help="tensor data in one safetensors file, such as 2GB (default: 5GB)"
+  )
+  parser.add_argument(
+    "--overwrite", action="store_true", help="replace a checkpoint in the target; other files stay"
+  )
 
 
 def _size(text: str) -> int:

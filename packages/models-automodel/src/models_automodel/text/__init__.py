@@ -1,9 +1,9 @@
 """Text in and out: a checkpoint's tokenizer, its chat template, and generation.
 
-May import: `errors` of this package; no module that finds or loads a model.
+May import: `errors` of this package, `models_core` and `models_sources`; no module that finds or loads a model.
 """
 
 import lazy_loader
 
-# Names and their modules stand in __init__.pyi; each module is imported when a name of it is used.
+# __init__.pyi lists the names and their modules; a module is imported when one of its names is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

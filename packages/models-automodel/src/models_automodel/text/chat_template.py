@@ -1,4 +1,4 @@
-"""Chat templates: Jinja in a sandbox, with what Hugging Face's templates expect to find."""
+"""Chat templates: Jinja in a sandbox, with the filters, functions and tags that Hugging Face's templates use."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
   """Fills in a template.
 
   Args:
-    template: Jinja's source.
-    variables: `messages`, `add_generation_prompt`, `bos_token` and whatever else the template reads.
+    template: Jinja source.
+    variables: `messages`, `add_generation_prompt`, `bos_token` and any others that the template reads.
 
   Raises:
-    ConfigError: if the template is malformed or refuses the variables, with its own words.
-    MissingExtraError: without jinja2.
+    ConfigError: if the template is malformed or refuses the messages; the message quotes its reason.
+    MissingExtraError: if jinja2 is not installed.
   """
   jinja2 = require("jinja2", *_NEEDS)
   try:
@@ -49,7 +49,7 @@ def _environment() -> Any:
     raise jinja2.TemplateError(message)
 
   class Generation(ext.Extension):  # type: ignore[name-defined]
-    """`{% generation %}` marks an assistant's words for training; here it changes nothing."""
+    """`{% generation %}` marks the assistant's text for training; here it has no effect."""
 
     tags = frozenset({"generation"})
 
@@ -62,7 +62,7 @@ def _environment() -> Any:
   environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
   )
-  # Jinja's own tojson escapes HTML.
+  # Jinja's own filter tojson escapes HTML.
   environment.filters["tojson"] = _to_json
   environment.globals |= {"raise_exception": raise_exception, "strftime_now": _now}
   return environment

@@ -16,7 +16,7 @@ from models_core.errors import CacheError, ConfigError
 _CACHE_STEP = 256
 # (float32 logits [V], key, temperature, top_p) -> token id.
 _Pick = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-# Key, temperature, top_p.
+# (key, temperature, top_p).
 _Sampling = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -32,29 +32,29 @@ def generate(
   cache_size: int | None = None,
   cache_dtype: Any = None,
 ) -> Iterator[int]:
-  """Continues a prompt.
+  """Continues a prompt, one token at a time.
 
-  The first token comes after one pass over the prompt, which is compiled for each length of prompt; each further
-  one after a step over one token, compiled once for each cache size. While a token is handed out, the next one is
-  already being computed.
+  One pass over the prompt gives the first token; it is compiled for each prompt length. Each further token takes a step
+  over one token, which is compiled once for each cache size. The device computes the next token while the caller
+  handles the current one.
 
   Args:
-    model: any language model of the house, on whatever mesh its parameters lie.
+    model: a `models_core.layers.CausalLM`, on any mesh.
     prompt_ids: at least one token id.
-    max_new_tokens: how many tokens come at most.
-    stop_ids: tokens that end the sequence. The one that does is the last that comes.
-    temperature: divides the logits before sampling; 0 takes the likeliest token.
-    top_p: samples from the fewest likeliest tokens that together have this probability, in (0, 1].
+    max_new_tokens: upper limit of the number of new tokens.
+    stop_ids: token ids that end the sequence; the one that ends it is returned as the last.
+    temperature: divides the logits before sampling; 0 always takes the most likely token.
+    top_p: samples from the fewest most likely tokens that together have this probability, in (0, 1].
     seed: of the sampling. The same seed and prompt give the same tokens.
-    cache_size: tokens that the KV cache has room for; None is enough for all of them.
-    cache_dtype: of keys and values; None is the model's choice.
+    cache_size: length of the KV cache in tokens; None makes it large enough for prompt and new tokens.
+    cache_dtype: dtype of the cached keys and values; None takes the model's default.
 
   Returns:
-    The new token ids, one by one.
+    An iterator over the new token ids.
 
   Raises:
-    ConfigError: for an empty prompt, an id outside the vocabulary, or numbers outside their ranges.
-    CacheError: if the cache is too small.
+    ConfigError: if the prompt is empty or holds an id outside the vocabulary, or a number is outside its range.
+    CacheError: if `cache_size` is too small.
   """
   prompt = _check_prompt(model, prompt_ids)
   if max_new_tokens < 0:
@@ -69,8 +69,8 @@ def generate(
     cache_size = -(-needed // _CACHE_STEP) * _CACHE_STEP
   elif cache_size < needed:
     raise CacheError(
-      f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need a cache of {needed}, "
-      f"cache_size is {cache_size}"
+      f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need a KV cache of {needed}, "
+      f"but cache_size is {cache_size}"
     )
   pick = _likeliest if temperature == 0 else _sample if top_p == 1 else _sample_nucleus
   sampling = (jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
@@ -84,7 +84,7 @@ def _check_prompt(model: Any, prompt_ids: Sequence[int]) -> np.ndarray:
     raise ConfigError(
       f"the prompt must be one sequence of at least one token id, found {prompt.dtype} {prompt.shape}"
     )
-  # A gather would clamp such an id without a word.
+  # A gather would clamp such an id silently.
   if outside := prompt[(prompt < 0) | (prompt >= model.num_embed)].tolist():
     raise ConfigError(
       f"the prompt holds {outside[0]}, which is outside the model's vocabulary of {model.num_embed}"
@@ -111,7 +111,7 @@ def _stream(
   for place in range(len(prompt), len(prompt) + count):
     current = token
     if place + 1 < len(prompt) + count:
-      # Dispatched before the current token is waited for, so that the device never idles.
+      # Dispatched before the current token is read, so that the device never idles.
       token, cache = step(leaves, token, positions[:, place : place + 1], cache, sampling)
     value = int(current[0, 0])
     yield value
@@ -121,9 +121,9 @@ def _stream(
 
 @functools.lru_cache(maxsize=16)
 def _compile(structure: Any, pick: _Pick) -> Callable[..., tuple[jax.Array, Any]]:
-  """The step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1] and the cache.
+  """Compiles the step from tokens [1, T], their positions [1, T] and a cache to the next token [1, 1] and the cache.
 
-  It takes the model as a list of arrays: flattening a module at every step would take longer than a small model.
+  The step takes the model as a list of arrays: flattening the module at each step would cost more than a small model.
   """
 
   def step(
@@ -131,7 +131,7 @@ def _compile(structure: Any, pick: _Pick) -> Callable[..., tuple[jax.Array, Any]
   ) -> tuple[jax.Array, Any]:
     model = jax.tree.unflatten(structure, leaves)
     hidden, cache = model(tokens, positions, cache, None, skip_lm_head=True)
-    # Only the last place's logits are ever made.
+    # Logits are computed for the last position only.
     logits = model.compute_final_logits(hidden[:, -1:])[0, -1]
     key, temperature, top_p = sampling
     token = pick(logits, jax.random.fold_in(key, positions[0, -1]), temperature, top_p)
@@ -153,7 +153,7 @@ def _sample_nucleus(logits: jax.Array, key: jax.Array, temperature: jax.Array, t
   logits = logits / temperature
   ordered = jnp.sort(logits, descending=True)
   probabilities = jax.nn.softmax(ordered)
-  # A token counts if those before it do not reach top_p, so the first one always does.
+  # A token is in the nucleus if the tokens before it do not reach top_p, so the first one always is.
   inside = jnp.cumsum(probabilities) - probabilities < top_p
   least = jnp.min(jnp.where(inside, ordered, jnp.inf))
   return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf))

@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer, as the tokenizer.json that it was made from."""
+"""Rebuilds the tokenizer.json from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from models_core.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
-# Values of token_type.
+# Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
 
@@ -27,7 +27,7 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 def _words(digits: str) -> str:
-  """The pattern of tiktoken's cl100k, with runs of so many digits."""
+  """The pattern of tiktoken's cl100k, with another pattern for digits, such as `\\p{N}{1,3}`."""
   return (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     + digits
@@ -37,13 +37,13 @@ def _words(digits: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Pre:
-  """How a byte-level BPE cuts a text into words.
+  """How a byte-level BPE splits a text into words.
 
   Attributes:
-    pre_tokenizer: tokenizer.json's entry.
-    normalizer: tokenizer.json's entry.
-    ignore_merges: a word that is a token is taken whole, whatever the merges say.
-    add_bos: where the file does not state it.
+    pre_tokenizer: the entry of tokenizer.json.
+    normalizer: the entry of tokenizer.json.
+    ignore_merges: whether a word that is a token itself is not split further by the merges.
+    add_bos: whether a text begins with the BOS token, if the file does not state it.
   """
 
   pre_tokenizer: Mapping[str, Any]
@@ -56,7 +56,7 @@ _DEFAULT = _Pre(_GPT2)
 _DIGITS = _Pre({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]})
 _LLAMA3 = _Pre(_split(_words(r"\p{N}{1,3}")), ignore_merges=True, add_bos=True)
 _QWEN2 = _Pre(_split(_words(r"\p{N}")), normalizer={"type": "NFC"})
-# By tokenizer.ggml.pre.
+# Value of tokenizer.ggml.pre -> how to split.
 _PRES = {
   "default": _DEFAULT,
   "gpt-2": _DEFAULT,
@@ -73,15 +73,15 @@ _PRES = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufTokenizer:
-  """What the metadata says.
+  """The tokenizer that a GGUF file describes.
 
   Attributes:
-    json: a tokenizer.json, without a post-processor.
-    tokens: by id.
-    ids: of the roles that are there: "bos", "eos", "eot", "eom", "unknown", "padding".
+    json: content of a tokenizer.json, without a post-processor.
+    tokens: all tokens, in the order of their ids.
+    ids: role -> token id, for those of "bos", "eos", "eot", "eom", "unknown" and "padding" that the file states.
     add_bos: whether a text begins with the token "bos".
-    add_eos: whether it ends with "eos".
-    chat_template: Jinja's source, or None.
+    add_eos: whether a text ends with the token "eos".
+    chat_template: Jinja source, or None.
   """
 
   json: str
@@ -96,11 +96,11 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufToken
   """Builds the tokenizer that the metadata of a GGUF file describes.
 
   Args:
-    metadata: as `models_core.formats.read_gguf` gives it.
-    where: the file, for messages.
+    metadata: of a checkpoint that `models_core.formats.read_gguf` read.
+    where: path of the file, for messages.
 
   Raises:
-    CheckpointError: for keys that are missing, malformed or of an unknown kind.
+    CheckpointError: if a key is missing or malformed, or has a value that is not implemented.
   """
   keys = _Keys(metadata, where)
   tokens = keys.texts("tokens")
@@ -128,16 +128,16 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufToken
 def _byte_level(
   keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
 ) -> tuple[dict[str, Any], bool]:
-  """Byte-level BPE with merges."""
+  """Byte-level BPE with merges: entries of tokenizer.json, and the default of add_bos."""
   pre = keys.choice("pre", _PRES)
   vocabulary = {token: i for i, token in enumerate(tokens)}
   merges = []
   for merge in keys.texts("merges"):
-    # A merge's first half may itself begin with a space.
+    # The first part of a merge may itself begin with a space.
     cut = merge.find(" ", 1)
     left, right = merge[:cut], merge[cut + 1 :]
     if cut < 0 or left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-      keys.fail(f"{_PREFIX}merges holds {merge!r}, whose parts or whole are no tokens")
+      keys.fail(f"{_PREFIX}merges holds {merge!r}, but its parts or their concatenation are not tokens")
     merges.append((left, right))
   spec = {
     "normalizer": pre.normalizer,
@@ -151,7 +151,7 @@ def _byte_level(
 def _sentence_pieces(
   keys: _Keys, tokens: Sequence[str], types: np.ndarray, ids: Mapping[str, int]
 ) -> tuple[dict[str, Any], bool]:
-  """SentencePiece's BPE: of all neighbours that make a token, those whose token has the highest score merge first."""
+  """SentencePiece's BPE: of all neighbours that form a token, the pair with the highest score merges first."""
   scores = keys.numbers("scores", len(tokens))
   vocabulary = {token: i for i, token in enumerate(tokens)}
   decoders = [
@@ -184,7 +184,7 @@ def _sentence_pieces(
 
 
 def _merges_by_score(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, str]]:
-  """All ways in which two normal tokens make a third, the highest score first."""
+  """All pairs of normal tokens that form a third normal token; the highest score first."""
   normal = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
   found = []
   for token, i in normal.items():
@@ -196,7 +196,7 @@ def _merges_by_score(tokens: Sequence[str], scores: np.ndarray, types: np.ndarra
 
 
 def _added(tokens: Sequence[str], types: np.ndarray) -> list[dict[str, Any]]:
-  """Tokens that are found in a text before it is cut into words."""
+  """Entries for tokens that are recognised before a text is split into words."""
   return [
     {
       "id": i,
@@ -204,7 +204,7 @@ def _added(tokens: Sequence[str], types: np.ndarray) -> list[dict[str, Any]]:
       "single_word": False,
       "lstrip": False,
       "rstrip": False,
-      # Runs of SentencePiece's spaces exist only once the text is normalised.
+      # SentencePiece's space characters appear only after normalisation.
       "normalized": _SPACE in tokens[i],
       "special": bool(types[i] != _USER_DEFINED),
     }
@@ -214,7 +214,7 @@ def _added(tokens: Sequence[str], types: np.ndarray) -> list[dict[str, Any]]:
 
 
 class _Keys:
-  """The metadata's keys, checked as they are read."""
+  """Reads keys of the metadata and checks their types."""
 
   def __init__(self, metadata: Mapping[str, object], where: str):
     self.metadata, self.where = metadata, where
@@ -231,19 +231,19 @@ class _Keys:
   def texts(self, name: str) -> tuple[str, ...]:
     value = self.metadata.get(_PREFIX + name)
     if not isinstance(value, tuple):
-      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else 'no list of texts'}")
+      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else 'not a list of strings'}")
     return value
 
   def numbers(self, name: str, count: int) -> np.ndarray:
     value = self.metadata.get(_PREFIX + name)
     if not isinstance(value, np.ndarray) or value.shape != (count,):
-      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else f'no list of {count} numbers'}")
+      self.fail(f"{_PREFIX}{name} is {'missing' if value is None else f'not a list of {count} numbers'}")
     return value
 
   def token_id(self, role: str, count: int) -> int | None:
     value = self.metadata.get(f"{_PREFIX}{role}_token_id")
     if value is not None and not (isinstance(value, int) and 0 <= value < count):
-      self.fail(f"{_PREFIX}{role}_token_id is {value!r}, expected one of {count} tokens")
+      self.fail(f"{_PREFIX}{role}_token_id is {value!r}, expected a token id below {count}")
     return value
 
   def flag(self, name: str, default: bool) -> bool:
@@ -255,5 +255,5 @@ class _Keys:
   def text(self, name: str) -> str | None:
     value = self.metadata.get(name)
     if value is not None and not isinstance(value, str):
-      self.fail(f"{name} is no text")
+      self.fail(f"{name} is not a string")
     return value

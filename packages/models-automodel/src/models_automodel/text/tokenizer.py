@@ -17,7 +17,7 @@ from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json
 
 TOKENIZER = "tokenizer.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Special tokens that end a turn or a text, whatever the configuration forgets.
+# Special tokens that end a turn or a text, even if the configuration does not list them.
 _ENDS = frozenset(
   (
     "<end_of_turn>",
@@ -38,11 +38,11 @@ class Tokenizer:
 
   Attributes:
     engine: a `tokenizers.Tokenizer`.
-    before: ids that a text begins with.
-    after: ids that a text ends with.
-    chat_template: Jinja's source, or None.
+    before: token ids that are put before a text, such as BOS.
+    after: token ids that are put after a text, such as EOS.
+    chat_template: Jinja source, or None.
     special_tokens: role -> token, such as "bos_token" -> "<s>".
-    stop_ids: ids that end an answer: those of generation_config.json, config.json and the tokenizer together.
+    stop_ids: token ids that end an answer, from generation_config.json, config.json and the tokenizer together.
   """
 
   engine: Any = dataclasses.field(repr=False)
@@ -53,17 +53,17 @@ class Tokenizer:
   stop_ids: frozenset[int]
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, with the tokens that it begins and ends with, where it does not begin so already."""
+    """Encodes a text and adds `before` and `after`; `before` is not added if the ids already begin with it."""
     ids = self._ids(text)
     before = () if self.before and tuple(ids[: len(self.before)]) == self.before else self.before
     return [*before, *ids, *self.after]
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of ids. Bytes that are no UTF-8 become U+FFFD."""
+    """Decodes token ids. Bytes that are not UTF-8 become U+FFFD."""
     return self.engine.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
   def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """A conversation as the text that the model continues.
+    """Renders a conversation as the text that the model continues.
 
     Args:
       messages: each with "role" and "content", as the checkpoint's chat template expects them.
@@ -71,24 +71,25 @@ class Tokenizer:
         default: the text ends where the answer begins.
 
     Raises:
-      ConfigError: without a template, or where it refuses the messages.
+      ConfigError: if the checkpoint has no chat template, or the template refuses the messages.
+      MissingExtraError: if jinja2 is not installed.
     """
     if self.chat_template is None:
-      raise ConfigError("the checkpoint has no chat template (a base model?): encode a plain text instead")
+      raise ConfigError("the checkpoint has no chat template (a base model?): encode plain text instead")
     defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
     return render(self.chat_template, {"messages": messages, **defaults, **self.special_tokens, **variables})
 
   def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-    """Ids of `render`'s text. The template alone says whether a first token stands in front."""
+    """Encodes the text of `render`. Adds no BOS token, because the template adds it if the model needs it."""
     return self._ids(self.render(messages, **variables))
 
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, in pieces that never end within a character.
+    """Decodes token ids as they arrive. No yielded text ends in the middle of a character.
 
-    The pieces together are what `decode` gives for all ids; an incomplete character at the end comes last, as U+FFFD.
+    The texts together equal `decode` of all ids; a character that is incomplete at the end is yielded as U+FFFD.
     """
     window: list[int] = []
-    # Tokens of the window that are out already. They stay for one piece, since a first token loses its space.
+    # Tokens of the window whose text is out. They stay for one more text, since a first token loses its leading space.
     done = 0
     before = after = ""
     for token in ids:
@@ -106,16 +107,16 @@ class Tokenizer:
 
 
 def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
-  """The tokenizer of a checkpoint.
+  """Loads the tokenizer of a checkpoint.
 
   Args:
     place: a directory with `tokenizer.json` or one GGUF checkpoint, a .gguf file, the address of either in an object
-      store, or a checkpoint that has been opened.
+      store, or an opened checkpoint.
 
   Raises:
-    CheckpointError: where there is none, or it is malformed.
-    MissingExtraError: without the package tokenizers.
-    SourceFilesError: if a store does not give the files.
+    CheckpointError: if there is no tokenizer, or it is malformed.
+    MissingExtraError: if the package tokenizers is not installed.
+    SourceFilesError: if an object store cannot provide the files.
   """
   if isinstance(place, str) and (source := models_sources.source_of_address(place)) is not None:
     with source_errors():
@@ -162,7 +163,7 @@ def _from_json(files: Files, names: frozenset[str]) -> Tokenizer:
   ids = {role: engine.token_to_id(token) for role, token in special.items()}
   framing: dict[str, tuple[int, ...]] = {"bos_token": before, "eos_token": after}
   for role in framing:
-    # transformers lets the configuration overrule tokenizer.json's post-processor.
+    # As in transformers, the configuration overrules the post-processor of tokenizer.json.
     if isinstance(stated := config.get(f"add_{role}"), bool):
       if stated and ids.get(role) is None:
         raise CheckpointError(
@@ -186,16 +187,16 @@ def _engine(source: str, where: str) -> Any:
   tokenizers = require("tokenizers", "models-automodel[generate]", "A tokenizer")
   try:
     engine = tokenizers.Tokenizer.from_str(source)
-  except Exception as error:  # The library raises nothing more specific.
+  except Exception as error:  # the library raises nothing more specific
     raise CheckpointError(where, [f"the tokenizer is malformed: {error}"]) from error
-  # A file may carry the padding and truncation of somebody's training.
+  # A file may hold padding and truncation settings from training.
   engine.no_padding()
   engine.no_truncation()
   return engine
 
 
 def _framing(engine: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The ids that the post-processor puts around a text."""
+  """The ids that the post-processor puts before and after a text."""
   plain, full = (engine.encode("a", add_special_tokens=special).ids for special in (False, True))
   start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), len(full))
   return tuple(full[:start]), tuple(full[start + len(plain) :])
@@ -207,7 +208,7 @@ def _named_ends(engine: Any) -> frozenset[int]:
 
 
 def _end_ids(files: Files, name: str, config: Mapping[str, Any]) -> set[int]:
-  """eos_token_id of a configuration: none, one or a list."""
+  """The ids in eos_token_id of a configuration, which may be missing, a number or a list."""
   value = config.get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]
   if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
@@ -218,7 +219,7 @@ def _end_ids(files: Files, name: str, config: Mapping[str, Any]) -> set[int]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-  """Role -> token; the files state a token as text or as an object."""
+  """Role -> token. The files state a token as a string or as an object."""
   found = {}
   for role in _ROLES:
     value = config.get(role)
@@ -229,7 +230,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(files: Files, names: frozenset[str], config: Mapping[str, Any]) -> str | None:
-  """The newer chat_template.jinja, else tokenizer_config.json's text or its "default" of several."""
+  """The template in chat_template.jinja, else that of tokenizer_config.json; of several, the one named "default"."""
   if "chat_template.jinja" in names:
     return _text(files, "chat_template.jinja")
   value = config.get("chat_template")
@@ -238,7 +239,7 @@ def _chat_template(files: Files, names: frozenset[str], config: Mapping[str, Any
       "default"
     )
   if value is not None and not isinstance(value, str):
-    raise CheckpointError(files.path, ["tokenizer_config.json: chat_template is no text"])
+    raise CheckpointError(files.path, ["tokenizer_config.json: chat_template is not a string"])
   return value
 
 
@@ -250,7 +251,7 @@ def _text(files: Files, name: str) -> str:
 
 
 def _read_json(files: Files, names: frozenset[str], name: str) -> dict[str, Any]:
-  """A JSON object, empty where the file is not there."""
+  """Reads a JSON object; empty if there is no such file."""
   if name not in names:
     return {}
   try:

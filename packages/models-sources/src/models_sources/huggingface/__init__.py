@@ -1,10 +1,10 @@
 """Repositories of the Hugging Face hub, or of another hub that speaks its protocol (`HF_ENDPOINT`).
 
-A revision is resolved once, when the files are opened; all that follows is of that one commit, whatever happens to
-the branch meanwhile. Headers are read by byte ranges; only the files that are fetched are downloaded, into the cache
-that `huggingface_hub` shares between all programs, and each is checked against the hub's own hash.
+A revision is resolved to a commit once, when the files are opened; every later read is of that commit, even if the
+branch moves. Headers are read as byte ranges. `fetch` downloads whole files into the cache that `huggingface_hub`
+shares between all programs, and checks each against the hub's hash.
 
-What is in the cache is never asked for again. Offline (`HF_HUB_OFFLINE=1`) no request is made at all.
+Cached files are not requested again. Offline (`HF_HUB_OFFLINE=1`) no request is made at all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from models_sources.retry import Policy, with_retries
 T = TypeVar("T")
 
 POLICY = Policy()
-# With the cache to fall back on, a hub that is down is not waited for.
+# If the cache knows the revision, a hub that is down is not waited for long.
 FALLBACK_POLICY = dataclasses.replace(POLICY, attempts=2)
 
 _PARALLEL_DOWNLOADS = 8
@@ -58,7 +58,7 @@ class _Silent(tqdm):
 
 
 def is_offline() -> bool:
-  """Whether the user forbids requests, before or after `huggingface_hub` was imported."""
+  """Whether the user forbids requests. The variable counts even if it is set after `huggingface_hub` was imported."""
   return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
 
@@ -68,15 +68,15 @@ def _endpoint() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Hub:
-  """One repository as the hub serves it: the requests, each with its errors translated and its retries."""
+  """The requests about one repository; each translates its errors and retries."""
 
   repo: str
   revision: str
   endpoint: str
   token: str | bool | None = dataclasses.field(repr=False)
 
-  def ask(self, action: Callable[[dict[str, Any]], T], policy: Policy, what: str = "its list of files") -> T:
-    """Calls `action` with the arguments that all functions of the client take; translates and retries."""
+  def ask(self, action: Callable[[dict[str, Any]], T], policy: Policy, what: str = "the list of files") -> T:
+    """Calls `action` with the arguments that all functions of the client take; translates its errors and retries."""
     subject = Subject(self.repo, self.revision, public_address(self.endpoint), what)
 
     def attempt() -> T:
@@ -86,13 +86,13 @@ class _Hub:
         translated = translate(error, subject)
         if translated is error:
           raise
-        # The original may quote a signed address.
+        # The original error may quote a signed address.
         raise translated from None
 
     return with_retries(attempt, policy)
 
   def info(self, policy: Policy) -> tuple[str, dict[str, Entry]]:
-    """The commit that the revision is now, and what it holds."""
+    """Resolves the revision to a commit and lists its files."""
 
     def action(sender: dict[str, Any]) -> Any:
       api = HfApi(endpoint=self.endpoint, **sender)
@@ -101,7 +101,9 @@ class _Hub:
 
     info = self.ask(action, policy)
     if not FULL_COMMIT.fullmatch(info.sha or ""):
-      raise SourceError(f"{public_address(self.endpoint)} names no commit for {self.repo}: check HF_ENDPOINT")
+      raise SourceError(
+        f"{public_address(self.endpoint)} states no commit for {self.repo}: check HF_ENDPOINT"
+      )
     return info.sha, {check_name(s.rfilename): entry_of(s) for s in info.siblings or ()}
 
 
@@ -115,11 +117,11 @@ class HubFiles:
   """The files of one commit of one repository.
 
   Attributes:
-    hub: how the repository is asked.
-    commit: the full hash that everything is of.
+    hub: makes the requests.
+    commit: the full hash of the commit.
     cache: where downloads are kept.
-    listing: all files of the commit, None where only the cache can be asked.
-    unreachable: why only the cache can be asked, in words; empty if the hub can.
+    listing: all files of the commit by name; None if the hub cannot be reached and the cache is all there is.
+    unreachable: why the hub cannot be reached, for messages; empty if it can.
     progress: whether downloads show progress bars.
   """
 
@@ -141,11 +143,11 @@ class HubFiles:
     return str(self.cache.snapshot(self.commit))
 
   def names(self) -> Sequence[str]:
-    """Names of all files of the commit, sorted; of those in the cache where the hub cannot be asked."""
+    """Sorted names of all files of the commit, or of the cached ones if the hub cannot be reached."""
     return self.cache.files(self.commit) if self.listing is None else sorted(self.listing)
 
   def locate(self, name: str) -> str | None:
-    """The path of a file in the cache; None where it lies at the hub alone."""
+    """The path of a file in the cache; None if it is not cached."""
     path = self._cached(name)
     return None if path is None else str(path)
 
@@ -161,11 +163,19 @@ class HubFiles:
       return get_hf_file_metadata(self._url(name), timeout=timeout, endpoint=self.hub.endpoint, **sender).size
 
     if (size := self.hub.ask(head, POLICY, name)) is None:
-      raise SourceError(f"{public_address(self.hub.endpoint)} tells no size of {name} of {self.hub.repo}")
+      raise SourceError(
+        f"{public_address(self.hub.endpoint)} does not state the size of {name} of {self.hub.repo}: check HF_ENDPOINT"
+      )
     return size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
-    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`; a cached file is read from the cache."""
+    """Bytes `[start, stop)` of a file, fewer where it ends before `stop`; from the cache if the file is cached.
+
+    Raises:
+      FilesNotFoundError: there is no such file, or the hub cannot be reached and the file is not cached.
+      ConnectionFailedError: the bytes could not be read, after all retries.
+      CorruptFilesError: a whole file was read twice, and neither copy matches the hub's hash.
+    """
     if (path := self._cached(name)) is not None:
       with path.open("rb") as file:
         file.seek(start)
@@ -187,13 +197,13 @@ class HubFiles:
     raise self._corrupt(name)
 
   def fetch(self, names: Sequence[str]) -> str:
-    """Downloads those of the named files that the cache lacks. Returns the directory that holds them.
+    """Downloads the named files that are not cached, and returns the directory that holds them.
 
     Raises:
-      FilesNotFoundError: naming every file that the commit, or offline the cache, lacks.
+      FilesNotFoundError: the commit (offline: the cache) lacks some files; the message names all of them.
       AccessError: the repository is gated, or the token may not read it.
-      ConnectionFailedError: a file did not come, after all retries.
-      CorruptFilesError: a file came twice with other bytes than the hub's hash is of.
+      ConnectionFailedError: a file could not be downloaded, after all retries.
+      CorruptFilesError: a file was downloaded twice, and neither copy matches the hub's hash.
     """
     wanted = {name: entry for name, entry in self._entries(names).items() if self._cached(name) is None}
     if wanted:
@@ -210,7 +220,11 @@ class HubFiles:
     return self.path
 
   def _entries(self, names: Sequence[str]) -> dict[str, Entry]:
-    """What is known about the named files."""
+    """The listing's entries of the named files.
+
+    Raises:
+      FilesNotFoundError: as `fetch`.
+    """
     for name in names:
       check_name(name)
     place = f"{self.hub.repo} at commit {self.commit}"
@@ -232,8 +246,8 @@ class HubFiles:
 
   def _corrupt(self, name: str) -> CorruptFilesError:
     return CorruptFilesError(
-      f"{name} of {self.hub.repo} at commit {self.commit} came twice with other bytes than the hub's hash is of: "
-      "something on the way changes them; check the proxy and the disk"
+      f"{name} of {self.hub.repo} at commit {self.commit} was downloaded twice, and neither copy matches the hub's "
+      "hash: check the proxy and the disk"
     )
 
   def _download(self, name: str, entry: Entry) -> None:
@@ -258,15 +272,15 @@ class HubFiles:
     raise self._corrupt(name)
 
   def _is_intact_or_removed(self, name: str, entry: Entry) -> bool:
-    """Checks a file that has just been downloaded; a broken one leaves the cache, its link and its bytes."""
+    """Checks a file that was just downloaded; removes the link and the blob of a corrupt one from the cache."""
     link = self.cache.snapshot(self.commit) / name
-    # Whatever disappears meanwhile, another process that found the same has removed.
+    # A file that disappears meanwhile was removed by another process that found it corrupt, too.
     with contextlib.suppress(FileNotFoundError):
       blob = link.parent / link.readlink() if link.is_symlink() else link
       before = blob.stat()
       if is_intact_file(entry, blob):
         return True
-      # Another process may have put a good one in its place.
+      # Another process may already have replaced the corrupt blob.
       if os.path.samestat(blob.stat(), before):
         link.unlink()
         blob.unlink(missing_ok=True)
@@ -281,29 +295,30 @@ def open_files(
   download_path: str | None = None,
   progress: bool = True,
 ) -> HubFiles:
-  """The files of a model repository, at the one commit that the revision is now.
+  """Opens a model repository at the commit that the revision points to.
 
-  One request; none if the revision is a full commit hash whose files have been fetched before, and none offline.
-  Where the hub cannot be reached, the revision is what the cache last knew it to be, and a warning is logged.
+  Makes one request, or none if the revision is a full commit hash whose files have been fetched before, or offline.
+  If the hub cannot be reached, the revision's last commit in the cache is used, and a warning is logged.
 
   Args:
     identifier: `organisation/name`.
     revision: branch, tag or commit; None is `main`.
-    token: of the user's account; None takes HF_TOKEN or the saved one, True insists on one, False sends none.
+    token: of the user's account; None takes HF_TOKEN or the saved token if there is one, True requires one, False
+      sends none.
     download_path: directory of the cache; None is the one that all programs share (`HF_HUB_CACHE`).
-    progress: False shows no progress bars for these files.
+    progress: whether downloads of these files show progress bars.
 
   Raises:
-    InvalidNameError: the identifier or the revision cannot be one.
-    FilesNotFoundError: no such repository or revision; offline, none in the cache.
-    AccessError: the token is not accepted, or may not read the repository.
-    ConnectionFailedError: the hub cannot be reached, after all retries, and the cache knows nothing.
+    InvalidNameError: the identifier is not a repository id, or the revision is not a valid name.
+    FilesNotFoundError: there is no such repository or revision; offline: it is not in the cache.
+    AccessError: the hub rejects the token, or the token may not read the repository.
+    ConnectionFailedError: the hub cannot be reached, after all retries, and the revision is not in the cache.
   """
   try:
     validate_repo_id(identifier)
   except HFValidationError:
     raise InvalidNameError(
-      f"{identifier!r} is no name of a repository, which is organisation/name; for a directory ask the source 'local'"
+      f"{identifier!r} is not a repository id: write organisation/name, or use the source 'local' for a directory"
     ) from None
   asked = check_name(constants.DEFAULT_REVISION if revision is None else revision, "revision")
   hub = _Hub(identifier, asked, _endpoint(), token)
@@ -312,10 +327,10 @@ def open_files(
   if is_offline():
     if known is None:
       raise FilesNotFoundError(
-        f"{identifier} at revision {asked} is not in the cache {cache.folder.parent}, and HF_HUB_OFFLINE forbids to "
-        "ask the hub: unset it, or fetch the files once where there is a connection"
+        f"{identifier} at revision {asked} is not in the cache {cache.folder.parent}, and HF_HUB_OFFLINE forbids "
+        "requests to the hub: unset it, or fetch the files once with a connection"
       )
-    return HubFiles(hub, known, cache, None, "HF_HUB_OFFLINE forbids to ask the hub: unset it", progress)
+    return HubFiles(hub, known, cache, None, "HF_HUB_OFFLINE forbids requests to the hub: unset it", progress)
   if known == asked and (listing := cache.listing(asked)) is not None:
     return HubFiles(hub, asked, cache, listing, progress=progress)
   try:
@@ -324,5 +339,5 @@ def open_files(
     if known is None:
       raise
     _log.warning("%s; using commit %s of %s from the cache", error, known, identifier)
-    return HubFiles(hub, known, cache, None, f"the hub could not be asked: {error}", progress)
+    return HubFiles(hub, known, cache, None, f"the hub could not be reached: {error}", progress)
   return HubFiles(hub, commit, cache, found, progress=progress)

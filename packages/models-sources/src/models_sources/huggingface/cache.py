@@ -1,12 +1,12 @@
-"""The client library's cache on disk, as far as it is read and written without the hub.
+"""The part of the client library's cache on disk that is read and written without requests to the hub.
 
-    <cache>/models--org--name/refs/<revision>          the commit that the revision was last
+    <cache>/models--org--name/refs/<revision>          the commit that the revision last pointed to
                               snapshots/<commit>/      the files of a commit: links to
                               blobs/<hash>             their bytes, by the hub's hash
                               .listings/<commit>.json  names, sizes and hashes of all files of a commit
 
-The listings are this package's own: a commit never changes, so its listing saves the question to the hub.
-All is written under a temporary name and renamed; a cache that cannot be written to is still read.
+The listings belong to this package alone: a commit never changes, so a saved listing saves a request to the hub.
+Files are written under a temporary name and renamed; a read-only cache is still read.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Entry:
   """What the hub says about a file.
 
   Attributes:
-    size: bytes, None where the hub doesn't say.
-    sha256: of the bytes, for a file kept in large-file storage.
-    blob_id: git's SHA-1 of the bytes, for any other file.
+    size: in bytes; None if the hub does not state it.
+    sha256: of the content, for a file in large-file storage.
+    blob_id: git's SHA-1 of the content, for any other file.
   """
 
   size: int | None
@@ -50,8 +50,8 @@ class RepoCache:
 
   @classmethod
   def of(cls, repo: str, download_path: str | None) -> RepoCache:
-    """The folder that the client library uses for that repository."""
-    # Resolved as the client library does it, so that both name the same paths.
+    """The cache folder that the client library uses for that repository."""
+    # Resolved as the client library resolves it, so that both use the same paths.
     root = pathlib.Path(download_path or constants.HF_HUB_CACHE).expanduser().resolve()
     return cls(root / repo_folder_name(repo_id=repo, repo_type="model"))
 
@@ -60,26 +60,26 @@ class RepoCache:
     return self.folder / "snapshots" / commit
 
   def file(self, commit: str, name: str) -> pathlib.Path | None:
-    """Where a file of a commit is, None if it isn't cached."""
+    """The path of a file of a commit; None if it is not cached."""
     path = self.snapshot(commit) / name
     return path if path.is_file() else None
 
   def files(self, commit: str) -> list[str]:
-    """Names of the cached files of a commit, sorted."""
+    """Sorted names of the cached files of a commit."""
     root = self.snapshot(commit)
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
   def has_blob(self, entry: Entry) -> bool:
-    """Whether the bytes are here already, perhaps for another commit."""
+    """Whether the content is cached already, perhaps for another commit."""
     return any((self.folder / "blobs" / name).exists() for name in (entry.sha256, entry.blob_id) if name)
 
   def resolve(self, revision: str) -> str | None:
-    """The commit that a revision was last, None if the cache holds nothing of it."""
+    """The commit that a revision last pointed to; None if nothing of that commit is cached."""
     commit = revision if FULL_COMMIT.fullmatch(revision) else _read_text(self.folder / "refs" / revision)
     return commit if commit and self.snapshot(commit).is_dir() else None
 
   def remember(self, revision: str, commit: str, listing: Mapping[str, Entry]) -> None:
-    """Notes what a revision is and what its commit holds. Does nothing to a cache that is read-only."""
+    """Saves the commit of a revision and the listing of the commit. Does nothing to a read-only cache."""
     with contextlib.suppress(OSError):
       if revision != commit:
         _write_text(self.folder / "refs" / revision, commit)
@@ -87,12 +87,12 @@ class RepoCache:
       _write_text(self._listing(commit), json.dumps(entries, indent=1))
 
   def listing(self, commit: str) -> dict[str, Entry] | None:
-    """What is known about all files of a commit, None if nothing is."""
+    """The saved listing of a commit; None if there is none."""
     text = _read_text(self._listing(commit))
     try:
       return {name: Entry(**entry) for name, entry in json.loads(text).items()} if text else None
     except (ValueError, TypeError, AttributeError):
-      return None  # a listing that cannot be read is asked for again
+      return None  # a damaged listing is requested again
 
   def _listing(self, commit: str) -> pathlib.Path:
     return self.folder / ".listings" / f"{commit}.json"

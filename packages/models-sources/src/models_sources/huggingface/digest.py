@@ -1,4 +1,4 @@
-"""Whether bytes are those that the hub promises: by their number, and by the hash that the hub keeps of them."""
+"""Checks downloaded bytes against the size and the hash that the hub states."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from models_sources.huggingface.cache import Entry
 
 _BLOCK = 1 << 20
 
-# Another hub may put another kind of tag in these fields: only what has the length of a hash is one.
+# Other hubs may put other tags into these fields; only a text of a hash's length is compared.
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 
 
 def is_intact(entry: Entry, size: int, blocks: Iterable[bytes | memoryview]) -> bool:
-  """Whether the blocks, of that many bytes in all, are the file. True for what the hub says nothing about."""
+  """Whether the bytes of a file match its entry; True if the entry has neither size nor hash.
+
+  Args:
+    entry: size and hash, as the hub states them.
+    size: bytes of all blocks together.
+    blocks: the bytes of the file, in order.
+  """
   if entry.size is not None and entry.size != size:
     return False
   if entry.sha256 and len(entry.sha256) == _SHA256_DIGITS:
@@ -33,7 +39,7 @@ def is_intact(entry: Entry, size: int, blocks: Iterable[bytes | memoryview]) -> 
 
 
 def is_intact_file(entry: Entry, path: pathlib.Path) -> bool:
-  """Whether the file at that path is the one that the hub promises."""
+  """Whether the file at that path matches the hub's entry."""
   with path.open("rb") as file:
     return is_intact(entry, os.fstat(file.fileno()).st_size, _blocks(file))
 

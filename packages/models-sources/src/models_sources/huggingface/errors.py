@@ -1,4 +1,4 @@
-"""Failures of `huggingface_hub` and of the HTTP client below it, as errors of a source."""
+"""Translates the errors of `huggingface_hub` and of the HTTP client below it into a source's errors."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from models_sources.errors import (
   SourceError,
 )
 
-# huggingface_hub speaks through httpx or httpx2, depending on its version; its own HTTP error derives from that one's.
+# huggingface_hub uses httpx or httpx2, depending on its version; its own HTTP error derives from that client's.
 _http: Any = importlib.import_module(hub.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 TransportError: type[Exception] = _http.TransportError
 _UnsupportedProtocol: type[Exception] = _http.UnsupportedProtocol
 
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
 
-_GET_TOKEN = "set HF_TOKEN or pass token= of an account that may read it"
+_GET_TOKEN = "set HF_TOKEN or pass token= for an account that may read it"
 _NO_HUB = (
-  "{endpoint} does not answer as a hub does about {what} of {repo}: check HF_ENDPOINT and the proxy settings"
+  "the answer of {endpoint} about {what} of {repo} is not that of a Hugging Face hub: check HF_ENDPOINT and the proxy "
+  "settings"
 )
 
-# The first row that fits decides: a class comes after its subclasses.
+# The first row that matches decides, so a class comes after its subclasses.
 _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
   (hub.GatedRepoError, AccessError, "{repo} is gated: accept its licence at {page}, then " + _GET_TOKEN),
   (
@@ -61,7 +62,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
   (
     hub.OfflineModeIsEnabled,
     FilesNotFoundError,
-    "{what} of {repo} is not in the cache and the hub is offline: unset HF_HUB_OFFLINE",
+    "{what} of {repo} is not in the cache, and HF_HUB_OFFLINE forbids requests to the hub: unset it",
   ),
   (
     hub.FileMetadataError,
@@ -78,22 +79,25 @@ _BY_CLASS: tuple[tuple[type[BaseException], type[SourceError], str], ...] = (
 )
 
 _BY_STATUS: dict[int, tuple[type[SourceError], str]] = {
-  401: (AccessError, "{answering} does not accept the token for {repo}: renew it, then " + _GET_TOKEN),
+  401: (AccessError, "{answering} rejects the token for {repo}: create a new one, then " + _GET_TOKEN),
   403: (
     AccessError,
     "the token may not read {what} of {repo}: widen its permissions at {endpoint}/settings/tokens",
   ),
-  404: (FilesNotFoundError, "{answering} does not know {what} of {repo} at revision {revision}"),
+  404: (
+    FilesNotFoundError,
+    "{answering} does not have {what} of {repo} at revision {revision}: see {page}/tree/main",
+  ),
 }
 
 
-# What an exception is that stands for no answer at all, or for half of one.
+# Predicates for exceptions that mean no answer or an incomplete one; all of these are tried again.
 _NO_ANSWER: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
-  (lambda e: isinstance(e, TransportError), "no connection for {what} of {repo} at {endpoint} ({kind})"),
-  # The client's own check of a body's length raises a bare OSError; that of a full disk has an errno.
+  (lambda e: isinstance(e, TransportError), "no connection to {endpoint} for {what} of {repo} ({kind})"),
+  # The client raises a bare OSError for a body of the wrong length; the OSError of a full disk has an errno.
   (
     lambda e: type(e) is OSError and e.errno is None,
-    "{what} of {repo} came with another length than promised",
+    "{what} of {repo} does not have the length that the hub states",
   ),
   # After a failed connection the client closes the session that all threads share.
   (
@@ -102,34 +106,34 @@ _NO_ANSWER: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
   ),
   (
     lambda e: isinstance(e, hub.LocalEntryNotFoundError) and e.__cause__ is None,
-    "{what} of {repo} did not come",
+    "{what} of {repo} could not be downloaded",
   ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What was asked for: words for a message.
+  """What a request is about, in words for a message.
 
   Attributes:
-    repo: identifier of the repository.
-    revision: as it was asked for.
+    repo: id of the repository.
+    revision: as the user gave it.
     endpoint: address of the hub, without credentials.
-    what: the file, or "its list of files".
+    what: name of the file, or "the list of files".
   """
 
   repo: str
   revision: str
   endpoint: str
-  what: str = "its list of files"
+  what: str = "the list of files"
 
   def say(self, template: str, **more: object) -> str:
-    """The template with the words put in."""
+    """Fills in a message template."""
     return template.format(page=f"{self.endpoint}/{self.repo}", **dataclasses.asdict(self), **more)
 
 
 def public_address(url: str) -> str:
-  """A URL without user, password, query and fragment, any of which may carry a credential."""
+  """A URL without its user, password, query and fragment, each of which may hold a credential."""
   parts = urlsplit(url)
   return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
@@ -148,7 +152,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _retry_after(headers: Any) -> float | None:
-  """Seconds, from either form of the header."""
+  """Seconds to wait; the header holds a number of seconds or a date."""
   value = (headers.get("Retry-After") or "").strip()
   if value.isdigit():
     return float(value)
@@ -159,9 +163,9 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def _of_response(response: Any, subject: Subject) -> SourceError:
-  """The error for an answer that no class of error is for."""
+  """The error for an HTTP status that `_BY_CLASS` does not cover."""
   status, host = response.status_code, _host(str(response.request.url))
-  # A storage host knows no tokens: it refuses a signature that is too old, and the next attempt gets a new one.
+  # A storage host checks no tokens, only signed addresses; the next attempt gets a fresh signature.
   refused = status in (401, 403) and host != _host(subject.endpoint)
   if status in _LATER or refused:
     error = ConnectionFailedError(
@@ -178,9 +182,9 @@ def _of_response(response: Any, subject: Subject) -> SourceError:
 
 
 def translate(error: Exception, subject: Subject) -> Exception:
-  """The error of a source for an error of the client library; the error itself where it is none of those.
+  """Translates an error of the client library; returns any other error unchanged.
 
-  No text of the original is quoted but the name of its class: it may hold a signed address.
+  A message quotes only the class name of the original error, whose text may hold a signed address.
   """
   chain = list(_causes(error))
   for kind, ours, template in _BY_CLASS:

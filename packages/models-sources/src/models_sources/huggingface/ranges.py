@@ -1,4 +1,4 @@
-"""Byte ranges of a remote file over HTTP: one request, its redirects followed, its answer checked."""
+"""Reads a byte range of a remote file over HTTP: follows redirects and checks the answer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def read_range(
     url: of the file.
     start: first byte.
     stop: one past the last byte, greater than `start`.
-    headers: of the request; Authorization goes to the origin of `url` alone.
-    timeout: seconds without a byte.
-    size: bytes of the file where they are known.
+    headers: of the request; Authorization is sent only to the origin of `url`.
+    timeout: seconds without a byte after which the request fails.
+    size: bytes of the file; None if unknown.
 
   Raises:
     ConnectionFailedError: the answer ends early.
-    SourceError: the answer is of another range or of another file.
-    Exception: what the HTTP client and `hf_raise_for_status` raise.
+    SourceError: the answer is compressed, holds another range, states another size of the file, or is one redirect
+      too many.
+    Exception: any error of the HTTP client or of `hf_raise_for_status`.
   """
   sent = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
   place = url
@@ -47,7 +48,10 @@ def read_range(
       if _origin(target) != _origin(place):
         sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
       place = target
-  raise SourceError(f"more than {_MAX_REDIRECTS} redirects for a byte range of {urlsplit(url).path}")
+  raise SourceError(
+    f"more than {_MAX_REDIRECTS} redirects for a byte range of {urlsplit(url).path}: check HF_ENDPOINT and the "
+    "proxy settings"
+  )
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -58,33 +62,37 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 def _body(answer: Any, start: int, stop: int, size: int | None) -> bytes:
   file = urlsplit(str(answer.request.url)).path
   if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-    raise SourceError(f"a byte range of {file} came compressed: a proxy changes the answers of the hub")
+    raise SourceError(
+      f"a byte range of {file} came compressed, although the hub never does that: check the proxy settings"
+    )
   if answer.status_code == 206:
     match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
     total = size if match is None or match[3] == "*" else int(match[3])
     end = stop if total is None else min(stop, total)
     if match is None or (int(match[1]), int(match[2]) + 1) != (start, end):
       got = answer.headers.get("Content-Range", "no Content-Range")
-      raise SourceError(f"asked for bytes {start}-{end - 1} of {file}, but {got} came")
+      raise SourceError(
+        f"bytes {start}-{end - 1} of {file} were requested, but the answer has {got}: check the proxy settings"
+      )
     skip = 0
   else:
-    # The server ignores ranges and sends the file from its beginning.
+    # The server ignores ranges and sends the whole file.
     length = answer.headers.get("Content-Length", "")
     total = int(length) if length.isdigit() else size
     end = stop if total is None else min(stop, total)
     skip = start
   if size is not None and total != size:
-    raise SourceError(f"{file} has {total} bytes, but the hub's list of files says {size}")
+    raise SourceError(
+      f"{file} has {total} bytes, but the hub's list of files says {size}: check the proxy settings"
+    )
   data, position = bytearray(), start - skip
   for block in answer.iter_raw():
     data += block[max(0, start - position) : max(0, end - position)]
     position += len(block)
     if position >= end:
-      break  # leaving the context closes the connection, and the rest is never sent
+      break  # leaving the context closes the connection, so the rest is not sent
   expected = max(0, end - start)
-  # Where nobody knows the file's size, its end is wherever the answer ends.
+  # If the size of the file is unknown, the end of the answer is taken as the end of the file.
   if len(data) < expected and total is not None:
-    raise ConnectionFailedError(
-      f"{len(data)} of {expected} bytes of {file} came before the connection closed"
-    )
+    raise ConnectionFailedError(f"the connection closed after {len(data)} of {expected} bytes of {file}")
   return bytes(data)
