@@ -54,7 +54,7 @@ class ShardingConfig:
   exp_weight_efd: Spec = ("tp", None, "fsdp")
   router_weight_ed: Spec | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value, letters = getattr(self, field.name), _letters(field.name)
       if value is not None and len(value) != len(letters):
