@@ -237,7 +237,9 @@ def test_layers_are_the_first_of_those_that_there_are(checkpoint, layers):
 def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
   mesh = jax.make_mesh((1, 4), ("fsdp", "tp"))
   assert "k_proj" in str(AutoModel.plan(str(checkpoint[0]), mesh))
-  with pytest.raises(ShardingError, match=r"k_proj.*2 does not divide by tp=4 \(sizes that divide: 1, 2\)"):
+  with pytest.raises(
+    ShardingError, match=r"k_proj.*2 is not divisible by tp=4 \(sizes that divide it: 1, 2\)"
+  ):
     AutoModel.from_pretrained(str(checkpoint[0]), mesh, strict_sharding=True)
 
 

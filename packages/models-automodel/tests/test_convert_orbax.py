@@ -184,7 +184,7 @@ def test_what_has_no_place_in_the_tree_is_said(edit_config, checkpoint, tmp_path
   convert(str(directory), tmp_path / "same", progress=False)
   assert not caplog.messages
   convert(str(directory), tmp_path / "out", to="orbax", progress=False)
-  assert "1 tensor not loaded: the frequencies follow from the configuration" in caplog.text
+  assert "1 tensor not loaded: the RoPE frequencies follow from the configuration" in caplog.text
 
 
 def test_in_the_place_of_its_source(checkpoint, tmp_path):

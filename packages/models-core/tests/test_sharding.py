@@ -50,9 +50,16 @@ class TestFit:
   @pytest.mark.parametrize(
     ("shape", "spec", "fitted", "axis", "reason", "remedy"),
     [
-      ((3, 4), P("fsdp", "tp"), P(None, "tp"), 0, "3 does not divide by fsdp=2", "sizes that divide: 1, 3"),
-      ((4, 6), P(None, ("fsdp", "tp")), P(None, None), 1, "6 does not divide by fsdp*tp=4", "1, 2, 3, 6"),
-      ((1, 4), P("tp"), P(None), 0, "1 does not divide by tp=2", "sizes that divide: 1"),
+      (
+        (3, 4),
+        P("fsdp", "tp"),
+        P(None, "tp"),
+        0,
+        "3 is not divisible by fsdp=2",
+        "sizes that divide it: 1, 3",
+      ),
+      ((4, 6), P(None, ("fsdp", "tp")), P(None, None), 1, "6 is not divisible by fsdp*tp=4", "1, 2, 3, 6"),
+      ((1, 4), P("tp"), P(None), 0, "1 is not divisible by tp=2", "sizes that divide it: 1"),
       ((4, 4), P("pp", "tp"), P(None, "tp"), 0, "the mesh has no axis 'pp'", "its axes are fsdp, tp"),
       ((4, 4), P(("tp", "pp")), P(None), 0, "the mesh has no axis 'pp'", "name one of them"),
     ],

@@ -1,4 +1,4 @@
-"""Where a checkpoint's weights may lie, and what GGUF stores otherwise."""
+"""Names under which a checkpoint may hold weights, and values that GGUF files store differently."""
 
 import json
 

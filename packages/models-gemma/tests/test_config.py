@@ -14,7 +14,7 @@ from models_gemma.gemma3.model import ModelConfig as Gemma3Config
 
 LOCAL, GLOBAL = AttentionType.LOCAL_SLIDING, AttentionType.GLOBAL
 
-# As the repositories have them, less token ids and versions.
+# As published in the repositories, without token ids and versions.
 GEMMA_2B = {
   "architectures": ["GemmaForCausalLM"],
   "attention_bias": False,
@@ -176,7 +176,7 @@ def test_gelu_of_gemma_1_is_the_tanh_form_whatever_its_name(change):
     (gemma, GEMMA_2_27B | {"sliding_window": None}, "give sliding_window_size"),
     (gemma3, GEMMA_3_1B | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     (gemma3, GEMMA_3_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
-    (gemma3, GEMMA_3_1B | {"layer_types": ["full_attention"] * 26}, "say different things"),
+    (gemma3, GEMMA_3_1B | {"layer_types": ["full_attention"] * 26}, "state different sliding layers"),
     (gemma3, GEMMA_3_1B | {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters has rope_theta"),
     (gemma3, GEMMA_3_1B | {"rope_local_base_freq": None}, "rope_local_base_freq.*missing"),
     (gemma3, GEMMA_3_1B | {"rope_parameters": NESTED, "rope_theta": 5.0}, "full_attention.*differs"),

@@ -20,7 +20,7 @@ CONTRACTS = {
 
 def hidden_of_the_embedding_alone(contract, dtype):
   """A model whose layers add nothing, and the hidden states of each token of its vocabulary [1, V, D]."""
-  # With so large an epsilon the norm at the end keeps the size of what it normalises.
+  # The large epsilon makes the final norm divide by a constant instead of normalising.
   config = dataclasses.replace(contract.config, norm_eps=1e4)
   model = create_dummy_model(contract.family.model_class, config, dtype=dtype, scale=1.0)
   for layer in model.layers:
@@ -36,7 +36,7 @@ def hidden_of_the_embedding_alone(contract, dtype):
   [("bfloat16", 6.9375), ("float16", 6.9296875), ("float32", 6.928203105926514)],
 )
 def test_the_factor_is_rounded_to_the_dtype_of_the_embedding(contract, dtype, factor):
-  """Of 48, whose root is 6.92820323."""
+  """sqrt(48) = 6.92820323, rounded to each dtype."""
   assert contract.config.embed_dim == 48
   model, hidden = hidden_of_the_embedding_alone(contract, dtype)
   dtype = jnp.dtype(dtype)

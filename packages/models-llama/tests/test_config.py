@@ -7,7 +7,7 @@ from models_core.rope_scaling import Llama3Scaling
 from models_llama.llama3.model import ModelConfig
 from models_llama.llama3.params import read_config
 
-# As the repositories have them, less token ids and versions.
+# As published in the repositories, without token ids and versions.
 LLAMA_3_2_1B = {
   "architectures": ["LlamaForCausalLM"],
   "attention_bias": False,

@@ -45,7 +45,7 @@ def test_a_seed_gives_the_same_model_in_every_version():
     ".".join(map(str, path)): np.ravel(variable.get_value())[0]
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
-  # The first number of each: the order in which all parameters draw decides it.
+  # First value of each parameter, which depends on the order in which all parameters draw.
   expected = {
     "embedder.input_embedding": 0.0200803,
     "layers.1.attn.q_proj.w": 0.00190253,

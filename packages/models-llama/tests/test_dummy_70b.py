@@ -31,6 +31,6 @@ def test_each_device_makes_its_shards_alone_by_one_program_a_kind_of_parameter(i
     memory = program.memory_analysis()
     shard = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
     assert shard <= memory.output_size_in_bytes < shard + 1000
-    # Unfused, a generator of float32 keeps 16 bytes for each number of the shard; for those of all shards it were 64.
+    # Unfused, a float32 generator keeps 16 bytes for each value of the shard; generating all shards would take 64.
     assert memory.temp_size_in_bytes <= 9 * shard + 1000, shape
   assert time.perf_counter() - start < 120

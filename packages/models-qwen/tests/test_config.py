@@ -7,7 +7,7 @@ from models_qwen import qwen2, qwen3
 
 SLIDES, FULL = "sliding_attention", "full_attention"
 
-# As the repositories have them, less token ids and versions.
+# As published in the repositories, without token ids and versions.
 QWEN_2_5_7B = {
   "architectures": ["Qwen2ForCausalLM"],
   "attention_dropout": 0.0,

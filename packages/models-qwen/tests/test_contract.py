@@ -64,7 +64,7 @@ class TestQwen3(FamilyContract):
 
 
 class TestQwen3Sparse(FamilyContract):
-  """Layers 0 and 2 are dense by their step, layer 1 by its number."""
+  """Layers 0 and 2 are dense by decoder_sparse_step, layer 1 by mlp_only_layers."""
 
   family = qwen3.FAMILY
   config = SPARSE
@@ -93,7 +93,7 @@ def test_windows_are_those_of_the_layers_and_rings_have_as_many_slots(contract, 
   assert [layer["k"].shape[1] for layer in cache.values()] == [window or 16 for window in windows]
 
 
-# The first number of parameters that draw from nnx.Rngs(0): the order in which all draw decides it.
+# First value of parameters that draw from nnx.Rngs(0), which depends on the order in which all parameters draw.
 INITIAL = {
   "embedder.input_embedding": (0.0200803, 0.0200803),
   "layers.1.attn.q_proj.w": (-0.0187484, -0.011518),

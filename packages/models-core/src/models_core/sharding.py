@@ -12,14 +12,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 
 from models_core.errors import ShardingError
 
-# A mesh axis, several of them, or None for replication; one for each array axis.
+# What shards one axis of an array: a mesh axis, several of them, or None for replication.
 AxisNames = str | tuple[str, ...] | None
+# An entry for each axis of an array, or for the leading ones.
 Spec = tuple[AxisNames, ...] | PartitionSpec
 
-# Fields whose name doesn't end with its letters.
+# Axis letters of the fields whose names do not end with them.
 _LETTERS = {"rms_norm_weight": "d", "qk_norm_weight": "h"}
 
-# Where a field that is left out takes its entries from, letter by letter.
+# Omitted field -> the field that it takes its entries from, letter by letter.
 _FALLBACKS = {
   "lm_head_vd": "emb_vd",
   "q_bias_nh": "q_weight_dnh",
@@ -30,10 +31,15 @@ _FALLBACKS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardingConfig:
-  """Mesh axes by role. The letters at the end of a field's name are the axes that its entries shard.
+  """Mesh axes for each kind of parameter and activation.
 
-  `q_weight_dnh=("fsdp", "tp", None)` puts D on fsdp and N on tp, in whatever order the parameter keeps
-  its axes. v vocabulary, d model, n heads (KV heads too), h head, f feed-forward, e experts, b batch, t time.
+  The letters at the end of a field's name are the axes that its entries shard: `q_weight_dnh=("fsdp", "tp", None)`
+  shards D over fsdp and N over tp, in whatever order a parameter keeps its axes. The letters are v vocabulary, d width
+  of the model, n heads (query or KV), h dimension of a head, f width of the feed-forward block, e experts, b batch and
+  t time.
+
+  Raises:
+    ShardingError: if a field does not have one entry for each of its letters.
   """
 
   emb_vd: Spec
@@ -54,18 +60,18 @@ class ShardingConfig:
   exp_weight_efd: Spec = ("tp", None, "fsdp")
   router_weight_ed: Spec | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value, letters = getattr(self, field.name), _letters(field.name)
       if value is not None and len(value) != len(letters):
         raise ShardingError(
-          f"ShardingConfig.{field.name}={tuple(value)} has {len(value)} entries, but names "
-          f"{len(letters)} axes ({', '.join(letters.upper())}): give one entry for each"
+          f"ShardingConfig.{field.name}={tuple(value)} has {len(value)} entries, but stands for "
+          f"{len(letters)} axes ({', '.join(letters.upper())}): give one entry for each axis"
         )
 
   @staticmethod
   def get_default_sharding(is_sampling: bool = False) -> ShardingConfig:
-    """Parameters over fsdp and tp. For sampling, parameters over tp alone: no gathering at each step."""
+    """Shards parameters over fsdp and tp; for sampling over tp only, so that no decoding step gathers parameters."""
     fsdp = None if is_sampling else "fsdp"
     return ShardingConfig(
       emb_vd=("tp", fsdp),
@@ -83,7 +89,11 @@ class ShardingConfig:
     )
 
   def spec(self, field: str, axes: str) -> PartitionSpec:
-    """Entries of `field` in the order of `axes`, such as "n h d". Axes that it doesn't name are replicated."""
+    """Entries of a field in the order of a parameter's axes.
+
+    `spec("q_weight_dnh", "n h d")` is `PartitionSpec("tp", None, "fsdp")` by default. The letter k, KV heads, takes the
+    entry of n. Axes that the field does not name are replicated.
+    """
     value = getattr(self, field)
     if value is None:
       return self.spec(_FALLBACKS[field], axes)
@@ -98,13 +108,13 @@ def _letters(field: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Misfit:
-  """An axis that stays whole because the mesh cannot hold its spec.
+  """An axis of an array that is replicated, because the mesh cannot hold its entry of the spec.
 
   Attributes:
-    axis: of the array.
-    size: of that axis.
-    names: the mesh axes that were asked for.
-    reason: what is in the way.
+    axis: index of the axis.
+    size: of the axis.
+    names: mesh axes in the entry.
+    reason: why the mesh cannot hold the entry.
     remedy: what would fit.
   """
 
@@ -116,28 +126,32 @@ class Misfit:
 
 
 def axis_names(entry: AxisNames) -> tuple[str, ...]:
-  """The mesh axes that an entry of a spec names: "tp" -> ("tp",), None -> ()."""
+  """Mesh axes that an entry of a spec names: "tp" -> ("tp",), None -> ()."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def fit(
   shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh
 ) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
-  """The part of a spec that a mesh can hold.
+  """Replaces entries of a spec that a mesh cannot hold by None.
+
+  On a mesh fsdp=2, tp=2, an array of shape (3, 4) with the spec ("fsdp", "tp") gets (None, "tp"), since 3 is not divisible by 2.
 
   Args:
     shape: of the array.
-    spec: one entry for each leading axis.
-    mesh: of either kind.
+    spec: an entry for each leading axis.
+    mesh: concrete or abstract.
 
   Returns:
-    The spec with the axes that don't fit replicated, and these axes.
+    The spec that the mesh can hold, and a Misfit for each replaced entry.
 
   Raises:
     ShardingError: if the spec is longer than the shape or uses a mesh axis twice.
   """
   if len(spec) > len(shape):
-    raise ShardingError(f"the spec {tuple(spec)} has more entries than the shape {tuple(shape)} has axes")
+    raise ShardingError(
+      f"the spec {tuple(spec)} has more entries than the shape {tuple(shape)} has axes: remove the surplus"
+    )
   sizes = dict(mesh.shape)
   entries: list[AxisNames] = []
   misfits: list[Misfit] = []
@@ -146,7 +160,9 @@ def fit(
     names = axis_names(entry)
     for name in names:
       if name in used:
-        raise ShardingError(f"the spec {tuple(spec)} uses the mesh axis {name!r} twice")
+        raise ShardingError(
+          f"the spec {tuple(spec)} uses the mesh axis {name!r} twice: name each mesh axis once"
+        )
       used.add(name)
     missing = [name for name in names if name not in sizes]
     ways = math.prod(sizes.get(name, 1) for name in names)
@@ -156,9 +172,9 @@ def fit(
       misfits.append(Misfit(axis, size, names, reason, remedy))
       entry = None
     elif size % ways:
-      reason = f"{size} does not divide by {'*'.join(names)}={ways}"
+      reason = f"{size} is not divisible by {'*'.join(names)}={ways}"
       divisors = [n for n in range(1, min(size, 4096) + 1) if size % n == 0]
-      remedy = f"sizes that divide: {', '.join(map(str, divisors[-8:]))}"
+      remedy = f"sizes that divide it: {', '.join(map(str, divisors[-8:]))}"
       misfits.append(Misfit(axis, size, names, reason, remedy))
       entry = None
     entries.append(entry if names else None)
@@ -166,20 +182,24 @@ def fit(
 
 
 def check_mesh(mesh: Any) -> None:
-  """Raises TypeError for what is neither a mesh of devices nor None."""
+  """Checks the argument `mesh` of a public function.
+
+  Raises:
+    TypeError: if it is neither a Mesh of devices nor None.
+  """
   if mesh is not None and not isinstance(mesh, Mesh):
     raise TypeError(
-      f"mesh is {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, such as jax.make_mesh gives, or None "
+      f"mesh is {type(mesh).__name__}, expected a jax.sharding.Mesh of devices, as jax.make_mesh returns, or None "
       "for one device"
     )
 
 
 def default_sharding() -> SingleDeviceSharding:
-  """Where arrays go without a mesh: the default device of this process."""
+  """Sharding of arrays if there is no mesh: the default device of this process."""
   device = jax.config.jax_default_device  # type: ignore[attr-defined]
   return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
 
 
 def named(mesh: Mesh | None, spec: PartitionSpec) -> NamedSharding | SingleDeviceSharding:
-  """The sharding of a spec that fits the mesh; one device without a mesh."""
+  """Sharding of a spec that the mesh can hold; without a mesh, the default device."""
   return default_sharding() if mesh is None else NamedSharding(mesh, spec)

@@ -1,11 +1,11 @@
-"""What every architecture must hold, as a test class that its package subclasses.
+"""The contract of every architecture, as a test class that the architecture's package subclasses.
 
     class TestLlama3(FamilyContract):
       family = FAMILY
-      config = ModelConfig(...)               # tiny, every field off its default
+      config = ModelConfig(...)               # tiny, no field with its default value
       changes = {"num_layers": 3, ...}        # another value for each field
 
-The tests want four devices: `jax.config.update("jax_num_cpu_devices", 4)` in the package's conftest.
+The tests need four devices: put `jax.config.update("jax_num_cpu_devices", 4)` into the package's conftest.py.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from jax.sharding import Mesh
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
-from models_core.layers import RematConfig
+from models_core.layers import Cache, RematConfig
 from models_core.loading import abstract_model, load, plan_load
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, pieces, put_back
 
-# Of the largest logit, in float32.
+# Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
 
-# Of the sequences that all tests use. Their vocabulary is the first 32 tokens.
+# All tests use the same B sequences of T tokens, from the first 32 tokens of the vocabulary.
 B, T = 2, 7
 TOKENS = np.random.default_rng(0).integers(0, 32, (B, T), np.int32)
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
@@ -50,18 +50,18 @@ MESHES = {
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-  """Compares logits: the largest error against the largest value."""
+  """Asserts that the largest error of logits is at most `tolerance` times their largest absolute value."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape
   assert np.isfinite(expected).all()
   error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
-  assert error <= tolerance * scale, f"largest error {error:.3g}, largest value {scale:.3g}"
+  assert error <= tolerance * scale, f"the largest error is {error:.3g}, the largest value {scale:.3g}"
 
 
 def write_checkpoint(
   directory: pathlib.Path, family: Family, config: Any, model: nnx.Module
 ) -> dict[str, np.ndarray]:
-  """Writes a model as a Hugging Face directory of one file. Returns its tensors."""
+  """Writes a model as a directory with config.json and one safetensors file. Returns the tensors by name."""
   tensors = to_tensors(model, family.huggingface)
   beginning, starts = file_layout({name: (array.dtype, array.shape) for name, array in tensors.items()})
   data = b"".join(tensors[name].tobytes() for name in sorted(starts, key=starts.__getitem__))
@@ -71,7 +71,7 @@ def write_checkpoint(
 
 
 def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
-  """A model's parameters as a checkpoint's tensors, in each row's first form."""
+  """Turns a model's parameters into a checkpoint's tensors, in the first form of each row of a weight table."""
   tensors: dict[str, np.ndarray] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
@@ -83,23 +83,30 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
 
 
 @nnx.jit
-def _call(model, tokens, positions, cache=None, mask=None, segment_ids=None):
+def _call(
+  model: Any,
+  tokens: Any,
+  positions: Any,
+  cache: Cache | None = None,
+  mask: Any = None,
+  segment_ids: Any = None,
+) -> tuple[jax.Array, Any]:
   return model(tokens, positions, cache, mask, segment_ids=segment_ids)
 
 
 @nnx.jit
-def _call_in_parts(model, tokens, positions):
+def _call_in_parts(model: Any, tokens: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
   hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
-  kept = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()[0]
-  return hidden, kept, model.compute_final_logits(hidden[:, -1:])
+  kept: Any = nnx.pop(model, nnx.Intermediate)["all_hidden_states"]
+  return hidden, kept.get_value()[0], model.compute_final_logits(hidden[:, -1:])
 
 
-def _loss(model, tokens, positions):
+def _loss(model: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
   logits, _ = model(tokens, positions)
   return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-def _step(model, optimizer, tokens, positions):
+def _step(model: Any, optimizer: nnx.Optimizer, tokens: jax.Array, positions: jax.Array) -> jax.Array:
   value, grads = nnx.value_and_grad(_loss)(model, tokens, positions)
   optimizer.update(model, grads)
   return value
@@ -109,32 +116,32 @@ _jitted_step: Any = nnx.jit(_step, donate_argnums=(0, 1))
 
 
 def _train(model: nnx.Module) -> list[float]:
-  """Losses of three steps of gradient descent with donated state."""
+  """Losses of three steps of gradient descent, in which model and optimiser donate their buffers."""
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
   return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
 
 
 class Halved(nnx.Module):
-  """What a caller may put around a layer or an attention block, of which it knows nothing."""
+  """A wrapper that callers may put around a layer or an attention block without knowing its arguments."""
 
   def __init__(self, inner: nnx.Module):
     self.inner = inner
 
   def __call__(self, *args: Any) -> tuple[jax.Array, Any]:
-    """Half of what the inner module gives, and its cache."""
+    """Returns half of the inner module's output, and its cache."""
     x, cache = self.inner(*args)
     return x / 2, cache
 
 
 class FamilyContract:
-  """Subclass it with a family and a tiny configuration.
+  """Tests of one architecture. Subclass it with the family and a tiny configuration.
 
   Attributes:
     family: under test.
-    config: tiny, with at least two layers, two query heads for each KV head and 32 tokens.
-    changes: another value for each field of the configuration but `shd_config` and `remat_config`.
-    others: further configurations of the family, each under test in a subclass of its own. A field that `config`
-      has no use for, such as one of experts in a dense model, is left out of `changes` and differs here.
+    config: tiny, with at least two layers, two query heads for each KV head and a vocabulary of 32 tokens.
+    changes: another value for each field of the configuration except `shd_config` and `remat_config`. A field that has
+      no effect in `config`, such as `num_experts` in a dense model, may be left out if one of `others` changes it.
+    others: further configurations of the family; test each in a subclass of its own, too.
   """
 
   family: ClassVar[Family]
@@ -144,64 +151,68 @@ class FamilyContract:
 
   @pytest.fixture(scope="class", autouse=True)
   @classmethod
-  def _devices(cls):
-    assert jax.device_count() >= 4, 'four devices are wanted: jax.config.update("jax_num_cpu_devices", 4)'
+  def _devices(cls) -> None:
+    assert jax.device_count() >= 4, (
+      'the contract needs four devices: put jax.config.update("jax_num_cpu_devices", 4) into conftest.py'
+    )
 
   @pytest.fixture(scope="class")
   @classmethod
-  def model(cls):
-    """On one device, with weights large enough for attention to matter."""
+  def model(cls) -> Any:
+    """A model on one device, with weights so large that attention is far from uniform."""
     return cls.make(cls.config)
 
   @pytest.fixture(scope="class", params=sorted(MESHES))
   @classmethod
-  def mesh(cls, request):
-    """One of each kind."""
+  def mesh(cls, request: pytest.FixtureRequest) -> Mesh:
+    """A mesh of 2 x 2 devices, with Auto and with Explicit axes."""
     return MESHES[request.param]()
 
   @pytest.fixture(scope="class")
   @classmethod
-  def sharded(cls, mesh):
-    """The same model on a mesh."""
+  def sharded(cls, mesh: Mesh) -> Any:
+    """The same model, sharded over the mesh."""
     return cls.make(cls.config, mesh)
 
   @pytest.fixture(scope="class")
   @classmethod
-  def expected(cls, model):
-    """Logits [B, T, V] of the plain sequence, on one device."""
+  def expected(cls, model: Any) -> np.ndarray:
+    """Logits [B, T, V] on one device, from one pass without a cache."""
     return np.asarray(_call(model, TOKENS, POSITIONS)[0])
 
   @classmethod
   def make(cls, config: Any, mesh: Mesh | None = None) -> Any:
-    """A random model of the family."""
+    """Makes a model of the family with random weights."""
     return create_dummy_model(cls.family.model_class, config, mesh, scale=0.3)
 
   @classmethod
   def shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
-    """Of all parameters."""
+    """Shapes of all parameters by name."""
     return {name: p.shape for name, p in abstract_model(cls.family.model_class, config).parameters.items()}
 
-  # Table
+  # Weight tables
 
-  def test_speaks_this_contract(self):
+  def test_family_is_written_for_this_version_of_the_contract(self) -> None:
     assert self.family.api_version == FAMILY_API_VERSION
     assert "huggingface" in self.family.weights
 
-  def test_every_parameter_has_one_row_in_every_dialect(self):
+  def test_every_parameter_has_one_row_in_every_naming_scheme(self) -> None:
     for config in self._all_configs():
       names = self.shapes(config)
       for table, name in itertools.product(self.family.weights.values(), names):
-        assert len([row for row in table.rows if row.match(name) is not None]) == 1, name
-
-  def test_no_row_is_dead(self):
-    names = {name for config in self._all_configs() for name in self.shapes(config)}
-    for dialect, table in self.family.weights.items():
-      for row in table.rows:
-        assert any(row.match(name) is not None for name in names), (
-          f"{dialect}: no configuration has {row.ours}"
+        assert len([row for row in table.rows if row.match(name) is not None]) == 1, (
+          f"the parameter {name} must have exactly one row in each weight table"
         )
 
-  def test_loads_what_the_table_writes_bit_by_bit(self, model, mesh, tmp_path):
+  def test_every_row_has_a_parameter(self) -> None:
+    names = {name for config in self._all_configs() for name in self.shapes(config)}
+    for scheme, table in self.family.weights.items():
+      for row in table.rows:
+        assert any(row.match(name) is not None for name in names), (
+          f"weights[{scheme!r}]: no configuration has a parameter {row.ours}"
+        )
+
+  def test_loading_and_saving_keep_every_bit(self, model: Any, mesh: Mesh, tmp_path: pathlib.Path) -> None:
     write_checkpoint(tmp_path, self.family, self.config, model)
     config = self.family.read_config(json.loads((tmp_path / "config.json").read_text()))
     abstract = abstract_model(self.family.model_class, config, mesh)
@@ -209,7 +220,7 @@ class FamilyContract:
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, loaded))
     assert ours.keys() == theirs.keys()
     for path, variable in ours.items():
-      assert isinstance(theirs[path].get_value(), jax.Array), f"{path} is abstract"
+      assert isinstance(theirs[path].get_value(), jax.Array), f"{path} was not loaded"
       np.testing.assert_array_equal(variable.get_value(), theirs[path].get_value())
     self._assert_saves_bit_by_bit(loaded, config, tmp_path)
 
@@ -236,11 +247,11 @@ class FamilyContract:
       yield dataclasses.replace(self.config, **{name: value})
     yield from self.others
 
-  def test_every_config_field_changes_shapes_or_output(self, model, expected):
+  def test_every_config_field_changes_shapes_or_output(self, model: Any, expected: np.ndarray) -> None:
     own = {field.name for field in dataclasses.fields(self.config)} - {"shd_config", "remat_config"}
     elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
     assert own - elsewhere <= set(self.changes) <= own, (
-      "give another value for each field of the configuration"
+      "changes must hold another value for each field of the configuration"
     )
     shapes = self.shapes(self.config)
     for name, value in self.changes.items():
@@ -248,32 +259,32 @@ class FamilyContract:
       if self.shapes(config) == shapes:
         logits, _ = _call(self.make(config), TOKENS, POSITIONS)
         assert np.abs(np.asarray(logits) - expected).max() > 1e-3 * np.abs(expected).max(), (
-          f"{name} changes nothing"
+          f"another value of {name} changes neither shapes nor logits"
         )
 
-  def test_sharding_config_decides_the_shardings(self):
+  def test_sharding_config_decides_the_shardings(self) -> None:
     names = [field.name for field in dataclasses.fields(ShardingConfig)]
     default = self.config.shd_config
-    turned: dict[str, Any] = {
+    reversed_specs: dict[str, Any] = {
       n: (v if (v := getattr(default, n)) is None else tuple(reversed(tuple(v)))) for n in names
     }
-    config = dataclasses.replace(self.config, shd_config=ShardingConfig(**turned))
-    specs = [
-      {
-        n: p.sharding.spec
-        for n, p in abstract_model(self.family.model_class, c, MESHES["auto"]()).parameters.items()
-      }
+    config = dataclasses.replace(self.config, shd_config=ShardingConfig(**reversed_specs))
+    mesh = MESHES["auto"]()
+    before, after = (
+      {n: p.sharding for n, p in abstract_model(self.family.model_class, c, mesh).parameters.items()}
       for c in (self.config, config)
-    ]
-    assert specs[0] != specs[1]
+    )
+    assert before != after
 
   @pytest.mark.parametrize("remat", [RematConfig.BLOCK, RematConfig.DECODER])
-  def test_remat_recomputes_and_changes_no_number(self, model, expected, remat):
+  def test_remat_keeps_fewer_bytes_and_changes_no_logit(
+    self, model: Any, expected: np.ndarray, remat: RematConfig
+  ) -> None:
     again = self.make(dataclasses.replace(self.config, remat_config=remat))
     assert_close(_call(again, TOKENS, POSITIONS)[0], expected)
 
     def kept(model: nnx.Module) -> int:
-      """Bytes that a gradient keeps, parameters included."""
+      """Bytes kept for the backward pass, parameters included."""
       graphdef, state = nnx.split(model)
       loss = lambda state: nnx.merge(graphdef, state)(TOKENS, POSITIONS)[0].sum()
       arrays = jax.tree.leaves(jax.eval_shape(lambda state: jax.vjp(loss, state)[1], state))
@@ -281,7 +292,7 @@ class FamilyContract:
 
     assert kept(again) < kept(self.make(dataclasses.replace(self.config, remat_config=RematConfig.NONE)))
 
-  def test_what_wraps_a_layer_or_its_attention_is_called_in_its_place(self, expected):
+  def test_a_wrapper_around_a_layer_or_its_attention_is_called(self, expected: np.ndarray) -> None:
     found = []
     for remat in RematConfig:
       model = self.make(dataclasses.replace(self.config, remat_config=remat))
@@ -291,16 +302,18 @@ class FamilyContract:
       assert_close(found[-1], found[0])
     assert np.abs(found[0] - expected).max() > 1e-2 * np.abs(expected).max()
 
-  def test_config_survives_config_json(self):
+  def test_config_survives_config_json(self) -> None:
     for config in self._all_configs():
       raw = json.loads(json.dumps(self.family.write_config(config)))
       again = self.family.read_config(raw)
-      assert again == config, "write_config and read_config disagree"
+      assert again == config, "read_config does not return the configuration that write_config wrote"
 
   # Cache, padding, packing
 
   @pytest.mark.parametrize("factor", [1, 2, 8])
-  def test_prefill_and_decode_equal_one_pass_whatever_the_cache_size(self, model, expected, factor):
+  def test_prefill_and_decode_equal_one_pass_whatever_the_cache_size(
+    self, model: Any, expected: np.ndarray, factor: int
+  ) -> None:
     cache = model.init_cache(B, T * factor)
     split = T - 3
     parts = []
@@ -310,8 +323,9 @@ class FamilyContract:
     assert_close(np.concatenate(parts, axis=1), expected)
     np.testing.assert_array_equal(cache["layer_0"]["end_index"], [T] * B)
 
-  def test_left_padding_and_chunked_prefill_change_nothing(self, model, expected):
-    pad, chunk = 5, 4  # The first chunk is nothing but padding; all are of one size, and so of one program.
+  def test_left_padding_and_chunked_prefill_change_nothing(self, model: Any, expected: np.ndarray) -> None:
+    # The first chunk is only padding. All chunks have one size, so that all run one compiled program.
+    pad, chunk = 5, 4
     tokens = np.pad(TOKENS, ((0, 0), (pad, 0)))
     positions = np.pad(POSITIONS, ((0, 0), (pad, 0)), constant_values=-1)
     total = T + pad
@@ -325,12 +339,12 @@ class FamilyContract:
         parts.append(logits)
       assert_close(np.concatenate(parts, axis=1)[:, pad:], expected)
 
-  def test_right_padding_changes_nothing(self, model, expected):
+  def test_right_padding_changes_nothing(self, model: Any, expected: np.ndarray) -> None:
     tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
     assert_close(_call(model, tokens, positions)[0][:, :T], expected)
 
-  def test_rings_change_nothing(self, model, sharded, expected):
-    """Chunks longer and shorter than a window, padding left, right and between, single tokens; causal or masked."""
+  def test_rings_change_nothing(self, model: Any, sharded: Any, expected: np.ndarray) -> None:
+    """Chunks longer and shorter than a window; padding left, right and between; with and without a mask."""
     if not any(model.windows()):
       assert model.init_cache(B, T, ring=True).keys() == model.init_cache(B, T).keys()
       return
@@ -354,14 +368,14 @@ class FamilyContract:
       for row in range(B):
         assert_close(np.concatenate(parts, axis=1)[row, real[row]], expected[row])
 
-  def test_segments_equal_separate_sequences(self, model, sharded, expected):
+  def test_segments_equal_separate_sequences(self, model: Any, sharded: Any, expected: np.ndarray) -> None:
     tokens, positions = TOKENS.reshape(1, -1), POSITIONS.reshape(1, -1)
     segment_ids = np.repeat(np.arange(1, B + 1, dtype=np.int32), T)[None]
     for packed in (model, sharded):
       logits, _ = _call(packed, tokens, positions, None, None, segment_ids)
       assert_close(np.asarray(logits).reshape(expected.shape), expected)
 
-  def test_writing_past_the_cache_is_an_error(self, model):
+  def test_writing_past_the_cache_is_an_error(self, model: Any) -> None:
     cache = model.init_cache(B, T)
     _, cache = _call(model, TOKENS[:, :-1], POSITIONS[:, :-1], cache)
     with pytest.raises(ValueError, match="cache_size"):
@@ -370,7 +384,9 @@ class FamilyContract:
     assert np.isfinite(logits[:, 0]).all()
     assert np.isnan(logits[:, 1]).all()
 
-  def test_the_head_can_be_left_out_and_computed_apart(self, model, sharded, expected):
+  def test_the_head_can_be_skipped_and_computed_later(
+    self, model: Any, sharded: Any, expected: np.ndarray
+  ) -> None:
     for tested in (model, sharded):
       hidden, kept, logits = _call_in_parts(tested, TOKENS, POSITIONS)
       np.testing.assert_array_equal(kept, hidden)
@@ -379,7 +395,9 @@ class FamilyContract:
   # Meshes
 
   @pytest.mark.parametrize("inside", [False, True], ids=["outside set_mesh", "inside set_mesh"])
-  def test_sharded_equals_unsharded(self, sharded, mesh, expected, inside):
+  def test_sharded_equals_unsharded(
+    self, sharded: Any, mesh: Mesh, expected: np.ndarray, inside: bool
+  ) -> None:
     call = functools.partial(_call, sharded, TOKENS, POSITIONS)
     if inside:
       with jax.set_mesh(mesh):
@@ -389,30 +407,30 @@ class FamilyContract:
     assert_close(logits, expected)
     assert cache["layer_0"]["k"].sharding.device_set == set(mesh.devices.flat)
 
-  def test_eager_equals_jitted(self, sharded, expected):
+  def test_eager_equals_jitted(self, sharded: Any, expected: np.ndarray) -> None:
     assert_close(sharded(TOKENS, POSITIONS)[0], expected)
 
-  def test_dummy_values_are_the_same_on_every_mesh(self, model, sharded):
+  def test_dummy_values_are_the_same_on_every_mesh(self, model: Any, sharded: Any) -> None:
     for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, sharded)), strict=True):
       np.testing.assert_array_equal(ours, theirs)
 
   @pytest.fixture(scope="class")
   @classmethod
-  def losses(cls):
-    """Of three steps on one device."""
+  def losses(cls) -> list[float]:
+    """Losses of three steps on one device."""
     return _train(cls.make(cls.config))
 
-  def test_gradient_steps_with_donated_state(self, losses, mesh):
+  def test_gradient_steps_with_donated_state(self, losses: list[float], mesh: Mesh) -> None:
     assert losses[2] < losses[0]
     np.testing.assert_allclose(_train(self.make(self.config, mesh)), losses, rtol=1e-4)
 
   @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-  def test_half_precision_stays_half_and_near(self, expected, dtype):
+  def test_half_precision_is_kept_and_logits_stay_close(self, expected: np.ndarray, dtype: str) -> None:
     model: Any = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
     logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
     assert logits.dtype == jnp.float32
     assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)
-    # However sensitive a model is, it is to the rounding of its weights as to that of its activations.
+    # Rounding the activations makes an error of the same order as rounding the weights, which `rounded` shows.
     graphdef, state = nnx.split(model)
     wide = nnx.merge(graphdef, jax.tree.map(lambda array: array.astype(jnp.float32), state))
     rounded = np.asarray(_call(wide, TOKENS, POSITIONS)[0])

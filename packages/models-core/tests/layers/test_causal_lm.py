@@ -195,7 +195,7 @@ def test_packed_segments_are_separate_sequences(single, plain):
 )
 def test_tokens_and_positions_are_rows_of_equal_shape(tokens, positions):
   model = nnx.eval_shape(lambda: Model(Config(), rngs=nnx.Rngs(0)))
-  with pytest.raises(ValueError, match=r"must both be \[B, T\]"):
+  with pytest.raises(ValueError, match=r"expected the same \[B, T\] for both"):
     model(np.zeros(tokens, int), np.zeros(positions, int))
 
 
@@ -323,7 +323,7 @@ def test_arguments_that_do_not_fit_are_named():
   model = make(None)
   with pytest.raises(TypeError, match="tokens are float32, expected integers"):
     model(TOKENS.astype(np.float32), POSITIONS)
-  with pytest.raises(ValueError, match=r"segment_ids \(2, 3\) must be \[B, T\]"):
+  with pytest.raises(ValueError, match=r"segment_ids have shape \(2, 3\), expected \[B, T\]"):
     model(TOKENS, POSITIONS, segment_ids=np.zeros((2, 3), np.int32))
   with pytest.raises(CacheError, match="the cache has 3 rows, but tokens have 2"):
     model(TOKENS, POSITIONS, model.init_cache(3, 8))

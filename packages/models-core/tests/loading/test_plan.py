@@ -281,7 +281,7 @@ class TestCosts:
     made = plan(save(tensors), parameters, WeightTable((f"{L}.w", "m.{i}.w", "v d")), mesh)
     notes = made.replicated()
     assert len(notes) == 2
-    assert notes[0].startswith("layers.*.w, axis 0: replicated, since 3 does not divide by tp=2")
+    assert notes[0].startswith("layers.*.w, axis 0: replicated, since 3 is not divisible by tp=2")
     assert notes[1].startswith("layers.*.w, axis 1: replicated, since the mesh has no axis 'pp'")
     assert str(made).endswith("\n".join(notes))
 
@@ -289,7 +289,7 @@ class TestCosts:
     parameters = {f"layers.{i}.w": ((3, 6), P("tp", "pp")) for i in range(2)}
     with pytest.raises(ShardingError) as caught:
       abstract_model(toy, parameters, mesh, strict=True)
-    assert "3 does not divide by tp=2 (sizes that divide: 1, 3)" in str(caught.value)
+    assert "3 is not divisible by tp=2 (sizes that divide it: 1, 3)" in str(caught.value)
     assert "no axis 'pp'" in str(caught.value)
     abstract_model(toy, {"a": ((4, 6), P("tp", "fsdp"))}, mesh, strict=True)
 

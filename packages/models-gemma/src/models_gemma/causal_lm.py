@@ -1,4 +1,4 @@
-"""What surrounds the layers of all Gemmas."""
+"""The base class of all Gemma models: embedding, sliding windows and head."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from models_gemma.attention_types import AttentionType
 
 
 class GemmaLM(CausalLM):
-  """Embeddings scaled by sqrt(D), sliding windows by attention types, and the embedding as a soft-capped head."""
+  """Scales embeddings by sqrt(D), gives sliding layers their window, and soft-caps the logits of a tied head."""
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     x = self.embedder.encode(tokens)
-    # The factor is rounded to the embedding's dtype first: in bfloat16, 55.5 for 3072.
+    # The factor is rounded to the embedding's dtype first: for D = 3072 it is 55.5 in bfloat16.
     scale = jnp.asarray(self.config.embed_dim**0.5, x.dtype)
     return shard(x * scale, self.config.shd_config.spec("act_btd", "b t d"))
 
@@ -22,7 +22,7 @@ class GemmaLM(CausalLM):
     return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
 
   def windows(self) -> tuple[int | None, ...]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    """Sliding window of each layer in tokens; None for a layer that sees all tokens."""
     window = self.config.sliding_window_size
     return tuple(
       window if kind is AttentionType.LOCAL_SLIDING else None for kind in self.config.attention_types

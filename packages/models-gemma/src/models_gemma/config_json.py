@@ -1,4 +1,4 @@
-"""What config.json says alike of all Gemmas."""
+"""The keys of config.json that all Gemma models share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from models_gemma.attention_types import AttentionType, every
 GELU_TANH = "gelu_pytorch_tanh"
 
 _SIZES = {"num_embed" if field == "vocab_size" else field: key for field, key in SIZES.items()}
-# What no Gemma is: each key's only value.
+# Keys whose only supported value is this one, in all Gemma models.
 _FIXED = {"attention_bias": False, "use_bidirectional_attention": False, "tie_word_embeddings": True}
 
 
 def read_common(keys: ConfigKeys) -> dict[str, Any]:
-  """Fields that all configurations have. Refuses what no Gemma does."""
+  """Reads the fields that all Gemma configurations share.
+
+  Raises:
+    ConfigError: if a key is missing, or has a value that no Gemma model implements.
+  """
   for key, value in _FIXED.items():
     keys.expect(key, value)
   keys.expect("hidden_activation", GELU_TANH)
-  keys.get("cache_implementation")  # says nothing about the numbers
+  keys.get("cache_implementation")  # without effect on logits
   return read_sizes(keys, _SIZES)
 
 
@@ -34,21 +38,23 @@ def write_common(config: Any) -> dict[str, Any]:
 
 
 def read_types(keys: ConfigKeys, num_layers: int, pattern: int, *spellings: str) -> tuple[AttentionType, ...]:
-  """The types that config.json states.
+  """Reads the attention type of each layer.
 
   Args:
     keys: of config.json.
     num_layers: of the model.
-    pattern: one global layer in so many, where config.json says nothing.
-    *spellings: keys that state such a pattern.
+    pattern: passed to `every` if config.json states no types.
+    *spellings: keys that may state such a pattern.
 
   Raises:
-    ConfigError: for unknown types, a wrong number of them, or where the spellings differ.
+    ConfigError: if a type is unknown, if `layer_types` has the wrong length, or if two keys disagree.
   """
   stated = {key: every(keys.integer(key), num_layers) for key in spellings if keys.get(key) is not None}
   if (slides := keys.sliding_layers(num_layers)) is not None:
     kinds = {True: AttentionType.LOCAL_SLIDING, False: AttentionType.GLOBAL}
     stated["layer_types"] = tuple(kinds[slide] for slide in slides)
   if len(set(stated.values())) > 1:
-    raise ConfigError(f"{' and '.join(stated)} say different things about which layers slide; remove one")
+    raise ConfigError(
+      f"config.json: {' and '.join(stated)} state different sliding layers: remove one of them"
+    )
   return next(iter(stated.values()), every(pattern, num_layers))

@@ -1,4 +1,4 @@
-"""What Gemma's GGUF files store otherwise."""
+"""Tensors whose values in Gemma's GGUF files differ from those in Hugging Face's files."""
 
 import numpy as np
 
@@ -13,5 +13,5 @@ def _save(w: np.ndarray) -> np.ndarray:
   return w.astype(np.float32) + np.float32(1)
 
 
-# Norms hold the factor 1 + w, where Hugging Face's files hold w.
+# Norms: GGUF files store 1 + w, Hugging Face's files store w.
 FACTOR = Conversion(load=_load, save=_save)

@@ -1,4 +1,4 @@
-"""A model from an Orbax tree with Google's names."""
+"""Creates a model from an Orbax tree with Google's names."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def create_model_from_orbax(
   """Creates a model and loads an Orbax tree into it.
 
   Args:
-    checkpoint_path: its directory, or one that holds it.
+    checkpoint_path: directory of the tree, or one that contains it.
     model_class: called as `model_class(config, rngs=...)`.
-    model_config: of the model that the tree holds. The rows of the embedding are the tree's: 256128 for Gemma 1 and 2,
-      where Hugging Face's files have 256000; 262144 for Gemma 3, where they have 262208.
-    table: of the names in the tree.
-    mesh: of either kind; None is one device.
-    dtype: of the parameters; None keeps each as it is stored.
+    model_config: configuration of the model in the tree, except for `num_embed`: the tree decides the rows of the
+      embedding. Trees of Gemma 1 and 2 have 256128, where Hugging Face's files have 256000; trees of Gemma 3 have
+      262144, where those files may have 262208.
+    table: weight table for the names in the tree.
+    mesh: with Auto or Explicit axes; None is one device.
+    dtype: of the parameters; None keeps the dtype of each tensor.
 
   Raises:
-    CheckpointError: with all that is missing, unexpected, doubled or mis-shaped.
+    CheckpointError: listing all tensors that are missing, unexpected, doubled or have the wrong shape.
     TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
   """
   checkpoint = read_orbax(as_files(checkpoint_path))

@@ -1,4 +1,4 @@
-"""What all of Google's Orbax trees of Gemma have in common: names, fused tensors, and what is beside the model."""
+"""What all of Google's Orbax trees of Gemma share: names, fused tensors, and tensors that the model does not need."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from models_core.formats import TensorInfo
 from models_core.weights import TRAINING, Form
 from models_gemma import vision_tower
 
-# A row's forms: tensors below "transformer/" with their layouts, of which a checkpoint has one; all but the first with
-# the configurations whose checkpoint Google writes so.
+# A parameter and its forms, of which a checkpoint has one: (tensor below "transformer/", layout). Each form but the
+# first has a third entry, a function that tells whether Google's checkpoint of a configuration has this form.
 Forms = tuple[str, Sequence[tuple[Any, ...]]]
 
 L, T = "layers.{i}", "layer_{i}"
 ATTN, GATING = f"{T}/attn", f"{T}/mlp/gating_einsum.w"
 
-# Widths of Gemma 1 and Gemma 2 2B, whose feed-forward weights have D before F.
+# Values of D in Gemma 1 and Gemma 2 2B, whose feed-forward weights have D before F.
 _D_BEFORE_F = frozenset({2048, 3072, 2304})
 
 
@@ -51,7 +51,11 @@ _LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")
 
 
 def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
-  """Rows of a weight table: tensors as Google's trees name them, and as its library saves a fine-tuned model."""
+  """Makes rows of a weight table, with two names for each tensor.
+
+  `transformer/layer_0/mlp/linear.w` is the name in published trees, `layer_0.mlp.linear` the one in trees of fine-tuned
+  models, as the library `gemma` saves them.
+  """
   return [
     (
       ours,
@@ -66,13 +70,13 @@ def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
 
 
 def _nested(name: str) -> str:
-  """`layer_0/mlp/linear.w` -> `layer_0.mlp.linear`, a key for each level."""
+  """Name of a tensor in a tree with a key for each level: `layer_0/mlp/linear.w` -> `layer_0.mlp.linear`."""
   dotted = name.replace("/", ".")
   return dotted.removesuffix(".w") if "/mlp/" in name else dotted
 
 
 def fit_rows(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
-  """The configuration with as many rows of the embedding as a tree has, which differ from Hugging Face's."""
+  """Returns the configuration with the tree's number of rows of the embedding, which differs from Hugging Face's."""
   for form in rows(COMMON)[0][1]:
     if form.name in tensors:
       return dataclasses.replace(config, num_embed=tensors[form.name].shape[0])
@@ -80,7 +84,7 @@ def fit_rows(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
 
 
 def fit_config(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
-  """As `fit_rows`; None for a tree of another width or number of layers, which is seen at a glance."""
+  """Returns what `fit_rows` returns, or None if the tree has another width or another number of layers."""
   layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
   widths = {tensors[form.name].shape[1:] for form in rows(COMMON)[0][1] if form.name in tensors}
   if len(layers) != config.num_layers or widths != {(config.embed_dim,)}:

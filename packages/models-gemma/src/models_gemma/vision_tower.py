@@ -1,4 +1,4 @@
-"""Checkpoints of models that also see images: what the language model alone leaves out of them."""
+"""Checkpoints of models that also take images: tensors and keys that the language model does not need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from models_core.config import ConfigKeys
 from models_core.weights import Ignored
 
-REASON = "the vision tower; the language model is loaded alone"
+REASON = "the vision tower; only the language model is loaded"
 
 HUGGINGFACE = [
   Ignored(f"{prefix}{part}.**", REASON)
@@ -24,7 +24,7 @@ ORBAX = [
   Ignored("embedder.mm_soft_embedding_norm.**", REASON),
 ]
 
-# What Gemma 3's text_config leaves out.
+# Values of keys that Gemma 3's text_config leaves out.
 DEFAULTS = {
   "num_attention_heads": 8,
   "num_key_value_heads": 4,
@@ -36,7 +36,7 @@ DEFAULTS = {
 }
 THETAS = {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}
 
-# Of the tower and of how images stand among tokens.
+# Keys of the vision tower, and of the place of images among tokens.
 IMAGE_KEYS = """
   vision_config mm_tokens_per_image image_token_index image_token_id boi_token_index boi_token_id eoi_token_index
   eoi_token_id
@@ -44,10 +44,10 @@ IMAGE_KEYS = """
 
 
 def text_keys(raw: Mapping[str, Any]) -> ConfigKeys:
-  """The language model's keys of a config.json: its `text_config`, or, where there is none, all of them.
+  """Returns the keys of the language model: those of `text_config`, or all keys of a config.json without one.
 
   Raises:
-    ConfigError: on an unknown key beside `text_config`.
+    ConfigError: if a key beside `text_config` is unknown.
   """
   outer = ConfigKeys(raw)
   if (text := outer.get("text_config", Mapping)) is None:

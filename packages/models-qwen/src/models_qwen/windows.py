@@ -1,4 +1,4 @@
-"""Sliding windows: of each layer, and as Qwen's config.json states them."""
+"""Sliding windows of Qwen's layers, and the keys of config.json that state them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 from models_core.config import ConfigKeys
 from models_core.errors import ConfigError
 
-# Read where `use_sliding_window` is true, else without effect.
+# Keys without effect unless `use_sliding_window` is true.
 KEYS = ("sliding_window", "max_window_layers")
 
 
 def layer_windows(window: int | None, first: int, num_layers: int) -> tuple[int | None, ...]:
-  """The window of each layer in tokens, from the first layer that has it on; None for a layer that sees all."""
+  """Sliding window of each layer in tokens: None before layer `first`, where layers see all tokens."""
   return tuple(window if i >= first else None for i in range(num_layers))
 
 
 def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
-  """The window, or None, and the first layer that has it.
+  """Reads the sliding window in tokens, or None, and the index of the first layer that has it.
 
-  `layer_types` wins over `max_window_layers`, as in transformers.
+  `layer_types` takes precedence over `max_window_layers`, as in transformers.
 
   Raises:
-    ConfigError: where the layers that slide are not all from one on, or `use_sliding_window` denies that any does.
+    ConfigError: if the sliding layers are not the last ones, or if `use_sliding_window` contradicts `layer_types`.
   """
   slides, types = keys.boolean("use_sliding_window", False), keys.sliding_layers(num_layers)
   if not slides:
     if types is not None and any(types):
       raise ConfigError(
-        "layer_types names sliding layers, but use_sliding_window is false: correct one of them"
+        "config.json: layer_types names sliding layers, but use_sliding_window is false: correct one of them"
       )
     return None, 0
   window = keys.integer("sliding_window")
@@ -37,27 +37,31 @@ def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
   first = num_layers - sum(types)
   if any(types[:first]):
     raise ConfigError(
-      f"layer_types has {sum(types)} sliding layers, which are not the last ones: not implemented"
+      f"config.json: layer_types has {sum(types)} sliding layers, which are not the last ones: only models whose last "
+      "layers slide are implemented"
     )
   return window, first
 
 
 def read_common_window(keys: ConfigKeys, num_layers: int) -> int | None:
-  """The window of every layer, or None: transformers' models with experts read no first layer.
+  """Reads the sliding window in tokens that all layers of a model with experts share, or None.
+
+  transformers does not read `max_window_layers` for these models.
 
   Raises:
-    ConfigError: where `layer_types` says otherwise.
+    ConfigError: if `layer_types` says that only some layers slide.
   """
   slides = keys.boolean("use_sliding_window", False)
   if keys.sliding_layers(num_layers) not in (None, (slides,) * num_layers):
     raise ConfigError(
-      f"layer_types differs from use_sliding_window={slides}, which holds for all layers: remove it"
+      f"config.json: layer_types differs from use_sliding_window={slides}, which applies to all layers of a model with "
+      "experts: remove layer_types"
     )
   return keys.integer("sliding_window") if slides else None
 
 
 def write_window(window: int | None, first: int, num_layers: int) -> dict[str, Any]:
-  """The keys of `read_window`."""
+  """The inverse of `read_window`: keys of config.json."""
   windows = layer_windows(window, first, num_layers)
   return {
     "use_sliding_window": window is not None,

@@ -260,8 +260,10 @@ def _spell(values: Mapping[str, Any]) -> str:
   return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _fields(cls: type, **keys: str):
-  def read(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]):
+def _fields(
+  cls: Callable[..., RopeScaling], **keys: str
+) -> tuple[Callable[..., RopeScaling], frozenset[str]]:
+  def read(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling:
     missing = [key for key in keys.values() if value.get(key) is None]
     if missing:
       raise ConfigError(f"{where} lacks {', '.join(missing)}")

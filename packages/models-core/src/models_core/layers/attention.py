@@ -1,4 +1,7 @@
-"""Attention and its masks. Masks follow positions: padding and chunks change nothing."""
+"""Attention and its masks.
+
+Masks follow from the positions of tokens, so that neither padding nor a prefill in chunks changes a logit.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ def attend(
 
   Args:
     q: [B, T, N, H].
-    k: [B, S, K, H], N a multiple of K.
+    k: [B, S, K, H]; N is a multiple of K.
     v: [B, S, K, H].
-    mask: [B, T, S], True where a query sees a key. A row that sees none gives the mean of v.
-    scale: factor on the logits, commonly H ** -0.5.
-    soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask.
+    mask: bool [B, T, S], True where a query sees a key. A query that sees no key gets the mean of v.
+    scale: factor of the logits, commonly H ** -0.5.
+    soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask applies; None does not bound them.
 
   Returns:
     [B, T, N, H] in the dtype of q.
@@ -36,18 +39,18 @@ def attend(
   return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
-# Kept for a gradient are the products and the weights alone: what lies between is cheap to compute again.
+# For the backward pass only the products and the weights are kept: what lies between is cheap to recompute.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def _softmax(
   products: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None, dtype: DTypeLike
 ) -> jax.Array:
-  """Weights of the values, from the products of queries and keys [B, K, G, T, S]."""
+  """Attention weights from the products of queries and keys, both [B, K, N // K, T, S]."""
   logits = bound(products * scale, soft_cap)
   return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
 
 
 def bound(x: jax.Array, soft_cap: float | None) -> jax.Array:
-  """Keeps x within (-soft_cap, soft_cap) by tanh (arXiv:2408.00118); as it is without a cap."""
+  """Bounds x to (-soft_cap, soft_cap) by tanh (arXiv:2408.00118). With None, x is returned unchanged."""
   return x if soft_cap is None else jnp.tanh(x / soft_cap) * soft_cap
 
 
@@ -58,23 +61,24 @@ def visible_keys(
   segment_ids: jax.Array | None = None,
   window: int | None = None,
 ) -> jax.Array:
-  """Which keys each query sees.
+  """Computes which keys each query sees.
 
-  Without a mask, attention is causal: a query sees the keys that were written no later than its own and
-  stand at no later position. A negative position marks padding, which nobody sees.
+  Without a mask, attention is causal: a query sees a key if it was written no later than the query's own key and its
+  position is no greater. A negative position marks padding, which no query sees.
 
   Args:
-    positions: [B, T] of the queries.
-    layer: cache that this call's keys will be appended to; None where the keys are the queries' own tokens.
-    mask: [B, T or 1, S], whole, by slots of the cache; one that is shorter is padded with False.
-    segment_ids: [B, T]: tokens of different segments don't see each other. Only without a cache.
-    window: a query at position p sees keys from position p - window + 1 on.
+    positions: int [B, T], of the queries.
+    layer: cache to which this call's keys will be appended; None if the queries' own tokens are the only keys.
+    mask: bool or int [B, T or 1, S] over all slots of the cache, in place of the causal rule; a shorter one is padded
+      with False.
+    segment_ids: int [B, T]; tokens of different segments do not see each other. Only without a cache.
+    window: sliding window in tokens: a query at position p sees no key before position p - window + 1.
 
   Returns:
-    bool [B, T, S], by the keys that the queries attend to, as `extend_cache` gives them.
+    bool [B, T, S], where S counts the keys that `extend_cache` returns, in the same order.
 
   Raises:
-    ValueError: if shapes do not fit, for a mask of floats, or for segments together with a cache.
+    ValueError: if the mask has the wrong shape or holds floats, or if segment_ids come with a cache.
   """
   B, T = positions.shape
   if layer is None:
@@ -102,7 +106,7 @@ def visible_keys(
   if segment_ids is not None:
     if layer is not None:
       raise ValueError(
-        "segment_ids separate packed sequences of one call: pass cache=None, or one sequence a row"
+        "segment_ids cannot be combined with a cache: pass cache=None, or put each sequence into a row of its own"
       )
     visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
   return visible
@@ -110,25 +114,29 @@ def visible_keys(
 
 def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
   if mask.ndim != 3 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, T) or mask.shape[2] > S:
-    remedy = "; make_causal_attn_mask makes one from [B, T]" if mask.ndim == 2 else ""
+    remedy = "; make_causal_attn_mask makes one from a padding mask [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
   if jnp.issubdtype(mask.dtype, jnp.floating):
     raise ValueError(
-      f"attention_mask is {mask.dtype}, expected booleans: True, not 0.0, is where a query sees a key"
+      f"attention_mask is {mask.dtype}, expected booleans, True where a query sees a key: pass mask == 0 for a mask "
+      "that is added to the logits"
     )
   mask = jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
   return jnp.broadcast_to(mask, (B, T, S))
 
 
 def _at_slots(mask: jax.Array, key_slots: jax.Array) -> jax.Array:
-  """A mask [B, T, S] at the slots [B, R] that a ring holds, False where it holds none: [B, T, R]."""
+  """Picks the columns of a mask [B, T, S] at the slots [B, R] that a ring holds: [B, T, R].
+
+  With key_slots [[4, -1, 2, 3]] these are column 4, False for the empty slot, and columns 2 and 3.
+  """
   inside = (key_slots >= 0) & (key_slots < mask.shape[2])
   index = jnp.where(inside, key_slots, 0)[:, None, :]
   return jnp.take_along_axis(mask, index, axis=2) & inside[:, None, :]
 
 
 def make_causal_attn_mask(input_mask: jax.Array) -> jax.Array:
-  """A causal mask from a padding mask.
+  """Makes a causal mask from a padding mask.
 
   Args:
     input_mask: [B, T], True for tokens, False for padding.

@@ -1,12 +1,13 @@
-"""The KV cache: one dictionary of arrays a layer.
+"""The KV cache: a dictionary of arrays for each layer.
 
-`{"layer_0": {"k": [B, S, K, H], "v": [B, S, K, H], "end_index": [B], "positions": [B, S]}, ...}`. Slots fill
-from the left, row by row; `end_index` counts those in use. `positions` holds each key's position in its
-sequence, negative where a slot holds padding. A cache made elsewhere may lack it: slots then stand for positions.
+`{"layer_0": {"k": [B, S, K, H], "v": [B, S, K, H], "end_index": [B], "positions": [B, S]}, ...}`. Each row fills its
+slots from the left; `end_index` counts the slots in use. `positions` holds the position of each key in its sequence,
+negative for padding and for empty slots. A cache that other code made may lack `positions`: a key's slot then counts
+as its position.
 
-A layer with a sliding window may be a ring, with no more slots than the window has tokens. It keeps the newest
-tokens of each row and no padding, and has one array more: "slots" [B, R], the slot that each of its keys would have
-in a cache that keeps all, negative where there is none.
+A layer with a sliding window may be a ring of R slots, as many as the window has tokens. It keeps the newest R tokens
+of each row and no padding, and has one more array: "slots" [B, R] holds the slot that each key would have in a cache
+that keeps all tokens, negative for empty slots. After six tokens, a ring with R = 4 has the "slots" [3, 4, 5, 2].
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def init_layer(
   spec: PartitionSpec,
   window: int | None = None,
 ) -> LayerCache:
-  """An empty cache of one layer, placed on the mesh where its axes divide.
+  """Makes an empty cache for one layer, sharded over the mesh along the axes that it can divide.
 
   Args:
     batch_size: B, rows.
@@ -46,8 +47,9 @@ def init_layer(
     head_dim: H.
     dtype: of keys and values.
     mesh: of the model's parameters, or None.
-    spec: of [B, S, K, H].
-    window: makes a ring of so many slots, unless the whole cache has no more.
+    spec: mesh axes of keys and values [B, S, K, H].
+    window: sliding window in tokens: the layer becomes a ring of as many slots if cache_size is larger. None keeps all
+      tokens.
   """
   size = cache_size if window is None else min(window, cache_size)
   kv, row = (batch_size, size, num_kv_heads, head_dim), spec[:2]
@@ -73,30 +75,34 @@ def _full(
   spec, _ = fit(shape, spec, mesh)
   if isinstance(mesh, Mesh):
     return jnp.full(shape, value, dtype, device=NamedSharding(mesh, spec))
-  # Inside jit a mesh is abstract.
+  # Inside jit the mesh is abstract.
   if mesh.explicit_axes:
     return jax.sharding.reshard(jnp.full(shape, value, dtype), NamedSharding(mesh, spec))
   return jax.lax.with_sharding_constraint(jnp.full(shape, value, dtype), NamedSharding(mesh, spec))
 
 
 def check_rows(cache: Cache, rows: int) -> None:
-  """Refuses a call whose batch the cache is not of.
+  """Checks that the cache has as many rows as the call's tokens.
 
   Raises:
-    CacheError: with both sizes.
+    CacheError: if it does not.
   """
   for name, layer in cache.items():
     if layer["k"].shape[0] != rows:
-      raise CacheError(f"{name}: the cache has {layer['k'].shape[0]} rows, but tokens have {rows}")
+      raise CacheError(
+        f"{name}: the cache has {layer['k'].shape[0]} rows, but tokens have {rows}: make the cache with "
+        f"init_cache(batch_size={rows}, ...)"
+      )
 
 
 def check_room(cache: Cache, new_tokens: int) -> None:
-  """Refuses a call that would write past the cache.
+  """Checks that new tokens fit into the free slots of every row.
 
-  Under jit only the sizes are known: tokens that find no room there are not written, and their logits are NaN.
+  Under jit the number of free slots is unknown, so that only the size of the cache is checked; tokens without a free
+  slot are then not written, and their logits are NaN.
 
   Raises:
-    CacheError: naming the row and the sizes.
+    CacheError: if the tokens do not fit.
   """
   name = limiting_layer(cache)
   if name is None:
@@ -114,34 +120,40 @@ def check_room(cache: Cache, new_tokens: int) -> None:
 
 
 def limiting_layer(cache: Cache) -> str | None:
-  """The first layer that keeps all tokens. All layers advance together; rings alone have no end."""
+  """Name of a layer whose slots limit the cache: the first that keeps all tokens. None if all layers are rings.
+
+  One is enough, since all layers use the same number of slots; a ring overwrites its oldest tokens and is never full.
+  """
   return next((name for name, layer in cache.items() if not is_ring(layer)), None)
 
 
 def is_ring(layer: LayerCache) -> bool:
-  """Whether a layer keeps the newest tokens alone."""
+  """Whether a layer is a ring, which keeps only the newest tokens."""
   return "slots" in layer
 
 
 def slots(layer: LayerCache, new_tokens: int) -> jax.Array:
-  """Slots [B, T] that the next tokens take."""
+  """Slots [B, T] that the next T tokens take in a cache that keeps all tokens."""
   return layer["end_index"][:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
 
 
 def extend_cache(
   layer: LayerCache | None, k: jax.Array, v: jax.Array, positions: jax.Array
 ) -> tuple[LayerCache | None, jax.Array, jax.Array]:
-  """Appends keys and values, and gives those that the new tokens attend to.
+  """Appends keys and values to a layer's cache, and returns all keys and values that the new tokens attend to.
+
+  Tokens beyond the last slot are dropped; only a ring overwrites older tokens.
 
   Args:
-    layer: of S slots; None where there is no cache.
-    k: [B, T, K, H].
-    v: [B, T, K, H].
-    positions: [B, T].
+    layer: cache of the layer, with S slots; None without a cache.
+    k: [B, T, K, H], of the new tokens.
+    v: [B, T, K, H], of the new tokens.
+    positions: int [B, T], of the new tokens.
 
   Returns:
-    The layer, T slots further, and keys and values [B, S, K, H], whose slots and positions are those of `places`;
-    k and v themselves where there is no cache. What lies beyond S is dropped; only a ring overwrites what it holds.
+    The cache with T more slots in use, and keys and values [B, S, K, H] in the order of `places`. For several new
+    tokens in a ring of R slots, S is R + T: the ring's keys before this call, then the new ones. Without a cache:
+    None, k and v.
   """
   if layer is None:
     return None, k, v
@@ -154,11 +166,14 @@ def extend_cache(
 
 
 def places(layer: LayerCache, positions: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-  """Slots and positions [B, S] of the keys once those of new tokens are appended; None for positions not kept.
+  """Slot and position of each key that `extend_cache` returns for the same new tokens.
 
   Args:
-    layer: before.
-    positions: [B, T] of the new tokens.
+    layer: cache of the layer before the new tokens are appended.
+    positions: int [B, T], of the new tokens.
+
+  Returns:
+    Slots [B, S], and positions [B, S] or None if the cache does not hold positions.
   """
   B, T = positions.shape
   if _joins(layer, T):
@@ -170,7 +185,10 @@ def places(layer: LayerCache, positions: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _joins(layer: LayerCache, new_tokens: int) -> bool:
-  """Whether queries need keys that their own call overwrites: in a ring, unless there is one query alone."""
+  """Whether new tokens attend to the old keys and the new ones side by side.
+
+  Several tokens that are written to a ring overwrite keys that the first of them still see.
+  """
   return is_ring(layer) and new_tokens > 1
 
 
@@ -179,7 +197,7 @@ def _joined(layer: LayerCache, name: str, new: jax.Array) -> jax.Array:
 
 
 def _write(layer: LayerCache, positions: jax.Array, new: dict[str, jax.Array]) -> LayerCache:
-  """The arrays of `new` that the layer has, with new tokens at positions [B, T] written."""
+  """Writes arrays of new tokens, at positions [B, T], to their slots; returns those arrays that the layer has."""
   B, T = positions.shape
   index = slots(layer, T)
   if is_ring(layer):
@@ -194,14 +212,17 @@ def _write(layer: LayerCache, positions: jax.Array, new: dict[str, jax.Array]) -
 
 
 def _ring_slots(held: jax.Array, positions: jax.Array) -> jax.Array:
-  """Where in a ring new tokens go: one after the other behind the newest, padding and all but the last R nowhere.
+  """Index in a ring where each new token is written: they follow the newest token in turn.
+
+  Padding is not written, and of more than R tokens only the last R are. A ring with `held` [[3, 4, 5, 2]] writes tokens
+  at positions [[6, -1, 7]] to the indices [[3, 4, 0]], where 4 = R stands for "not written".
 
   Args:
-    held: [B, R], the slots of the keys in the ring.
-    positions: [B, T] of the new tokens.
+    held: int [B, R], the "slots" of the ring.
+    positions: int [B, T], of the new tokens.
 
   Returns:
-    [B, T], R for nowhere.
+    int [B, T]; R for tokens that are not written.
   """
   R = held.shape[1]
   real = positions >= 0

@@ -1,4 +1,4 @@
-"""What every language model offers its callers, whatever its layers are."""
+"""The base class of all language models: calling convention, masks, the KV cache, and the run through the layers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from models_core.layers.rope import Rotary
 
 
 class CausalLM(nnx.Module):
-  """The calling convention of all models, and the way of tokens through their layers.
+  """The calling convention of all models, and the run of tokens through their layers.
 
-  A model makes the attributes below and adds `_rotary` and `_logits`; `windows` if layers slide, `_embed` if
-  embeddings are more than looked up.
+  A subclass sets the attributes below and implements `_rotary` and `_logits`. It overrides `windows` if layers have a
+  sliding window, and `_embed` if embeddings are not only looked up, but also scaled, for example.
 
   Attributes:
     config: has num_layers, embed_dim, num_kv_heads, head_dim, shd_config and remat_config.
     embedder: has the parameter `input_embedding` [V, D] and the method `encode`.
     layers: each is called as `layer(x, positions, rotary, cache, mask)` and returns x [B, T, D] and its cache.
-    final_norm: of the last layer's x.
+    final_norm: applied to the output of the last layer.
   """
 
   config: Any
@@ -38,16 +38,16 @@ class CausalLM(nnx.Module):
   final_norm: Any
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    """[B, T] -> what the first layer gets, [B, T, D]."""
+    """Embeds tokens [B, T] -> the input of the first layer [B, T, D]."""
     return shard(self.embedder.encode(tokens), self.config.shd_config.spec("act_btd", "b t d"))
 
   @abc.abstractmethod
   def _rotary(self, window: int | None) -> Rotary:
-    """RoPE of the layers that have this sliding window."""
+    """RoPE of the layers with this sliding window in tokens; None stands for layers that see all tokens."""
 
   @abc.abstractmethod
   def _logits(self, hidden: jax.Array) -> jax.Array:
-    """[B, T, D] -> float32 [B, T, V]."""
+    """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V]."""
 
   def __call__(
     self,
@@ -60,35 +60,40 @@ class CausalLM(nnx.Module):
     output_hidden_states: bool = False,
     skip_lm_head: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
-    """Logits of the next token at each place.
+    """Computes, for each token, the logits of the token that follows it.
 
     Args:
       tokens: int [B, T].
-      positions: int [B, T], of each token in its sequence; negative for padding.
-      cache: of `init_cache`, whose next T slots take these tokens' keys and values.
-      attention_mask: [B, T or 1, S], True where a query sees a key, S up to the cache's slots (or T without
-        a cache). None is causal attention.
-      segment_ids: int [B, T] of packed sequences, which don't see each other. Only without a cache.
-      output_hidden_states: keep the last hidden states as the `nnx.Intermediate` "all_hidden_states", a
-        tuple of one array [B, T, D], for `nnx.capture` or `nnx.pop`.
-      skip_lm_head: return the hidden states [B, T, D] instead of logits, for `compute_final_logits`.
+      positions: int [B, T], position of each token in its sequence; negative for padding.
+      cache: from `init_cache`; its next T slots take the keys and values of these tokens.
+      attention_mask: bool [B, T or 1, S], True where a query sees a key; S is at most the number of slots of the
+        cache (T without a cache). None is causal attention.
+      segment_ids: int [B, T], number of the packed sequence that each token belongs to; tokens of different sequences
+        do not see each other. Only without a cache.
+      output_hidden_states: keep the hidden states after the final norm as the `nnx.Intermediate`
+        "all_hidden_states", a tuple of one array [B, T, D], for `nnx.capture` or `nnx.pop`.
+      skip_lm_head: return these hidden states [B, T, D] instead of logits, for `compute_final_logits`.
 
     Returns:
-      float32 logits [B, T, V] and the new cache, or None without one. A token that found no room in the cache
-      under jit, where that is no error yet, gets NaN.
+      float32 logits [B, T, V] and the cache with T more slots in use, or None without a cache. Under jit, where a full
+      cache raises no error, tokens without a free slot get logits of NaN.
 
     Raises:
-      CacheError: if the cache has too few slots left.
-      TypeError: if tokens are no integers.
-      ValueError: if shapes do not fit.
+      CacheError: if the cache has too few free slots or another number of rows.
+      TypeError: if tokens are not integers.
+      ValueError: if shapes do not fit, if attention_mask holds floats, or if segment_ids come with a cache.
     """
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions, jnp.int32)
     if tokens.ndim != 2 or positions.shape != tokens.shape:
-      raise ValueError(f"tokens {tokens.shape} and positions {positions.shape} must both be [B, T]")
+      raise ValueError(
+        f"tokens have shape {tokens.shape} and positions {positions.shape}, expected the same [B, T] for both"
+      )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise TypeError(f"tokens are {tokens.dtype}, expected integers")
     if segment_ids is not None and jnp.shape(segment_ids) != tokens.shape:
-      raise ValueError(f"segment_ids {jnp.shape(segment_ids)} must be [B, T], as tokens {tokens.shape} are")
+      raise ValueError(
+        f"segment_ids have shape {jnp.shape(segment_ids)}, expected [B, T], the shape {tokens.shape} of tokens"
+      )
     if cache is not None:
       cache_lib.check_rows(cache, tokens.shape[0])
       cache_lib.check_room(cache, tokens.shape[1])
@@ -119,7 +124,10 @@ class CausalLM(nnx.Module):
     return out, cache
 
   def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
-    """The head alone: [B, T, D] -> float32 [B, T, V]. For losses that take the vocabulary in chunks."""
+    """Computes only the head: hidden states [B, T, D] -> float32 logits [B, T, V].
+
+    For losses that compute the logits of a few tokens at a time.
+    """
     return self._call(
       lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden
     )
@@ -132,7 +140,7 @@ class CausalLM(nnx.Module):
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
   ) -> tuple[jax.Array, Cache | None]:
-    """Normalised hidden states [B, T, D] and the cache, T slots further."""
+    """Hidden states after the final norm [B, T, D], and the cache with T more slots in use."""
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
     by_window = {window: (self._rotary(window), mask) for window, mask in masks.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
@@ -152,16 +160,16 @@ class CausalLM(nnx.Module):
     positions: jax.Array,
     by_window: Mapping[int | None, tuple[Rotary, jax.Array]],
   ) -> tuple[jax.Array, list[LayerCache | None]]:
-    """Runs the layers after which the windows repeat.
+    """Runs one unit of layers: those after which the pattern of sliding windows repeats.
 
     Args:
       layers: of the unit, each with its window and its cache.
-      x: [B, T, D].
-      positions: [B, T].
-      by_window: RoPE and mask [B, T, S].
+      x: [B, T, D], input of the first layer.
+      positions: int [B, T].
+      by_window: RoPE and mask [B, T, S] of each window.
 
     Returns:
-      x [B, T, D] and the layers' caches, T slots further.
+      Output of the last layer [B, T, D], and the layers' caches with T more slots in use.
     """
     extended = []
     for layer, window, cache in layers:
@@ -171,12 +179,12 @@ class CausalLM(nnx.Module):
     return x, extended
 
   def _call(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
-    """`run(self, *args)` on a mesh of either kind."""
+    """Calls `run(self, *args)` on a mesh with Auto or Explicit axes, or without a mesh."""
     if explicit_axes(self._mesh()):
-      # Explicit arrays must be arguments of the region, so the parameters are, too.
+      # Arrays on an Explicit mesh must be arguments of the Auto region, the parameters included.
       graphdef, state = nnx.split(self)
       return call_auto(lambda state, *args: run(nnx.merge(graphdef, state), *args), out_specs, state, *args)
-    # The weight goes along for its mesh.
+    # The weight is an argument only so that `call_auto` finds its mesh.
     return call_auto(lambda weight, *args: run(self, *args), out_specs, self._weight(), *args)
 
   def _weight(self) -> jax.Array:
@@ -186,7 +194,7 @@ class CausalLM(nnx.Module):
     return find_mesh(self._weight())
 
   def windows(self) -> Sequence[int | None]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    """Sliding window of each layer in tokens; None for a layer that sees all tokens."""
     return (None,) * self.config.num_layers
 
   def _masks(
@@ -196,7 +204,7 @@ class CausalLM(nnx.Module):
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
   ) -> dict[int | None, jax.Array]:
-    """The keys that are visible [B, T, S], for each of the `windows`. Layers with the same one share a mask."""
+    """Mask [B, T, S] of the visible keys for each of the `windows`. Layers with the same window share a mask."""
     first: dict[int | None, int] = {}
     for i, window in enumerate(self.windows()):
       first.setdefault(window, i)
@@ -208,17 +216,17 @@ class CausalLM(nnx.Module):
     }
 
   def init_cache(self, batch_size: int, cache_size: int, dtype: Any = None, *, ring: bool = False) -> Cache:
-    """An empty KV cache, placed on the mesh of the parameters.
+    """Makes an empty KV cache, sharded over the mesh of the parameters.
 
     Args:
       batch_size: B, rows.
-      cache_size: S, the tokens that a row has room for.
-      dtype: of keys and values; None is the embedding's.
-      ring: layers with a sliding window keep no more tokens than it has, which changes no logit. Padding must
-        have negative positions, and other positions must ascend.
+      cache_size: S, slots of a row: one for each token, padding included.
+      dtype: of keys and values; None takes the dtype of the embedding.
+      ring: layers with a sliding window keep only as many tokens as their window has, which changes no logit. Padding
+        must then have negative positions, and the positions of all other tokens of a row must ascend.
 
     Raises:
-      ValueError: if a size is no positive whole number.
+      ValueError: if batch_size or cache_size is not a positive whole number.
     """
     for name, size in (("batch_size", batch_size), ("cache_size", cache_size)):
       if not isinstance(size, numbers.Integral) or size < 1:
@@ -240,11 +248,11 @@ class CausalLM(nnx.Module):
 
   @property
   def num_embed(self) -> int:
-    """Rows of the embedding."""
+    """V, the number of rows of the embedding."""
     return self._weight().shape[0]
 
   def get_model_input(self) -> dict[str, Any]:
-    """Arguments of a smallest call, for tools that trace a model."""
+    """Arguments of a minimal call, for tools that trace a model."""
     tokens = jnp.ones((2, 1), jnp.int32)
     return {
       "tokens": tokens,
@@ -255,6 +263,6 @@ class CausalLM(nnx.Module):
 
 
 def _period(windows: Sequence[int | None]) -> int:
-  """The number of layers after which their windows repeat; the last repetition may be cut short."""
+  """Number of layers after which the pattern of windows repeats; the last repetition may be incomplete."""
   repeats = lambda size: all(window == windows[i % size] for i, window in enumerate(windows))
   return next(size for size in range(1, len(windows) + 1) if repeats(size))

@@ -1,4 +1,4 @@
-"""The decoder layer with norms before its two blocks, as Llama and Qwen have it."""
+"""The decoder layer of Llama and Qwen: a norm before attention and a norm before the feed-forward block."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class PreNormLayer(nnx.Module):
   """x + attention(norm(x)), then x + mlp(norm(x))."""
 
   def __init__(self, config: Any, attention: Callable[..., Any], mlp: Callable[..., Any], *, rngs: nnx.Rngs):
-    """Makes the norms and blocks in the order in which tokens go through them.
+    """Makes norms and blocks in the order of the forward pass, which decides the random numbers that each one draws.
 
     Args:
       config: has embed_dim, norm_eps, shd_config and remat_config.
-      attention: called with `rngs=`, makes `attn(x, positions, rotary, cache, mask)`, which returns [B, T, D] and
-        the cache.
-      mlp: called with `rngs=`, makes `mlp(x)`.
-      rngs: stream of keys.
+      attention: called with `rngs=`, returns the attention block: `attn(x, positions, rotary, cache, mask)` -> x
+        [B, T, D] and the cache.
+      mlp: called with `rngs=`, returns the feed-forward block: `mlp(x)` -> [B, T, D].
+      rngs: source of random keys.
     """
     dim, eps, spec = config.embed_dim, config.norm_eps, config.shd_config.spec("rms_norm_weight", "d")
     self.config = config
@@ -37,7 +37,7 @@ class PreNormLayer(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     attention = self.config.remat_config.block(self.attn)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)

@@ -1,4 +1,4 @@
-"""Weights that multiply: projections and the embedding table."""
+"""Projections, the embedding, and the head."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from models_core.layers.parameters import parameter
 
 
 class Projection(nnx.Module):
-  """A linear map without bias, its axes named by an einsum such as "btd,nhd->btnh".
+  """A linear map without bias. An einsum equation such as "btd,nhd->btnh" names the axes of input, weight and result.
 
-  The weight `w` keeps the axis order of Hugging Face's files, output axes first. The result has the
-  input's dtype; where weight and input differ, the product is computed in the wider one.
+  The weight `w` keeps the axis order of Hugging Face's files, output axes first. The result has the input's dtype; if
+  the weight's dtype differs from it, the product is computed in the `common_dtype` of both.
   """
 
   def __init__(self, equation: str, shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs):
@@ -25,17 +25,20 @@ class Projection(nnx.Module):
     self.w = parameter(shape, spec, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Input axes, as the equation names them -> output axes."""
+    """Multiplies x, with the equation's input axes -> the equation's output axes, in the dtype of x."""
     w = self.w[...]
     if w.dtype == x.dtype:
-      # Called here, on the parameter itself: quantisation and LoRA intercept this product.
+      # The parameter itself is the operand, without a cast: libraries for quantisation and LoRA intercept this call.
       return jnp.einsum(self.equation, x, w)
     dtype = common_dtype(w.dtype, x.dtype)
     return jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype)).astype(x.dtype)
 
 
 class BiasedProjection(nnx.Module):
-  """A linear map with a bias: as Projection, and a parameter `b` over the output axes. Their sum is rounded once."""
+  """A linear map with a bias: a `Projection` with a parameter `b` over its output axes.
+
+  Product and bias are added in float32, and the sum is rounded once.
+  """
 
   def __init__(
     self,
@@ -51,10 +54,10 @@ class BiasedProjection(nnx.Module):
     self.b = parameter(shape[: len(bias_spec)], bias_spec, rngs=rngs, init="zeros")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Input axes, as the equation names them -> output axes."""
+    """Multiplies x, with the equation's input axes -> the equation's output axes, in the dtype of x."""
     w = self.w[...]
     if w.dtype == x.dtype:
-      # Called here, on the parameter itself: quantisation and LoRA intercept this product.
+      # The parameter itself is the operand, without a cast: libraries for quantisation and LoRA intercept this call.
       y = jnp.einsum(self.equation, x, w, preferred_element_type=jnp.float32)
     else:
       dtype = common_dtype(w.dtype, x.dtype)
@@ -69,28 +72,28 @@ class Embedder(nnx.Module):
     self.input_embedding = parameter((vocab_size, embed_dim), spec, rngs=rngs)
 
   def encode(self, tokens: jax.Array) -> jax.Array:
-    """[B, T] -> [B, T, D]. A token outside of the vocabulary gives NaN, not a neighbour's embedding."""
+    """Looks up tokens [B, T] -> [B, T, D]. A token outside the vocabulary gets NaN, not another token's embedding."""
     return (
       self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     )
 
   def decode(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] -> logits [B, T, V] in float32, of a tied head."""
+    """Hidden states [B, T, D] -> float32 logits [B, T, V], with the embedding as a tied head."""
     return head_logits(x, self.input_embedding[...])
 
 
 class Head(nnx.Module):
-  """An untied head: `w` [V, D]."""
+  """An untied head, with the parameter `w` [V, D]."""
 
   def __init__(self, vocab_size: int, embed_dim: int, spec: PartitionSpec, *, rngs: nnx.Rngs):
     self.w = parameter((vocab_size, embed_dim), spec, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] -> logits [B, T, V] in float32."""
+    """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
     return head_logits(x, self.w[...])
 
 
 def head_logits(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [B, T, D] times w [V, D] -> [B, T, V] in float32."""
+  """Hidden states x [B, T, D] times w [V, D] -> float32 logits [B, T, V]."""
   dtype = common_dtype(x.dtype, w.dtype)
   return jnp.einsum("btd,vd->btv", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)

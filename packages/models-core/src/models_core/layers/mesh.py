@@ -1,8 +1,8 @@
-"""One model code for both kinds of mesh.
+"""The same model code for both kinds of mesh axes.
 
-`jax.make_mesh` gives Explicit axes, whose operations want a sharding where it is ambiguous;
-`jax.sharding.Mesh` gives Auto ones, where the compiler decides. Models are written for Auto: on an Explicit
-mesh the whole call runs in a region in which the axes are Auto, and its results get stated shardings.
+`jax.make_mesh` makes Explicit axes: an operation whose result could be sharded in several ways needs a stated one.
+`jax.sharding.Mesh` makes Auto axes: the compiler decides. Models are written for Auto axes. On a mesh with Explicit
+axes the whole call runs in a region where these axes are Auto, and the results of the call get stated shardings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from models_core.sharding import axis_names, fit
 
 
 def find_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
-  """The mesh in context, else the one that the arrays lie on."""
+  """The mesh in context; without one, the mesh of the first array that has one, or None."""
   if not (context := jax.sharding.get_abstract_mesh()).empty:
     return context
   for leaf in jax.tree.leaves(trees):
@@ -29,19 +29,19 @@ def find_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
-  """Names of the mesh's Explicit axes."""
+  """Names of the Explicit axes of a mesh; none without a mesh."""
   if mesh is None:
     return ()
   return (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).explicit_axes
 
 
 def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
-  """Calls `function(*trees)` where every mesh axis is Auto.
+  """Calls `function(*trees)` in a context where every mesh axis is Auto.
 
   Args:
-    function: must get all of its arrays as arguments, for it may close over none that lies on an Explicit mesh.
-    out_specs: PartitionSpecs of its result, a tree. They hold for Explicit axes.
-    *trees: its arguments.
+    function: takes all arrays as arguments; it must not close over an array that lies on an Explicit mesh.
+    out_specs: tree of PartitionSpecs, the sharding of the result on Explicit axes; unused for Auto axes.
+    *trees: arguments of the function.
 
   Returns:
     The function's result.
@@ -55,14 +55,14 @@ def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs, is_leaf=is_spec)
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=shardings)(*trees)
   if jax.sharding.get_abstract_mesh().empty:
-    # Constraints that name mesh axes need a mesh in context.
+    # Sharding constraints that name mesh axes need a mesh in context.
     with jax.sharding.use_abstract_mesh(abstract):
       return function(*trees)
   return function(*trees)
 
 
 def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
-  """The part of a spec that the Auto axes in context can hold; of no entries where there are none."""
+  """The part of a spec that the Auto axes of the mesh in context can hold; an empty spec if there are none."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.auto_axes:
     return PartitionSpec()
@@ -72,7 +72,10 @@ def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
 
 
 def shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """Constrains an activation inside `call_auto`, as far as the mesh can hold it; nothing without a mesh."""
+  """Constrains the sharding of an activation inside `call_auto` to the part of a spec that the mesh can hold.
+
+  Without a mesh, x is returned unchanged.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.auto_axes:
     return x
@@ -80,7 +83,7 @@ def shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:
-  """The spec that an array's type states: replicated unless its mesh is Explicit."""
+  """The spec in the type of an array, with an entry for each axis: all None unless its mesh has Explicit axes."""
   sharding = jax.typeof(x).sharding
   entries = tuple(sharding.spec) if sharding.mesh.explicit_axes else ()
   return PartitionSpec(*entries, *(None,) * (x.ndim - len(entries)))

@@ -15,7 +15,10 @@ from models_core.sharding import ShardingConfig
 
 
 class GatedMLP(nnx.Module):
-  """down(activation(gate(x)) * up(x)) (arXiv:2002.05202); what is between the products is float32, rounded once."""
+  """down(activation(gate(x)) * up(x)) (arXiv:2002.05202).
+
+  Activation and product are computed in float32 and rounded once, before the down projection.
+  """
 
   def __init__(
     self,
@@ -39,13 +42,13 @@ class GatedMLP(nnx.Module):
     return self.down_proj(shard(hidden, self.act_btf))
 
 
-# Kept for a gradient are gate and up alone: what lies between is float32, and cheap to compute again.
+# For the backward pass only gate and up are kept: the float32 values are larger, and cheap to recompute.
 @functools.partial(jax.checkpoint, static_argnums=2)
 def gated(gate: jax.Array, up: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """activation(gate) * up in float32, rounded once to the dtype of gate."""
+  """Computes activation(gate) * up in float32, rounded once to the dtype of gate. All shapes are equal."""
   return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-  """GELU by its tanh approximation (arXiv:1606.08415), in float32 and rounded once."""
+  """GELU in its tanh approximation (arXiv:1606.08415), computed in float32 and rounded once to the dtype of x."""
   return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Sparse feed-forward blocks: each token goes through the few experts that its router chose.
+"""Sparse feed-forward blocks: a router chooses a few experts for each token.
 
-Tokens are sorted by expert, so that each expert multiplies its own rows alone. On a mesh each device sorts
-its own tokens for its own experts, and the parts are summed.
+Tokens are sorted by expert, so that each expert multiplies only the rows of its own tokens. On a mesh each device sorts
+its own tokens for its own experts, and the results are summed over devices.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from models_core.sharding import ShardingConfig, axis_names
 class Experts(nnx.Module):
   """E gated feed-forward blocks, stacked: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F].
 
-  The router is the family's. `exp_weight_edf` and `exp_weight_efd` shard the parameters over any mesh axes.
-  While they multiply, E and F stay sharded and D is whole. Where an axis shards the tokens, too, E has
-  precedence, for which the tokens are gathered, and F gives way.
+  The caller routes: it passes the chosen experts and their weights. `exp_weight_edf` and `exp_weight_efd` of the
+  ShardingConfig shard the parameters over any mesh axes. For the products, E and F stay sharded and D is gathered. A
+  mesh axis that shards both E and the tokens keeps sharding E, and the tokens are gathered along it; one that shards
+  both F and the tokens keeps sharding the tokens, and F is gathered.
   """
 
   def __init__(
@@ -49,15 +50,15 @@ class Experts(nnx.Module):
     self.down_proj = parameter((num_experts, embed_dim, hidden_dim), down, rngs=rngs)
 
   def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-    """The weighted sum of the chosen experts' results.
+    """Computes the weighted sum of the results of each token's experts.
 
     Args:
       x: [B, T, D].
-      experts: int [B, T, n], the n experts of each token.
-      weights: float32 [B, T, n], of their results.
+      experts: int [B, T, n], numbers of the n experts chosen for each token, from 0 to E - 1.
+      weights: float32 [B, T, n], weights of these experts' results.
 
     Returns:
-      [B, T, D] in the dtype of x; the sum is float32.
+      [B, T, D] in the dtype of x; summed in float32.
     """
     gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
     dtype = functools.reduce(common_dtype, (gate.dtype, up.dtype, down.dtype, x.dtype))
@@ -71,7 +72,10 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def _axes(act: PartitionSpec, up: PartitionSpec) -> tuple[tuple[Names, Names], Names, Names]:
-  """Mesh axes of (B, T), E and F; none of them twice: E goes first, for its weights are the largest."""
+  """Mesh axes of (B, T), E and F, each mesh axis once: E takes its axes first, then B and T, then F.
+
+  E takes precedence, since gathering the experts' weights would cost more than gathering tokens.
+  """
   used: set[str] = set()
 
   def take(spec: PartitionSpec, axis: int) -> Names:
@@ -84,7 +88,7 @@ def _axes(act: PartitionSpec, up: PartitionSpec) -> tuple[tuple[Names, Names], N
   return (take(act, 0), take(act, 1)), e, take(up, 1)
 
 
-# Compiled also for eager callers, for whom shard_map would run one operation at a time.
+# Compiled for eager callers, too: for them shard_map would run one operation at a time.
 @functools.partial(jax.jit, static_argnames=("activation", "rows", "e", "f"))
 def _sharded(
   x: jax.Array,
@@ -99,7 +103,10 @@ def _sharded(
   e: Names,
   f: Names,
 ) -> jax.Array:
-  """float32 [B, T, D]; every device computes its rows with its experts."""
+  """Computes the weighted sum, float32 [B, T, D], on each device with the device's own tokens and experts.
+
+  `rows`, `e` and `f` are the mesh axes of (B, T), E and F, as `_axes` returns them.
+  """
   mesh_axes = (*rows[0], *rows[1], *e, *f)
   if not mesh_axes:
     return _apply(x, experts, weights, gate, up, down, 0, activation, ())
@@ -107,14 +114,14 @@ def _sharded(
   def run(
     x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
   ) -> jax.Array:
-    # The sums over devices that the gradients need follow from these.
+    # Marked as varying, so that differentiation adds the sums over devices that gradients need.
     x, (gate, up, down) = _varying(x, (*e, *f)), (_varying(w, (*rows[0], *rows[1])) for w in (gate, up, down))
     first = lax.axis_index(e) * gate.shape[0] if e else 0
     out = _apply(x, experts, weights, gate, up, down, first, activation, mesh_axes)
     return lax.psum(out, (*e, *f)) if e or f else out
 
   tokens, wide, narrow = PartitionSpec(*rows), PartitionSpec(e, f), PartitionSpec(e, None, f)
-  # No mesh is named: the one in context is the user's.
+  # shard_map gets no mesh: it takes the one in context, which is the user's.
   axes = set(jax.sharding.get_abstract_mesh().auto_axes)
   specs = (tokens, tokens, tokens, wide, wide, narrow)
   return jax.shard_map(run, in_specs=specs, out_specs=tokens, axis_names=axes)(
@@ -123,7 +130,7 @@ def _sharded(
 
 
 def _varying(array: jax.Array, axes: Names) -> jax.Array:
-  """An array that shard_map's types hold to be the same along mesh axes, as one that may differ."""
+  """Marks an array that shard_map's types hold to be equal along mesh axes as one that may differ along them."""
   return lax.pcast(array, axes, to="varying") if axes else array
 
 
@@ -138,40 +145,42 @@ def _apply(
   activation: Activation,
   mesh_axes: Names,
 ) -> jax.Array:
-  """What these experts, numbered from `first`, give to the result: float32 [B, T, D]."""
+  """Contribution of the E experts numbered from `first` on to the weighted sum: float32 [B, T, D]."""
   B, T, n = experts.shape
   E = gate.shape[0]
   group = experts.reshape(-1).astype(jnp.int32) - first
-  group = jnp.where((group >= 0) & (group < E), group, E)  # others' experts come last
+  group = jnp.where((group >= 0) & (group < E), group, E)  # experts of other devices come last
   order = jnp.argsort(group)
   sizes = jnp.bincount(group, length=E + 1)[:E].astype(jnp.int32)
   rows = x.reshape(B * T, -1)[order // n]
   hidden = gated(*(grouped_dot(rows, w, sizes, mesh_axes) for w in (gate, up)), activation)
   out = grouped_dot(hidden, down, sizes, mesh_axes)[jnp.argsort(order)].astype(jnp.float32)
-  # One axis of tokens: with B = 1 in front, the CPU backend of jaxlib 0.10.2 compiles this sum's gradient wrong.
+  # B * T as one axis: with a leading B = 1, the CPU backend of jaxlib 0.10.2 miscompiles the gradient of this sum.
   out = jnp.sum(out.reshape(B * T, n, -1) * weights.reshape(B * T, n, 1), axis=1)
   return out.reshape(B, T, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, mesh_axes: Names = ()) -> jax.Array:
-  """Multiplies groups of rows by a matrix each.
+  """Multiplies each of E groups of rows by a matrix of its own.
+
+  With sizes [2, 1], rows 0 and 1 are multiplied by w[0], row 2 by w[1], and all further rows of the result are 0.
 
   Args:
-    x: [M, D], rows of the first group first.
+    x: [M, D], the rows of the first group first.
     w: [E, F, D].
-    sizes: int32 [E], rows of each group.
-    mesh_axes: inside shard_map, those along which the arrays differ.
+    sizes: int32 [E], number of rows of each group.
+    mesh_axes: the mesh axes along which the arrays differ, inside shard_map.
 
   Returns:
-    [M, F]; rows that no group has are 0.
+    [M, F]; rows that belong to no group are 0.
   """
   return _dot(x, w, sizes, 2, mesh_axes)
 
 
 def _dot(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int, mesh_axes: Names) -> jax.Array:
-  """Contracts the last axis of x with `axis` of w."""
-  # XLA's CPU backend multiplies all rows with all experts for a ragged dot.
+  """Contracts the last axis of x with an axis of w [E, F, D]: 1 or 2."""
+  # XLA's CPU backend computes a ragged dot by multiplying all rows with all experts.
   in_blocks = functools.partial(_dot_in_blocks, axis=axis, mesh_axes=mesh_axes)
   return lax.platform_dependent(x, w, sizes, cpu=in_blocks, default=functools.partial(_ragged_dot, axis=axis))
 
@@ -191,7 +200,7 @@ def _dot_in_blocks(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int, mesh
     rows = lax.dynamic_slice_in_dim(padded, start, block)
     matrix = lax.dynamic_index_in_dim(w, group, keepdims=False)
     product = lax.dot_general(rows, matrix, (((1,), (axis - 1,)), ((), ())))
-    # What a block writes past its group, the next group's first block writes again.
+    # Rows that a block writes past the end of its group are overwritten by the first block of the next group.
     return lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
   out = _varying(jnp.zeros((M + block, w.shape[3 - axis]), x.dtype), mesh_axes)
@@ -200,7 +209,7 @@ def _dot_in_blocks(x: jax.Array, w: jax.Array, sizes: jax.Array, axis: int, mesh
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array, mesh_axes: Names) -> jax.Array:
-  """[M, D], [M, F] -> [E, F, D]: the outer products of each group's rows."""
+  """Sums the outer products of each group's rows: x [M, D], dy [M, F] -> [E, F, D]."""
   return lax.platform_dependent(
     x, dy, sizes, cpu=functools.partial(_outer_in_blocks, mesh_axes=mesh_axes), default=_ragged_outer
   )
@@ -227,13 +236,16 @@ def _outer_in_blocks(x: jax.Array, dy: jax.Array, sizes: jax.Array, mesh_axes: N
 
 
 def _block(x: jax.Array, sizes: jax.Array) -> int:
-  """Rows that are multiplied at a time: about two groups' worth, which measures fastest."""
+  """Number of rows multiplied at a time: about twice the average size of a group, 128 at most, which is fastest."""
   rows, groups = x.shape[0], sizes.shape[0]
   return 1 if rows <= groups else min(128, 1 << (2 * rows // groups - 1).bit_length())
 
 
 def _for_blocks(sizes: jax.Array, block: int, body: Callable[..., jax.Array], out: jax.Array) -> jax.Array:
-  """Folds `body(group, first row, rows left in the group, out)` over the blocks of all groups, in order."""
+  """Folds `out = body(group, first row, rows left in the group, out)` over the blocks of all groups, in order.
+
+  With sizes [3, 1] and blocks of 2 rows, `body` gets (0, 0, 3), (0, 2, 1) and (1, 3, 1).
+  """
   blocks = -(-sizes // block)
   ends, starts = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-# Standard deviation of random weights, as the published models were initialised.
+# Standard deviation of random weights, the usual one of published models.
 SCALE = 0.02
 
 INITIALIZERS = {
@@ -30,7 +30,7 @@ _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-  """Parameters made inside take no random values: tracing those of a thousand takes a minute."""
+  """Context in which `parameter` draws no random values: tracing the draws of a thousand parameters takes a minute."""
   token = _shapes_only.set(True)
   try:
     yield
@@ -41,23 +41,23 @@ def shapes_only() -> Iterator[None]:
 def parameter(
   shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype: Any = jnp.float32
 ) -> nnx.Param:
-  """A parameter with its initial values.
+  """Makes a parameter with its initial values.
 
   Args:
-    shape: axes in the order of Hugging Face's files, output axes first.
-    spec: mesh axes of each axis; kept as metadata, no mesh is needed.
-    rngs: stream of keys.
-    init: one of INITIALIZERS; kept as metadata, so that a dummy model knows a norm from a projection.
+    shape: of the parameter, its axes in the order of Hugging Face's files, output axes first.
+    spec: mesh axes of each axis; stored as metadata, so that no mesh is needed.
+    rngs: source of random keys.
+    init: a name in INITIALIZERS; stored as metadata, by which a dummy model tells a norm from a projection.
     dtype: of the values.
   """
   if _shapes_only.get():
     value = jnp.zeros(shape, dtype)
   else:
     value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
-  # Eager sharding would demand a mesh in context while a model is only described.
+  # Eager sharding would need a mesh in context, even if the model is only traced for its shapes.
   return nnx.Param(value, out_sharding=spec, eager_sharding=False, init=init)
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-  """A parameter's name from its path: ("layers", 0, "attn") -> "layers.0.attn"."""
+  """Name of a parameter from its path: ("layers", 0, "attn") -> "layers.0.attn"."""
   return ".".join(map(str, path))

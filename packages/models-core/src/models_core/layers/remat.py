@@ -1,4 +1,4 @@
-"""What is recomputed in the backward pass instead of being kept."""
+"""Rematerialisation: which activations the backward pass recomputes instead of keeping them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ R = TypeVar("R")
 
 
 class RematConfig(enum.Enum):
-  """NONE keeps all activations, BLOCK recomputes each attention block, DECODER each layer."""
+  """What the backward pass recomputes: NONE nothing, BLOCK each attention block, DECODER each decoder layer."""
 
   NONE = "none"
   BLOCK = "block"
   DECODER = "decoder"
 
   def block(self, attention: Callable[P, R]) -> Callable[P, R]:
-    """An attention block, to be called; recomputed where that is wanted."""
+    """The function to call for an attention block, with rematerialisation if this is BLOCK."""
     return _recomputed(attention) if self is RematConfig.BLOCK else attention
 
   def layer(self, layer: Callable[P, R]) -> Callable[P, R]:
-    """A layer, to be called; recomputed where that is wanted."""
+    """The function to call for a decoder layer, with rematerialisation if this is DECODER."""
     return _recomputed(layer) if self is RematConfig.DECODER else layer
 
 
 def _recomputed(module: Callable[P, R]) -> Callable[P, R]:
-  # An argument, not a bound call: nnx.remat splits its arguments into arrays and the rest.
+  # The module is an argument of `_call`: nnx.remat splits only arguments into arrays and static parts.
   return functools.partial(nnx.remat(_call), module)
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv:2104.09864), halves rotated as Hugging Face stores them."""
+"""Rotary position embeddings (arXiv:2104.09864), with pairs (i, i + H/2) as in Hugging Face's checkpoints."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from models_core.rope_scaling import RopeScaling
 
 
 class Rotary(NamedTuple):
-  """What `rotate` turns heads by.
+  """The rotation of a head, as `rotate` takes it.
 
   Attributes:
-    frequencies: float32 [H/2], radians per token.
+    frequencies: float32 [H/2], in radians per token.
     magnitude: factor of cosines and sines.
   """
 
@@ -24,8 +24,14 @@ class Rotary(NamedTuple):
 
 
 def rotary(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
-  """The frequencies theta^(-2i/H) for i < H/2 and their magnitude, with any scaling."""
-  # In float64, so that the angle of position 32768 is right.
+  """Computes the frequencies theta^(-2i/H) for i < H/2, in radians per token, and applies a scaling.
+
+  Args:
+    head_dim: H.
+    theta: base of the frequencies.
+    scaling: None leaves them as they are.
+  """
+  # In float64, since position 32768 multiplies each rounding error by 32768.
   frequencies = float(theta) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   if scaling is None:
     return Rotary(frequencies.astype(np.float32), 1.0)
@@ -33,12 +39,12 @@ def rotary(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> R
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> jax.Array:
-  """Rotates each pair (i, i + H/2) of a head by position * frequency.
+  """Rotates each pair (i, i + H/2) of a head by position * frequency radians.
 
   Args:
     x: [B, T, N, H].
-    positions: [B, T], in tokens.
-    frequencies: float32 [H/2].
+    positions: int [B, T], in tokens.
+    frequencies: float32 [H/2], in radians per token.
     magnitude: factor of cosines and sines.
 
   Returns:

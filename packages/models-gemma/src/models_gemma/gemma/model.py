@@ -1,7 +1,8 @@
 """Gemma 1 (arXiv:2403.08295) and 2 (arXiv:2408.00118).
 
-Norms multiply by 1 + w, embeddings are scaled by sqrt(D), the head is the embedding, GELU by tanh. Gemma 2 adds norms
-behind attention and feed-forward block, soft caps on logits, and sliding windows on every other layer.
+Norms multiply by 1 + w, embeddings are scaled by sqrt(D), the head is the embedding, and GELU is its tanh
+approximation. Gemma 2 adds norms after attention and after the feed-forward block, soft caps on logits, and a sliding
+window in every other layer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = ["AttentionType", "Gemma", "ModelConfig", "RematConfig", "ShardingConf
 _SIZES = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "head_dim", "num_kv_heads")
 _SHARED = {"num_embed": 256000, "rope_theta": 10_000.0, "norm_eps": 1e-6}
 
-# Types of layers are as many as the longest has; the others leave the rest out.
+# attention_types has an entry for each layer of the largest size; smaller sizes drop the rest.
 _gemma1 = preset_rows(
   *_SIZES,
   "query_pre_attn_scalar",
@@ -64,27 +65,27 @@ _gemma2 = preset_rows(
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numbers of a Gemma 1 or 2 model.
+  """Configuration of a Gemma 1 or 2 model.
 
   Attributes:
-    num_layers: decoder layers.
+    num_layers: number of decoder layers.
     num_embed: V, rows of the embedding.
-    embed_dim: D.
-    hidden_dim: F, of the feed-forward block.
+    embed_dim: D, width of the model.
+    hidden_dim: F, width of the feed-forward block.
     num_heads: N, query heads.
-    head_dim: H; N * H need not be D.
+    head_dim: H, dimension of a head; N * H may differ from D.
     num_kv_heads: K, key and value heads.
     final_logit_softcap: bounds the logits; None in Gemma 1.
-    use_post_attn_norm: a norm behind attention, as Gemma 2 has it.
-    use_post_ffw_norm: a norm behind the feed-forward block, as Gemma 2 has it.
-    attention_types: of each layer; those beyond the last layer are left out.
+    use_post_attn_norm: whether a norm follows attention, as in Gemma 2.
+    use_post_ffw_norm: whether a norm follows the feed-forward block, as in Gemma 2.
+    attention_types: type of each layer; entries beyond the last layer are dropped.
     rope_theta: base of the RoPE frequencies.
     norm_eps: added to the mean square in each norm.
-    query_pre_attn_scalar: attention logits are scaled by its -1/2th power; the head dimension in Gemma 1.
+    query_pre_attn_scalar: attention logits are multiplied by query_pre_attn_scalar ** -0.5; equals head_dim in Gemma 1.
     attn_logits_soft_cap: bounds the attention logits; None in Gemma 1.
-    sliding_window_size: tokens that a sliding layer sees.
+    sliding_window_size: tokens that a query sees in sliding layers, its own included; None if no layer slides.
     shd_config: mesh axes of parameters and activations.
-    remat_config: what the backward pass recomputes.
+    remat_config: activations that the backward pass recomputes.
   """
 
   num_layers: int
@@ -119,14 +120,14 @@ class ModelConfig:
   gemma2_9b   = _gemma2("Gemma 2 9B.",  42, 3584, 14336, 16, 256, 8,  256)
   gemma2_27b  = _gemma2("Gemma 2 27B.", 46, 4608, 36864, 32, 128, 16, 144)
   # fmt: on
-  # The same numbers under other names.
+  # Models with the same configuration under other names.
   gemma1p1_2b = codegemma_2b = codegemma1p1_2b = gemma_2b
   gemma1p1_7b = codegemma_7b = codegemma1p1_7b = gemma_7b
   shieldgemma_2b, shieldgemma_9b, shieldgemma_27b = gemma2_2b, gemma2_9b, gemma2_27b
 
 
 class Attention(nnx.Module):
-  """Grouped-query self-attention with soft-capped logits."""
+  """Grouped-query self-attention; Gemma 2 soft-caps its logits."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -141,7 +142,7 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     config = self.config
     act_btnh = config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
@@ -155,7 +156,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); in Gemma 2, what is added is normalised, too."""
+  """x + attention(norm(x)), then x + mlp(norm(x)). Gemma 2 also normalises the results of attention and mlp."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, spec = config.embed_dim, config.shd_config.spec("rms_norm_weight", "d")
@@ -163,7 +164,7 @@ class DecoderLayer(nnx.Module):
     self.config = config
     self.input_layernorm = norm()
     self.attn = Attention(config, rngs=rngs)
-    # Gemma 1 calls the norm before the feed-forward block by its place behind attention.
+    # Gemma 1 calls its norm before the feed-forward block "post_attention_layernorm".
     if config.use_post_attn_norm:
       self.post_attn_norm = norm()
       self.pre_ffw_norm = norm()
@@ -176,7 +177,7 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     config = self.config
     attention = config.remat_config.block(self.attn)
     act_btd = config.shd_config.spec("act_btd", "b t d")

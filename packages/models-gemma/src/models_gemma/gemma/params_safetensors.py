@@ -1,4 +1,4 @@
-"""Gemma 1 and 2 checkpoints of Hugging Face and GGUF: where weights lie and what the configuration says."""
+"""Gemma 1 and 2 checkpoints of Hugging Face and GGUF: the tables of their weights, and their config.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from models_gemma.orbax_rows import fit_config
 
 L, M = "layers.{i}", "model.layers.{i}"
 
-# post_attention_layernorm is Gemma 1's norm before the feed-forward block, and Gemma 2's behind attention.
+# post_attention_layernorm is the norm before the feed-forward block in Gemma 1, and the one after attention in Gemma 2.
 HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
   ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
@@ -48,14 +48,14 @@ GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-  """config.json of `model_type` "gemma" or "gemma2" -> configuration.
+  """Reads a config.json whose `model_type` is "gemma" or "gemma2".
 
   Raises:
-    ConfigError: on a missing, contradictory or unknown key.
+    ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = ConfigKeys(raw)
   if keys.get("hidden_act") is not None and keys.get("hidden_activation") is None:
-    # The first Gemma files say "gelu" and mean its tanh form.
+    # The first Gemma files say "gelu" and mean its tanh approximation.
     keys.expect("hidden_act", GELU_TANH, "gelu")
   common = read_common(keys)
   theta, scaling = keys.rope()
@@ -70,7 +70,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _gemma1(num_layers: int, head_dim: int) -> dict[str, Any]:
-  """What Gemma 1 has of Gemma 2's fields."""
+  """Values in Gemma 1 of the fields that Gemma 2 reads from config.json."""
   return {
     "final_logit_softcap": None,
     "attn_logits_soft_cap": None,
@@ -83,7 +83,7 @@ def _gemma1(num_layers: int, head_dim: int) -> dict[str, Any]:
 
 
 def _gemma2(keys: ConfigKeys, num_layers: int) -> dict[str, Any]:
-  keys.get("sliding_window_size")  # the first files' name of what "sliding_window" says
+  keys.get("sliding_window_size")  # the first files repeat "sliding_window" under this name
   return {
     "final_logit_softcap": keys.number_or_null("final_logit_softcapping"),
     "attn_logits_soft_cap": keys.number_or_null("attn_logit_softcapping"),
@@ -96,9 +96,9 @@ def _gemma2(keys: ConfigKeys, num_layers: int) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """Configuration -> config.json, in the spellings of transformers 4 and 5.
+  """Writes a configuration as config.json, in the spellings of transformers 4 and 5.
 
-  A configuration that is neither Gemma 1 nor 2 becomes a "gemma2" with two keys that transformers does not know.
+  A configuration with only some of Gemma 2's norms becomes a "gemma2" with two keys that transformers does not know.
   """
   raw = write_common(config) | {"hidden_act": GELU_TANH, **write_rope(config.rope_theta)}
   if all(
@@ -134,7 +134,7 @@ FAMILY = Family(
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Gemma:
-  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  """Loads a directory of safetensors files with Hugging Face's names, by `load_and_create_model`."""
   return load_and_create_model(file_dir, Gemma, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
@@ -145,5 +145,5 @@ def save_lora_merged_model_as_safetensors(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  """Writes a copy of a checkpoint with a LoRA model's factors merged into its weights, by `save_lora_merged`."""
   save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)

@@ -1,4 +1,4 @@
-"""Gemma 3 and the models made from it: language models alone, without the vision tower."""
+"""The language models of Gemma 3 and of models made from it, without the vision tower."""
 
 from models_gemma.gemma3.params_safetensors import FAMILY
 

@@ -1,7 +1,8 @@
-"""Gemma 3 (arXiv:2503.19786), its language model.
+"""The language model of Gemma 3 (arXiv:2503.19786).
 
-As Gemma 2 without soft caps, plus norms on queries and keys. Five layers slide, the sixth sees all; sliding layers have
-a RoPE base of their own, and only global ones stretch their positions for the long context.
+It is Gemma 2 without soft caps and with norms on queries and keys. Five layers have a sliding window, the sixth is
+global and sees all tokens. Sliding layers have a RoPE base of their own; only global layers scale their RoPE
+frequencies for the long context.
 """
 
 from __future__ import annotations
@@ -45,37 +46,37 @@ _gemma3 = preset_rows(
   "num_embed",
   "sliding_window_size",
   "rope_scaling",
-  attention_types=every(6, 62),  # of the longest; the others leave the rest out
+  attention_types=every(6, 62),  # for the largest size; smaller sizes drop the rest
   rope_theta=1_000_000.0,
   local_rope_theta=10_000.0,
   norm_eps=1e-6,
 )
-# Of sizes with a longer context.
+# For the sizes with a context of 131072 tokens.
 _SCALING = LinearScaling(8.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numbers of a Gemma 3 language model.
+  """Configuration of a Gemma 3 language model.
 
   Attributes:
-    num_layers: decoder layers.
+    num_layers: number of decoder layers.
     num_embed: V, rows of the embedding.
-    embed_dim: D.
-    hidden_dim: F, of the feed-forward block.
+    embed_dim: D, width of the model.
+    hidden_dim: F, width of the feed-forward block.
     num_heads: N, query heads.
-    head_dim: H; N * H need not be D.
+    head_dim: H, dimension of a head; N * H may differ from D.
     num_kv_heads: K, key and value heads.
-    attention_types: of each layer; those beyond the last layer are left out.
+    attention_types: type of each layer; entries beyond the last layer are dropped.
     rope_theta: base of the RoPE frequencies of global layers.
-    local_rope_theta: that of sliding layers, which are never scaled.
+    local_rope_theta: base of the RoPE frequencies of sliding layers, which have no scaling.
     norm_eps: added to the mean square in each norm.
-    query_pre_attn_scalar: attention logits are scaled by its -1/2th power.
-    sliding_window_size: tokens that a sliding layer sees.
-    rope_scaling: of the RoPE frequencies of global layers; None for the small sizes.
+    query_pre_attn_scalar: attention logits are multiplied by query_pre_attn_scalar ** -0.5.
+    sliding_window_size: tokens that a query sees in sliding layers, its own included; None if no layer slides.
+    rope_scaling: scaling of the RoPE frequencies of global layers; None for 270M and 1B.
     final_logit_softcap: bounds the logits; None in all published models.
     shd_config: mesh axes of parameters and activations.
-    remat_config: what the backward pass recomputes.
+    remat_config: activations that the backward pass recomputes.
   """
 
   num_layers: int
@@ -102,7 +103,7 @@ class ModelConfig:
     object.__setattr__(self, "attention_types", types)
 
   # fmt: off
-  # Sizes that also see images have more rows of the embedding.
+  # Sizes that also take images have more rows of the embedding.
   #                                                     L   D     F      N   H    K   scalar V     window scaling
   gemma3_270m       = _gemma3("Gemma 3 270M.",          18, 640,  2048,  4,  256, 1,  256, 262144, 512,  None)
   gemma3_1b         = _gemma3("Gemma 3 1B.",            26, 1152, 6912,  4,  256, 1,  256, 262144, 512,  None)
@@ -111,12 +112,12 @@ class ModelConfig:
   gemma3_27b        = _gemma3("Gemma 3 27B.",           62, 5376, 21504, 32, 128, 16, 168, 262208, 1024, _SCALING)
   medgemma_27b_text = _gemma3("MedGemma 27B for text.", 62, 5376, 21504, 32, 128, 16, 168, 262144, 1024, _SCALING)
   # fmt: on
-  # The same numbers under another name.
+  # A model with the same configuration under another name.
   functiongemma_270m = gemma3_270m
 
 
 class Attention(nnx.Module):
-  """Grouped-query self-attention, queries and keys normalised before they are rotated."""
+  """Grouped-query self-attention; each head of q and k is normalised before RoPE rotates it."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_norm(self.q_proj(x)), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_norm(self.k_proj(x)), positions, *rotary), act_btnh)
@@ -163,7 +164,7 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     attention = self.config.remat_config.block(self.attn)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
     out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
@@ -173,7 +174,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Gemma3(GemmaLM):
-  """Gemma 3, FunctionGemma, MedGemma for text."""
+  """Gemma 3, FunctionGemma, and MedGemma for text."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shd, D = config.shd_config, config.embed_dim
@@ -189,11 +190,13 @@ class Gemma3(GemmaLM):
     return rotary(config.head_dim, config.local_rope_theta)
 
   def get_attention_mask(self, tokens: jax.Array, *, inputs_mask: jax.Array | None = None) -> jax.Array:
-    """The causal mask of a batch, for trainers that ask the model for it. Windows are the layers' own affair.
+    """Makes the causal mask of a batch, for trainers that ask the model for one.
+
+    The mask ignores sliding windows: the model adds them when it is called with this mask.
 
     Args:
-      tokens: [B, T].
-      inputs_mask: bool [B, T], False for padding; None where there is none.
+      tokens: int [B, T].
+      inputs_mask: bool [B, T], False for padding; None if there is no padding.
 
     Returns:
       bool [B, T, T].

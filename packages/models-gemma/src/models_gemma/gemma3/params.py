@@ -1,4 +1,4 @@
-"""Gemma 3 checkpoints as Google publishes them: Orbax trees."""
+"""Gemma 3 checkpoints as Google publishes them: the weight table of their Orbax trees."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ ORBAX = WeightTable(
 def create_model_from_checkpoint(
   checkpoint_path: str | os.PathLike, model_config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Gemma3:
-  """Loads an Orbax tree with Google's names, as `create_model_from_orbax` does."""
+  """Loads an Orbax tree with Google's names, by `create_model_from_orbax`."""
   return create_model_from_orbax(checkpoint_path, Gemma3, model_config, ORBAX, mesh, dtype)

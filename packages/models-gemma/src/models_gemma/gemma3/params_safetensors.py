@@ -1,4 +1,4 @@
-"""Gemma 3 checkpoints of Hugging Face and GGUF: where weights lie and what the configuration says."""
+"""Gemma 3 checkpoints of Hugging Face and GGUF: the tables of their weights, and their config.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models_gemma.orbax_rows import fit_config
 
 L, M = "layers.{i}", "layers.{i}"
 
-# Where the language model lies: alone, and beside a vision tower in older and newer files.
+# Prefixes of tensors: of a language model alone, and beside a vision tower in older and newer files.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
 HUGGINGFACE = WeightTable(
@@ -60,20 +60,20 @@ GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-  """config.json of `model_type` "gemma3_text", or "gemma3" with its `text_config` -> configuration.
+  """Reads a config.json whose `model_type` is "gemma3_text", or "gemma3" with a `text_config`.
 
   Raises:
-    ConfigError: on a missing, contradictory or unknown key.
+    ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = vision_tower.text_keys(raw)
   common = read_common(keys)
   keys.expect("attn_logit_softcapping", None)
-  keys.get("hidden_act")  # hidden_activation counts
+  keys.get("hidden_act")  # without effect: hidden_activation decides
   theta, scaling = _rope(keys, AttentionType.GLOBAL, "rope_theta", "rope_scaling")
   local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq")
   if local_scaling is not None:
     raise ConfigError(f"config.json: RoPE scaling {local_scaling} of sliding layers is not implemented")
-  # transformers writes this key whatever layer_types says, and does not read it.
+  # transformers writes this key even where layer_types differs, and never reads it: it is only the default.
   pattern = keys.integer("_sliding_window_pattern", 6)
   config = ModelConfig(
     **common,
@@ -92,7 +92,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 def _rope(
   keys: ConfigKeys, kind: AttentionType, theta: str, scaling: str | None = None
 ) -> tuple[float, RopeScaling | None]:
-  """Theta and scaling of one kind of layer, from the older flat keys, the newer nested ones, or both."""
+  """Reads RoPE's theta and scaling for one kind of layer, from the older flat keys, the newer nested ones, or both."""
   nested = keys.get("rope_parameters", Mapping) or {}
   if unknown := nested.keys() - {kind.value for kind in AttentionType}:
     raise ConfigError(
@@ -108,7 +108,7 @@ def _rope(
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """Configuration -> config.json of a language model alone, in the spellings of transformers 4 and 5."""
+  """Writes a configuration as config.json of a language model alone, in the spellings of transformers 4 and 5."""
   scaling = write_scaling(config.rope_scaling)
   pattern = [
     p for p in range(1, config.num_layers + 2) if every(p, config.num_layers) == config.attention_types
@@ -128,7 +128,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     },
     "final_logit_softcapping": config.final_logit_softcap,
   }
-  # Older versions know no layer_types.
+  # Older versions of transformers do not read layer_types.
   return raw | {"sliding_window_pattern": pattern[0]} if pattern else raw
 
 
@@ -147,7 +147,7 @@ FAMILY = Family(
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Gemma3:
-  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  """Loads a directory of safetensors files with Hugging Face's names, by `load_and_create_model`."""
   return load_and_create_model(file_dir, Gemma3, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
@@ -158,5 +158,5 @@ def save_lora_merged_model_as_safetensors(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  """Writes a copy of a checkpoint with a LoRA model's factors merged into its weights, by `save_lora_merged`."""
   save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)

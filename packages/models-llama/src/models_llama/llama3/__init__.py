@@ -1,4 +1,4 @@
-"""Llama 3, 3.1, 3.2, 3.3 and the models distilled into them."""
+"""Llama 3, 3.1, 3.2, 3.3 and the DeepSeek-R1 models distilled into them."""
 
 from models_llama.llama3.params import FAMILY
 

@@ -45,22 +45,22 @@ _llama3p2 = preset_rows(*_SIZES, **_SHARED, rope_scaling=_SCALING_3P2, weight_ty
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numbers of a Llama model.
+  """Configuration of a Llama model.
 
   Attributes:
-    num_layers: decoder layers.
+    num_layers: number of decoder layers.
     vocab_size: V, rows of the embedding.
-    embed_dim: D.
-    hidden_dim: F, of the feed-forward block.
+    embed_dim: D, width of the model.
+    hidden_dim: F, width of the feed-forward block.
     num_heads: N, query heads.
-    head_dim: H.
+    head_dim: H, dimension of a head.
     num_kv_heads: K, key and value heads.
     rope_theta: base of the RoPE frequencies.
     norm_eps: added to the mean square in each norm.
-    rope_scaling: of the RoPE frequencies; None up to Llama 3.
-    weight_tying: the head is the embedding.
+    rope_scaling: scaling of the RoPE frequencies; None in Llama 3, set since Llama 3.1.
+    weight_tying: whether the head is the embedding.
     shd_config: mesh axes of parameters and activations.
-    remat_config: what the backward pass recomputes.
+    remat_config: activations that the backward pass recomputes.
   """
 
   num_layers: int
@@ -90,7 +90,7 @@ class ModelConfig:
   llama3p2_1b   = _llama3p2("Llama 3.2 1B.",   16,  2048,  8192,  32,  64)
   llama3p2_3b   = _llama3p2("Llama 3.2 3B.",   28,  3072,  8192,  24,  128)
   # fmt: on
-  # The same numbers under other names.
+  # Models with the same configuration under other names.
   llama3p3_70b = deepseek_r1_distill_llama_70b = llama3p1_70b
   deepseek_r1_distill_llama_8b = llama3p1_8b
 
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
 
 
 class Llama3(CausalLM):
-  """Llama 3, 3.1, 3.2, 3.3. Peculiar to it: nothing but the scaling of long wavelengths in RoPE since 3.1."""
+  """The plain decoder: Llama 3, and 3.1, 3.2 and 3.3 with scaled RoPE frequencies."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shd, D = config.shd_config, config.embed_dim

@@ -1,4 +1,4 @@
-"""Llama checkpoints: where their weights lie and what their configuration says."""
+"""Llama checkpoints: the tables of their weights, and their config.json."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ HUGGINGFACE = WeightTable(
   (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
   ("lm_head.w",                        "lm_head.weight",                         "v d"),
-  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration")],
+  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the RoPE frequencies follow from the configuration")],
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
-# Files of this kind pair neighbouring rows of q and k for RoPE, where we pair a head's two halves.
+# For RoPE, GGUF files pair neighbouring rows of q and k; the model pairs the two halves of a head.
 GGUF = gguf_table(
   HUGGINGFACE,
   (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n h 2) d -> n (2 h) d"),
   (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k h 2) d -> k (2 h) d"),
-  ignored=[Ignored("rope_freqs.weight", "the configuration holds its factors")],
+  ignored=[Ignored("rope_freqs.weight", "the configuration holds these RoPE factors")],
 )
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-  """config.json of `model_type` "llama" -> configuration.
+  """Reads a config.json whose `model_type` is "llama".
 
   Raises:
-    ConfigError: on a missing, contradictory or unknown key.
+    ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = ConfigKeys(raw)
   heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
@@ -68,7 +68,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """Configuration -> config.json, in the spellings of transformers 4 and 5."""
+  """Writes a configuration as config.json, in the spellings of transformers 4 and 5."""
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -95,7 +95,7 @@ FAMILY = Family(
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Llama3:
-  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  """Loads a directory of safetensors files with Hugging Face's names, by `load_and_create_model`."""
   return load_and_create_model(file_dir, Llama3, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
@@ -106,5 +106,5 @@ def save_lora_merged_model_as_safetensors(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  """Writes a copy of a checkpoint with a LoRA model's factors merged into its weights, by `save_lora_merged`."""
   save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)

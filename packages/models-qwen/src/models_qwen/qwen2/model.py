@@ -41,24 +41,24 @@ _qwen2p5 = preset_rows(*_SIZES, "rope_theta", "norm_eps", "use_tied_embedding")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numbers of a Qwen 2.5 model.
+  """Configuration of a Qwen 2.5 model.
 
   Attributes:
-    num_layers: decoder layers.
+    num_layers: number of decoder layers.
     vocab_size: V, rows of the embedding.
-    embed_dim: D.
-    hidden_dim: F, of the feed-forward block.
+    embed_dim: D, width of the model.
+    hidden_dim: F, width of the feed-forward block.
     num_heads: N, query heads.
-    head_dim: H.
+    head_dim: H, dimension of a head.
     num_kv_heads: K, key and value heads.
     rope_theta: base of the RoPE frequencies.
     norm_eps: added to the mean square in each norm.
-    rope_scaling: of the RoPE frequencies, such as YarnScaling.
-    use_tied_embedding: the head is the embedding.
-    sliding_window: tokens that a query sees, its own among them, in layers that slide; None where none does.
-    max_window_layers: the first layer that slides; those below see all.
+    rope_scaling: scaling of the RoPE frequencies, such as YarnScaling, or None.
+    use_tied_embedding: whether the head is the embedding.
+    sliding_window: tokens that a query sees in sliding layers, its own included; None if no layer slides.
+    max_window_layers: index of the first sliding layer; layers before it see all tokens.
     shd_config: mesh axes of parameters and activations.
-    remat_config: what the backward pass recomputes.
+    remat_config: activations that the backward pass recomputes.
   """
 
   num_layers: int
@@ -81,7 +81,7 @@ class ModelConfig:
     check_decoder(self)
 
   # fmt: off
-  # Keyed by repository, for theta and eps differ within a size. Variants that are not here are as their size.
+  # One preset for each repository, since theta and eps differ within a size. Variants not listed equal their size.
   #                                                                     L   V       D     F      N   H    K  theta eps   tied
   qwen2p5_0p5b              = _qwen2p5("Qwen 2.5 0.5B.",                 24, 151936, 896,  4864,  14, 64,  2, 1e6, 1e-6, True)
   qwen2p5_1p5b              = _qwen2p5("Qwen 2.5 1.5B.",                 28, 151936, 1536, 8960,  12, 128, 2, 1e6, 1e-6, True)
@@ -101,7 +101,7 @@ class ModelConfig:
   qwen2p5_math_72b_instruct = _qwen2p5("Qwen 2.5-Math 72B Instruct.",    80, 152064, 8192, 29568, 64, 128, 8, 1e4, 1e-6, False)
   deepseek_r1_distill_qwen_1p5b = _qwen2p5("DeepSeek-R1-Distill-Qwen 1.5B.", 28, 151936, 1536, 8960,  12, 128, 2, 1e4, 1e-6, False)
   # fmt: on
-  # The same numbers under other names.
+  # Models with the same configuration under other names.
   qwen2p5_coder_0p5b = qwen2p5_0p5b
   qwen2p5_coder_1p5b = qwen2p5_1p5b
   qwen2p5_coder_3b = qwen2p5_3b
@@ -114,7 +114,7 @@ class ModelConfig:
 
 
 class Attention(nnx.Module):
-  """Grouped-query self-attention; q, k and v have biases, the output has none."""
+  """Grouped-query self-attention; q, k and v have biases, the output projection has none."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_proj(x), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_proj(x), positions, *rotary), act_btnh)
@@ -141,7 +141,7 @@ class Attention(nnx.Module):
 
 
 class Qwen2(CausalLM):
-  """Qwen 2.5 and R1-Distill-Qwen. Peculiar to it: biases on q, k and v, and windows from some layer on."""
+  """Qwen 2.5 and R1-Distill-Qwen: q, k and v have biases, and the last layers may have a sliding window."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shd, D = config.shd_config, config.embed_dim
@@ -157,7 +157,7 @@ class Qwen2(CausalLM):
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
   def windows(self) -> tuple[int | None, ...]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    """Sliding window of each layer in tokens; None for a layer that sees all tokens."""
     config = self.config
     return layer_windows(config.sliding_window, config.max_window_layers, config.num_layers)
 

@@ -1,4 +1,4 @@
-"""Qwen 2.5 checkpoints: where their weights lie and what their configuration says."""
+"""Qwen 2.5 checkpoints: the tables of their weights, and their config.json."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ HUGGINGFACE = WeightTable(
   (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
   ("lm_head.w",                        "lm_head.weight",                         "v d"),
-  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration")],
+  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the RoPE frequencies follow from the configuration")],
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
 GGUF = gguf_table(HUGGINGFACE)
 
-# transformers computes no dual chunk attention, so that the logits are those of full attention.
+# transformers ignores dual_chunk_attention_config, too, and computes full attention.
 HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-  """config.json of `model_type` "qwen2" -> configuration.
+  """Reads a config.json whose `model_type` is "qwen2".
 
   Raises:
-    ConfigError: on a missing, contradictory or unknown key.
+    ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = ConfigKeys(raw)
   heads, hidden, layers = (
@@ -73,7 +73,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """Configuration -> config.json, in the spellings of transformers 4 and 5."""
+  """Writes a configuration as config.json, in the spellings of transformers 4 and 5."""
   return {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -99,7 +99,7 @@ FAMILY = Family(
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Qwen2:
-  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  """Loads a directory of safetensors files with Hugging Face's names, by `load_and_create_model`."""
   return load_and_create_model(file_dir, Qwen2, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
@@ -110,5 +110,5 @@ def save_lora_merged_model_as_safetensors(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  """Writes a copy of a checkpoint with a LoRA model's factors merged into its weights, by `save_lora_merged`."""
   save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)

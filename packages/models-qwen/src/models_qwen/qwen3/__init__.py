@@ -1,4 +1,4 @@
-"""Qwen 3, dense and mixture of experts, Coder and the model distilled into it."""
+"""Qwen 3, dense and with experts, Coder, and the DeepSeek-R1 model distilled into it."""
 
 from models_qwen.qwen3.params import FAMILY
 

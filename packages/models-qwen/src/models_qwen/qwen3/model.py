@@ -48,30 +48,31 @@ _sparse = preset_rows(*_SIZES, "rope_theta", *_EXPERTS, **_SHARED, num_experts_p
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Numbers of a Qwen 3 model. The fields of experts are None in a dense one.
+  """Configuration of a Qwen 3 model. In a dense model, all fields of experts keep their defaults.
 
   Attributes:
-    num_layers: decoder layers.
+    num_layers: number of decoder layers.
     vocab_size: V, rows of the embedding.
-    embed_dim: D.
-    hidden_dim: F, of dense feed-forward blocks.
+    embed_dim: D, width of the model.
+    hidden_dim: F, width of dense feed-forward blocks.
     num_heads: N, query heads.
-    head_dim: H.
+    head_dim: H, dimension of a head.
     num_kv_heads: K, key and value heads.
     rope_theta: base of the RoPE frequencies.
     norm_eps: added to the mean square in each norm.
-    rope_scaling: of the RoPE frequencies, such as YarnScaling.
-    use_tied_embedding: the head is the embedding.
-    sliding_window: tokens that a query sees, its own among them, in layers that slide; None where none does.
-    max_window_layers: the first layer that slides; those below see all. With experts, all slide or none.
-    num_experts: E, of a sparse layer; None in a dense model.
-    num_experts_per_tok: experts that a token goes through.
-    moe_hidden_dim: F of an expert.
-    norm_topk_prob: the weights of a token's experts sum to one.
-    decoder_sparse_step: every so many layers one is sparse; the last of each group.
-    mlp_only_layers: numbers of layers that are dense nevertheless.
+    rope_scaling: scaling of the RoPE frequencies, such as YarnScaling, or None.
+    use_tied_embedding: whether the head is the embedding.
+    sliding_window: tokens that a query sees in sliding layers, its own included; None if no layer slides.
+    max_window_layers: index of the first sliding layer; layers before it see all tokens. 0 for models with experts,
+      where config.json can state only that all layers slide or none.
+    num_experts: E, experts of a sparse layer; None in a dense model.
+    num_experts_per_tok: experts chosen for each token; None in a dense model.
+    moe_hidden_dim: F, width of an expert; None in a dense model.
+    norm_topk_prob: whether the weights of a token's experts are scaled to sum to one; None in a dense model.
+    decoder_sparse_step: the last layer of each group of as many layers is sparse: with 2, layers 1, 3, 5 and so on.
+    mlp_only_layers: indices of layers that are dense in any case.
     shd_config: mesh axes of parameters and activations.
-    remat_config: what the backward pass recomputes.
+    remat_config: activations that the backward pass recomputes.
   """
 
   num_layers: int
@@ -103,15 +104,15 @@ class ModelConfig:
     }
     if len({value is None for value in experts.values()}) > 1:
       raise ConfigError(
-        f"{', '.join(f'{k}={v}' for k, v in experts.items())}: give all of them, or None for a dense model"
+        f"{', '.join(f'{k}={v}' for k, v in experts.items())}: give a value for each, or None for each in a dense model"
       )
     if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
       raise ConfigError(
-        f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}: too many"
+        f"num_experts_per_tok={self.num_experts_per_tok} is greater than num_experts={self.num_experts}: lower it"
       )
 
   def is_sparse(self, layer: int) -> bool:
-    """Whether a layer has experts."""
+    """Whether the layer with this index has experts."""
     return (
       self.num_experts is not None
       and layer not in self.mlp_only_layers
@@ -119,7 +120,7 @@ class ModelConfig:
     )
 
   # fmt: off
-  # Keyed by repository, for theta differs within a size. Variants that are not here are as their size.
+  # One preset for each repository, since theta differs within a size. Variants not listed equal their size.
   #                                                                  L   D     F      N   K  theta  tied   scaling
   qwen3_0p6b                = _dense("Qwen 3 0.6B.",                 28, 1024, 3072,  16, 8, 1e6,   True,  None)
   qwen3_1p7b                = _dense("Qwen 3 1.7B.",                 28, 2048, 6144,  16, 8, 1e6,   True,  None)
@@ -136,14 +137,14 @@ class ModelConfig:
   qwen3_235b_a22b_instruct_2507  = _sparse("Qwen 3 235B-A22B of July 2025.",  94, 4096, 12288, 64, 4, 5e6,   128, 1536)
   qwen3_coder_480b_a35b_instruct = _sparse("Qwen3-Coder 480B-A35B.",          62, 6144, 8192,  96, 8, 1e7,   160, 2560)
   # fmt: on
-  # The same numbers under other names.
+  # Models with the same configuration under other names.
   qwen3_4b_thinking_2507 = qwen3_4b_instruct_2507
   qwen3_30b_a3b_thinking_2507 = qwen3_coder_30b_a3b_instruct = qwen3_30b_a3b_instruct_2507
   qwen3_235b_a22b_thinking_2507 = qwen3_235b_a22b_instruct_2507
 
 
 class Attention(nnx.Module):
-  """Grouped-query self-attention; each head of q and k is normalised before RoPE."""
+  """Grouped-query self-attention; each head of q and k is normalised before RoPE rotates it."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -161,7 +162,7 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
   ) -> tuple[jax.Array, LayerCache | None]:
-    """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache, T slots further."""
+    """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
     q = shard(rotate(self.q_norm(self.q_proj(x)), positions, *rotary), act_btnh)
     k = shard(rotate(self.k_norm(self.k_proj(x)), positions, *rotary), act_btnh)
@@ -172,16 +173,16 @@ class Attention(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-  """The few experts of each token, weighted by a softmax over all of them."""
+  """A feed-forward block of experts: the router's softmax over all experts chooses and weights a few for each token."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shd, D = config.shd_config, config.embed_dim
-    # A dense model has no such layer, and one number for experts makes all of them numbers.
+    # Only sparse layers get here, and ModelConfig demands all fields of experts if one is set.
     E, F, n = cast(
       tuple[int, int, int], (config.num_experts, config.moe_hidden_dim, config.num_experts_per_tok)
     )
     self.num_experts_per_tok, self.norm_topk_prob = n, config.norm_topk_prob
-    # The same product as a head's, with float32 results.
+    # A Head, since the router computes the same product, with float32 results.
     self.router = Head(E, D, shd.spec("router_weight_ed", "e d"), rngs=rngs)
     self.experts = Experts(E, D, F, jax.nn.silu, shd, rngs=rngs)
 
@@ -194,7 +195,7 @@ class SparseMLP(nnx.Module):
 
 
 class Qwen3(CausalLM):
-  """Qwen 3. Peculiar to it: norms on q and k, and experts in some layers or all."""
+  """Qwen 3, dense or with experts in some layers or all: q and k are normalised."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     shd, D = config.shd_config, config.embed_dim
@@ -209,7 +210,7 @@ class Qwen3(CausalLM):
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
   def windows(self) -> tuple[int | None, ...]:
-    """The sliding window of each layer in tokens, None for a layer that sees all."""
+    """Sliding window of each layer in tokens; None for a layer that sees all tokens."""
     config = self.config
     return layer_windows(config.sliding_window, config.max_window_layers, config.num_layers)
 

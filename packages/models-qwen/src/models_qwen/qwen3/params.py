@@ -1,4 +1,4 @@
-"""Qwen 3 checkpoints, dense or with experts: where their weights lie and what their configuration says."""
+"""Qwen 3 checkpoints, dense or with experts: the tables of their weights, and their config.json."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HUGGINGFACE = WeightTable(
                                         Form(f"{X}.down_proj",                   "e d f")]),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
   ("lm_head.w",                        "lm_head.weight",                         "v d"),
-  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the frequencies follow from the configuration")],
+  ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the RoPE frequencies follow from the configuration")],
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 
@@ -55,15 +55,15 @@ GGUF = gguf_table(
   (f"{L}.mlp.experts.down_proj", "blk.{i}.ffn_down_exps.weight", "e d f"),
 )
 
-# The auxiliary loss is one of training alone.
+# The auxiliary loss of the router matters only for training.
 HARMLESS = ("router_aux_loss_coef", "output_router_logits", *windows.KEYS)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-  """config.json of `model_type` "qwen3" or "qwen3_moe" -> configuration.
+  """Reads a config.json whose `model_type` is "qwen3" or "qwen3_moe".
 
   Raises:
-    ConfigError: on a missing, contradictory or unknown key.
+    ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = ConfigKeys(raw)
   sparse = raw.get("model_type") == "qwen3_moe"
@@ -96,7 +96,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 def _read_experts(keys: ConfigKeys, raw: Mapping[str, Any]) -> dict[str, Any]:
   stated = {keys.integer(k) for k in ("num_experts", "num_local_experts") if raw.get(k) is not None}
   if len(stated) > 1:
-    raise ConfigError(f"num_experts and num_local_experts differ: {stated}; remove one")
+    raise ConfigError(
+      f"config.json: num_experts and num_local_experts differ ({' and '.join(map(str, sorted(stated)))}): remove one"
+    )
   return {
     "num_experts": stated.pop() if stated else keys.integer("num_experts"),
     "num_experts_per_tok": keys.integer("num_experts_per_tok"),
@@ -108,14 +110,17 @@ def _read_experts(keys: ConfigKeys, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-  """Configuration -> config.json, in the spellings of transformers 4 and 5.
+  """Writes a configuration as config.json, in the spellings of transformers 4 and 5.
 
   Raises:
-    ConfigError: for a sparse model of which some layers slide and some do not: transformers has none.
+    ConfigError: for a model with experts in which only some layers slide, which transformers cannot express.
   """
   sparse = config.num_experts is not None
   if sparse and config.sliding_window is not None and config.max_window_layers:
-    raise ConfigError("a model with experts slides in all of its layers: set max_window_layers=0")
+    raise ConfigError(
+      f"max_window_layers={config.max_window_layers}, but config.json can only state that all layers of a model with "
+      "experts slide: set max_window_layers=0"
+    )
   experts = {
     "num_experts": config.num_experts,
     "num_local_experts": config.num_experts,
@@ -152,7 +157,7 @@ FAMILY = Family(
 def create_model_from_safe_tensors(
   file_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None, dtype: Any = None
 ) -> Qwen3:
-  """Loads a directory of safetensors files with Hugging Face's names, as `load_and_create_model` does."""
+  """Loads a directory of safetensors files with Hugging Face's names, by `load_and_create_model`."""
   return load_and_create_model(file_dir, Qwen3, config, HUGGINGFACE, mesh, dtype=dtype)
 
 
@@ -163,5 +168,5 @@ def save_lora_merged_model_as_safetensors(
   rank: int,
   alpha: float,
 ) -> None:
-  """Writes the checkpoint with the factors of the LoRA model merged into its weights, as `save_lora_merged` does."""
+  """Writes a copy of a checkpoint with a LoRA model's factors merged into its weights, by `save_lora_merged`."""
   save_lora_merged(lora_model, FAMILY, local_model_path, output_dir, rank=rank, alpha=alpha)
