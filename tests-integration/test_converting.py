@@ -1,4 +1,4 @@
-"""`automodel convert` on real weights, and between the dialects of every family."""
+"""`automodel convert` on real weights, and between the naming schemes of every family."""
 
 import jax
 import numpy as np

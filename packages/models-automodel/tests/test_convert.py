@@ -1,5 +1,6 @@
 """`automodel convert` and `automodel verify`."""
 
+import hashlib
 import json
 import os
 
@@ -106,3 +107,12 @@ def test_verify_compares_checksums(edit_config, tmp_path, capsys):
   assert "is not a line of sha256sum" in capsys.readouterr().err
   assert main(["verify", str(directory), "--checksums", str(tmp_path / "none")]) == 1
   assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_single_file_is_verified(write_gguf, tmp_path, capsys):
+  path = write_gguf(tmp_path / "model.gguf")
+  assert main(["verify", str(path), "--sha256"]) == 0
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  assert capsys.readouterr().out == f"{digest}  model.gguf\n"
+  (tmp_path / "SHA256SUMS").write_text(f"{digest}  model.gguf\n")
+  assert main(["verify", str(path), "--checksums", str(tmp_path / "SHA256SUMS")]) == 0

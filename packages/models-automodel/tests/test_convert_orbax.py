@@ -124,12 +124,12 @@ def test_from_a_store(checkpoint, tree, monkeypatch, tmp_path):
     for path in tree.rglob("*"):
       if path.is_file():
         store.put(f"bucket/tree/{path.relative_to(tree).as_posix()}", path.read_bytes())
-    for dialect in ("huggingface", "orbax"):
-      convert("gs://bucket/tree", tmp_path / dialect, to=dialect, progress=False)
-  for dialect in ("huggingface", "orbax"):
-    found = digest(str(tmp_path / dialect), progress=False)
+    for naming in ("huggingface", "orbax"):
+      convert("gs://bucket/tree", tmp_path / naming, to=naming, progress=False)
+  for naming in ("huggingface", "orbax"):
+    found = digest(str(tmp_path / naming), progress=False)
     assert found == digest(str(checkpoint[0]), progress=False)
-    assert (tmp_path / dialect / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / naming / "tokenizer.json").read_text() == "{}"
   assert not (tmp_path / "home").exists()
 
 

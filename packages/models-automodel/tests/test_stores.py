@@ -121,9 +121,9 @@ def test_a_plan_takes_headers_and_config_alone(store, checkpoint):
   assert len(store.requests) == 3  # the list, the configuration, one header
 
 
-@pytest.mark.parametrize("dialect", ["huggingface", "orbax"])
-def test_a_conversion_streams(store, checkpoint, dialect, tmp_path):
-  convert(ADDRESS, tmp_path / "out", to=dialect, progress=False)
+@pytest.mark.parametrize("naming", ["huggingface", "orbax"])
+def test_a_conversion_streams(store, checkpoint, naming, tmp_path):
+  convert(ADDRESS, tmp_path / "out", to=naming, progress=False)
   model, _ = AutoModel.from_pretrained(str(tmp_path / "out"), progress=False)
   check(model, checkpoint)
   assert not (tmp_path / "user-cache").exists()

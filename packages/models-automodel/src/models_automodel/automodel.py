@@ -7,7 +7,6 @@ import inspect
 import os
 from typing import Any
 
-import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -74,7 +73,7 @@ class AutoModel:
       The model, and the path of its files: a directory, or the address in an object store.
 
     Raises:
-      CheckpointError: lists all tensors that are missing, unexpected, doubled or mis-shaped, before weights are read.
+      CheckpointError: lists all tensors that are missing, unexpected, duplicate or mis-shaped, before weights are read.
       ConfigError: if the configuration is incomplete, contradicts itself or asks for what is not implemented; if
         `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
       MissingFamilyError: if the architecture's package is not installed.
@@ -101,15 +100,13 @@ class AutoModel:
         return cls.from_pretrained(local, mesh, **kwargs)
     plan = cls.plan(where, mesh, **kwargs)
     files = plan.checkpoint.files
-    hidden = None if where.progress else True  # None shows bars on a terminal only.
     with source_errors():
       with together(mesh):
         if not isinstance(files, RangeFiles):
           wanted = files_of_process(plan)
           files.fetch([name for name in files.names() if name in wanted or is_companion(name)])
-      with tqdm.tqdm(
-        total=plan.stored_nbytes, unit="B", unit_scale=True, desc="weights", disable=hidden
-      ) as bar:
+      with weights_bar(where.progress) as bar:
+        bar.reset(plan.stored_nbytes)
         model: Any = load(plan, on_bytes=bar.update)
     if intermediate_ckpt_dir is not None:
       intermediate.keep(kept, model, family_of_config(model.config, where.model_id), model.config, origin)

@@ -29,7 +29,7 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
     The load plan.
 
   Raises:
-    CheckpointError: lists every file that is missing or broken, every tensor that is missing, unexpected, doubled or
+    CheckpointError: lists every file that is missing or broken, every tensor that is missing, unexpected, duplicate or
       of a shape that config.json does not imply, and with `values` every tensor that holds NaN or infinity.
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
@@ -53,18 +53,24 @@ def _not_finite(reader: TensorReader, info: TensorInfo) -> Iterator[str]:
 
 
 def checksums(path: str | os.PathLike) -> dict[str, str]:
-  """The SHA-256 of every file of a directory, in hexadecimal, by file name.
+  """The SHA-256 of a file, or of every file of a directory, in hexadecimal, by file name.
 
   Files in subdirectories are left out, except those of an Orbax tree.
   """
   root = pathlib.Path(path)
+  if root.is_file():
+    return {root.name: _sha256(root)}
   folders = [root / name for name in checkpoint_entries(str(root))]
   entries = {*root.iterdir(), *(entry for folder in folders for entry in folder.rglob("*"))}
   result = {}
   for entry in sorted(entry for entry in entries if entry.is_file()):
-    with entry.open("rb") as file:
-      result[entry.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    result[entry.relative_to(root).as_posix()] = _sha256(entry)
   return result
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_checksums(path: str | os.PathLike, expected: Mapping[str, str]) -> None:

@@ -227,6 +227,16 @@ def test_split_with_a_missing_part(split):
     read_gguf(LocalFiles(str(split)))
 
 
+def test_a_part_that_is_not_one_of_the_count(split):
+  last = split / "m-00003-of-00003.gguf"
+  (split / "m-00004-of-00003.gguf").write_bytes(last.read_bytes())
+  with pytest.raises(CheckpointError, match=r"m-00004-of-00003.gguf is not one of 3 parts: remove it"):
+    read_gguf(LocalFiles(str(split)))
+  last.unlink()
+  with pytest.raises(CheckpointError, match=r"2 of 3 parts are here, but m-00003-of-00003.gguf is missing"):
+    read_gguf(LocalFiles(str(split)))
+
+
 def test_one_part_alone(split):
   with pytest.raises(CheckpointError, match=r"1 of 3 parts .* pass the directory"):
     read_gguf(LocalFiles(str(split / "m-00001-of-00003.gguf")))

@@ -38,7 +38,7 @@ def create_model_from_orbax(
     dtype: of the parameters; None keeps the dtype of each tensor.
 
   Raises:
-    CheckpointError: listing all tensors that are missing, unexpected, doubled or have the wrong shape.
+    CheckpointError: listing all tensors that are missing, unexpected, duplicate or have the wrong shape.
     TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is no floating-point type.
   """
   checkpoint = read_orbax(as_files(checkpoint_path))

@@ -163,9 +163,7 @@ def add_verify(commands: Commands) -> None:
     "verify", help="check the structure, shapes and bytes of a checkpoint on this machine"
   )
   parser.set_defaults(run=_verify)
-  parser.add_argument(
-    "directory", help="directory of the checkpoint; with neither --sha256 nor --checksums also a GGUF file"
-  )
+  parser.add_argument("directory", help="directory of the checkpoint, or a GGUF file")
   parser.add_argument(
     "--values", action="store_true", help="also read all weights, and fail on NaN or infinity"
   )

@@ -143,15 +143,17 @@ def _parts(files: Files) -> Sequence[str]:
   if not count:
     return list(numbers.values())
   # Only the numbers of existing files are compared, since a file name may claim 99999 parts.
-  if len(numbers) != count or min(numbers) != 1 or max(numbers) != count:
-    missing = next(n for n in range(1, len(numbers) + 2) if n not in numbers)
+  here = sum(1 <= number <= count for number in numbers)
+  if here != count:
+    missing = next(n for n in range(1, count + 1) if n not in numbers)
     name = f"{stem}-{missing:05}-of-{count:05}.gguf"
     raise CheckpointError(
       files.path,
-      [
-        f"{len(numbers)} of {count} parts are here, but {name} is missing: pass the directory that holds all parts"
-      ],
+      [f"{here} of {count} parts are here, but {name} is missing: pass the directory that holds all parts"],
     )
+  if len(numbers) != count:
+    surplus = next(name for number, name in numbers.items() if not 1 <= number <= count)
+    raise CheckpointError(files.path, [f"{surplus} is not one of {count} parts: remove it"])
   return [numbers[n] for n in sorted(numbers)]
 
 
