@@ -16,7 +16,7 @@ def main(task: dict) -> dict:
   from models_automodel import AutoModel
   from models_core.digest import digest
   from models_core.formats import RangeFiles
-  from models_core.loading import files_of_process, load
+  from models_core.loading import load
 
   shape, names = task["mesh"]
   mesh = jax.make_mesh(shape, names)
@@ -46,7 +46,7 @@ def main(task: dict) -> dict:
     "held": sum(held.values()),
     "stored": plan.stored_nbytes,
     "wrong": wrong,
-    "files": files_of_process(plan),
+    "files": plan.files_of_process,
     "logits": _call(model, mesh) if task["call"] else None,
     "digest": str(digest(model)) if task["call"] else None,
     "merged": str(_merge(model, task)) if task["merge"] else None,

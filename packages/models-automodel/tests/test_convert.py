@@ -13,7 +13,7 @@ from models_automodel import CheckpointError, ConfigError, SaveError
 from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.verify import verify
-from models_core.loading import loader
+from models_core.loading.opened import OpenedPlan
 
 
 def tensors_of(directory):
@@ -49,13 +49,13 @@ def test_converting_to_another_dtype(checkpoint, tmp_path, capsys):
 
 def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
   asked = []
-  read_all = loader.OpenedPlan.read_all
+  read_all = OpenedPlan.read_all
 
   def counted(opened, names=None):
     asked.append(list(names))
     return read_all(opened, asked[-1])
 
-  monkeypatch.setattr(loader.OpenedPlan, "read_all", counted)
+  monkeypatch.setattr(OpenedPlan, "read_all", counted)
   convert(str(checkpoint[0]), tmp_path / "out", progress=False)
   assert all(len(names) == 1 for names in asked)
   assert len(asked) == len(checkpoint[1])

@@ -15,7 +15,7 @@ from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.digest import digest
 from models_automodel.verify import verify
-from models_core.loading import loader
+from models_core.loading.opened import OpenedPlan
 from models_core.testing import MESHES
 from models_sources.testing import HubServer, StoreServer
 
@@ -152,13 +152,13 @@ def test_a_tree_that_does_not_fit_is_named(tree, tmp_path):
 
 def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
   asked = []
-  read_all = loader.OpenedPlan.read_all
+  read_all = OpenedPlan.read_all
 
   def counted(opened, names=None):
     asked.append(list(names))
     return read_all(opened, asked[-1])
 
-  monkeypatch.setattr(loader.OpenedPlan, "read_all", counted)
+  monkeypatch.setattr(OpenedPlan, "read_all", counted)
   convert(str(checkpoint[0]), tmp_path / "out", to="orbax", progress=False)
   assert all(len(names) == 1 for names in asked)
   assert len(asked) == len(checkpoint[1])

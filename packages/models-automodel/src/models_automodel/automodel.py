@@ -21,7 +21,7 @@ from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.formats import SAFETENSORS, RangeFiles
-from models_core.loading import LoadPlan, abstract_model, files_of_process, load, plan_load
+from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, save_parameters_to_safetensors
 from models_core.sharding import check_mesh
@@ -103,7 +103,7 @@ class AutoModel:
     with source_errors():
       with together(mesh):
         if not isinstance(files, RangeFiles):
-          wanted = files_of_process(plan)
+          wanted = plan.files_of_process
           files.fetch([name for name in files.names() if name in wanted or is_companion(name)])
       with weights_bar(where.progress) as bar:
         bar.reset(plan.stored_nbytes)

@@ -21,7 +21,8 @@ from models_core.formats import byte_reader
 from models_core.formats.files import LocalFiles
 from models_core.formats.memory import aligned_empty
 from models_core.formats.safetensors import DTYPES, read_safetensors
-from models_core.loading import fill, loader
+from models_core.loading import fill
+from models_core.loading import opened as opened_plan
 from models_core.loading.abstract import abstract_model
 from models_core.loading.fill import cast_into
 from models_core.loading.loader import load, load_arrays
@@ -532,7 +533,7 @@ def accelerator(monkeypatch):
     assert all(buffer.dtype == dtype for buffer, _ in parts)
     return Transferred(shape, sharding, parts)
 
-  monkeypatch.setattr(loader, "_is_cpu", lambda plan: False)
+  monkeypatch.setattr(opened_plan, "_is_cpu", lambda plan: False)
   monkeypatch.setattr(fill, "aligned_empty", counted_empty)
   monkeypatch.setattr(jax, "device_put", lambda buffer, device: (buffer, device))
   monkeypatch.setattr(jax, "make_array_from_single_device_arrays", transfer)
@@ -558,7 +559,7 @@ class TestTransfers:
 
   @pytest.mark.parametrize("parameters", [1, 3, 1000])
   def test_host_memory_of_transfers_is_bounded(self, parameters, made, tensors, accelerator, monkeypatch):
-    monkeypatch.setattr(loader, "_IN_FLIGHT", parameters * self.NBYTES)
+    monkeypatch.setattr(opened_plan, "_IN_FLIGHT", parameters * self.NBYTES)
     arrays = load_arrays(made)
     for name, array in arrays.items():
       np.testing.assert_array_equal(array.values(), tensors[name])
@@ -572,7 +573,7 @@ class TestTransfers:
   def test_a_parameter_that_is_larger_than_the_bound_is_loaded_alone(
     self, made, tensors, accelerator, monkeypatch
   ):
-    monkeypatch.setattr(loader, "_IN_FLIGHT", self.NBYTES - 1)
+    monkeypatch.setattr(opened_plan, "_IN_FLIGHT", self.NBYTES - 1)
     for name, array in load_arrays(made).items():
       np.testing.assert_array_equal(array.values(), tensors[name])
     assert max(accelerator) == 2 * self.NBYTES

@@ -16,7 +16,7 @@ from models_core.formats.safetensors import SafetensorsCheckpoint
 from models_core.formats.tensors import Codec, TensorInfo
 from models_core.loading.abstract import AbstractModel, AbstractParameter
 from models_core.loading.plan import plan_load
-from models_core.loading.process_split import files_of_process, part_to_read, redistribute
+from models_core.loading.process_split import part_to_read, redistribute
 from models_core.weights.table import Tied, WeightTable
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -188,21 +188,21 @@ class TestFiles:
   def test_a_process_opens_the_files_that_it_reads_something_of(self, this):
     experts = [["e.0.safetensors", "e.1.safetensors"], ["e.2.safetensors", "e.3.safetensors"]]
     expected = sorted([*experts[this], "rows.safetensors", "small.safetensors"])
-    assert list(files_of_process(self.plan(this))) == expected
+    assert list(self.plan(this).files_of_process) == expected
 
   def test_all_compare_a_part_of_tied_tensors(self):
     for this in range(2):
-      assert "head.safetensors" in files_of_process(self.plan(this, head=True))
+      assert "head.safetensors" in self.plan(this, head=True).files_of_process
 
   def test_shared_files_are_everybody_s(self):
     plan = self.plan(0)
     shared = dataclasses.replace(plan.checkpoint, shared_files=("manifest",))
-    assert "manifest" in files_of_process(dataclasses.replace(plan, checkpoint=shared))
+    assert "manifest" in dataclasses.replace(plan, checkpoint=shared).files_of_process
 
   def test_a_process_alone_opens_all(self):
     tensors = {"rows": (8, 6), "small": (3,)} | {f"e.{e}": (6,) for e in range(4)}
     plan = plan_of(processes(1, (2, 2)), self.PARAMETERS, self.TABLE, tensors)
-    assert files_of_process(plan) == plan.files
+    assert plan.files_of_process == plan.files
 
 
 class TestRedistribution:

@@ -1,7 +1,8 @@
 from .abstract import AbstractModel, AbstractParameter, abstract_model
-from .loader import OpenedPlan, load, load_arrays
-from .plan import LoadPlan, PlannedParameter, loaded_dtype, plan_load
-from .process_split import files_of_process
+from .loader import load, load_arrays
+from .opened import OpenedPlan
+from .plan import LoadPlan, loaded_dtype, plan_load
+from .planned import PlannedParameter
 
 __all__ = [
   "AbstractModel",
@@ -10,7 +11,6 @@ __all__ = [
   "OpenedPlan",
   "PlannedParameter",
   "abstract_model",
-  "files_of_process",
   "load",
   "load_arrays",
   "loaded_dtype",

@@ -29,7 +29,7 @@ from models_core.formats import (
   bounds_of,
 )
 from models_core.loading import boxes, streams
-from models_core.loading.plan import PlannedParameter
+from models_core.loading.planned import PlannedParameter
 from models_core.weights import Piece, arrange, part_shape
 
 # Bytes that one task of a thread fills.

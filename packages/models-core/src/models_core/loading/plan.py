@@ -8,49 +8,24 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family
 from models_core.formats import Checkpoint, OnBytes, TensorInfo
 from models_core.loading.abstract import AbstractModel, AbstractParameter, misfit_notes
+from models_core.loading.opened import OpenedPlan
+from models_core.loading.planned import PlannedParameter, mesh_of
+from models_core.loading.process_split import files_of_process
 from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
-
-if TYPE_CHECKING:
-  from models_core.loading.loader import OpenedPlan
 
 # Most problems that an error lists; the rest are counted.
 _MOST = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedParameter:
-  """A parameter and the tensors that fill it.
-
-  Attributes:
-    parameter: name, shape and sharding of the parameter.
-    dtype: dtype of the loaded parameter.
-    pieces: the tensors, and which part of the parameter each of them fills.
-  """
-
-  parameter: AbstractParameter
-  dtype: np.dtype
-  pieces: tuple[Piece, ...]
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of the whole parameter."""
-    return math.prod(self.parameter.shape) * self.dtype.itemsize
-
-  @property
-  def shard_nbytes(self) -> int:
-    """Bytes of one device's shard."""
-    return math.prod(self.parameter.sharding.shard_shape(self.parameter.shape)) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +56,7 @@ class LoadPlan:
     Args:
       on_bytes: called with the number of bytes of each read, from several threads.
     """
-    from models_core.loading.loader import OpenedPlan  # the loader imports this module
-
-    return OpenedPlan(self, on_bytes)
+    return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes)
 
   @property
   def files(self) -> tuple[str, ...]:
@@ -95,12 +68,14 @@ class LoadPlan:
     )
 
   @property
+  def files_of_process(self) -> tuple[str, ...]:
+    """Names of the files that this process reads from, sorted."""
+    return files_of_process(self.checkpoint, self.parameters, self.ties)
+
+  @property
   def mesh(self) -> Mesh | None:
     """The mesh of the parameters; None is one device."""
-    for planned in self.parameters:
-      if isinstance(planned.parameter.sharding, NamedSharding):
-        return cast(Mesh, planned.parameter.sharding.mesh)
-    return None
+    return mesh_of(self.parameters)
 
   @property
   def num_parameters(self) -> int:

@@ -15,16 +15,16 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from models_core.formats import Index, TensorInfo, bounds_of
-from models_core.loading.plan import LoadPlan, PlannedParameter
+from models_core.formats import Checkpoint, Index, TensorInfo, bounds_of
+from models_core.loading.planned import PlannedParameter
 from models_core.sharding import axis_names
-from models_core.weights import Piece
+from models_core.weights import Piece, Tied
 
 
 def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -> PlannedParameter:
@@ -57,18 +57,26 @@ def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -
   return min(ways, key=lambda way: _elements_read(way.parameter.shape, way.parameter.sharding))
 
 
-def files_of_process(plan: LoadPlan) -> tuple[str, ...]:
-  """Names of the files that this process reads from, sorted."""
-  tensors = plan.checkpoint.tensors
-  names = {name for tie in plan.ties for name in (tie.tensor, tie.twin)}
-  for planned in plan.parameters:
+def files_of_process(
+  checkpoint: Checkpoint, parameters: Iterable[PlannedParameter], ties: Iterable[Tied]
+) -> tuple[str, ...]:
+  """Names of the files that this process reads from, sorted.
+
+  Args:
+    checkpoint: the headers of the checkpoint.
+    parameters: the parameters to load.
+    ties: pairs of tensors that are compared.
+  """
+  tensors = checkpoint.tensors
+  names = {name for tie in ties for name in (tie.tensor, tie.twin)}
+  for planned in parameters:
     way = part_to_read(planned, tensors)
     shape, sharding = way.parameter.shape, way.parameter.sharding
     indices = sharding.addressable_devices_indices_map(shape).values()
     names |= {
       piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
     }
-  return tuple(sorted({tensors[name].file for name in names}.union(plan.checkpoint.shared_files)))
+  return tuple(sorted({tensors[name].file for name in names}.union(checkpoint.shared_files)))
 
 
 def _touches(piece: Piece, index: Index, shape: tuple[int, ...]) -> bool:
