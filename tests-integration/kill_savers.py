@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from models_core.formats import LocalFiles, read_safetensors
 from models_core.safetensors_saver import save_model_to_safetensors
-from models_core.saving import replace_directory
+from models_core.saving import atomic
 
 # Three files of two tensors; a save takes some ten milliseconds.
 SHAPES = {f"{name}.w": (300, 200 + 10 * i) for i, name in enumerate("abcdef")}
@@ -38,7 +38,7 @@ def save(target: pathlib.Path, number: int) -> None:
 def keep_saving(kind: str, root: pathlib.Path, ready: int) -> None:
   """Never returns."""
   if kind == "by renames":
-    replace_directory._rename_exchange = lambda a, b: False
+    atomic._rename_exchange = lambda a, b: False
   for number in range(1, 10**6):
     save(root / (f"new-{number}" if kind == "new" else "target"), number)
     if number == 1:
@@ -91,7 +91,7 @@ def kill_one(kind: str, root: pathlib.Path, moment: float) -> str:
   else:
     between = not target.exists()
     assert not (between and kind == "in one step"), "the target vanished"
-    replace_directory.recover(str(target))
+    atomic.recover(str(target))
     assert look(target) == "complete"
     assert (target / "notes.txt").read_text() == "mine"
     if between:
@@ -137,9 +137,7 @@ def kill_before_call(kind: str, root: pathlib.Path, number: int) -> bool:
   if (child := os.fork()) == 0:
     try:
       _die_before(number, kind)
-      with replace_directory.replace_directory(
-        str(target), overwrite=True, outdated=lambda old: ["a", "b"]
-      ) as new:
+      with atomic.replace_directory(str(target), overwrite=True, outdated=lambda old: ["a", "b"]) as new:
         for name in ("a", "c"):
           descriptor = os.open(os.path.join(new, name), os.O_WRONLY | os.O_CREAT)
           os.write(descriptor, b"new")
@@ -150,14 +148,14 @@ def kill_before_call(kind: str, root: pathlib.Path, number: int) -> bool:
       os._exit(1)
   status = os.waitpid(child, 0)[1]
   assert status in (0, signal.SIGKILL), f"the writer failed: {status}"
-  replace_directory.recover(str(target))
+  atomic.recover(str(target))
   found = {path.name: path.read_text() for path in target.iterdir()} if target.exists() else {}
   old, new = {"a": "old", "b": "old"}, {"a": "new", "c": "new"}
   if kind == "new":
     assert found in ({}, new), found
   else:
     assert found in (old | {"notes.txt": "mine"}, new | {"notes.txt": "mine"}), found
-  with replace_directory.replace_directory(str(target), overwrite=True):
+  with atomic.replace_directory(str(target), overwrite=True):
     pass
   assert os.listdir(root) == ["target"], os.listdir(root)
   return status != 0
@@ -178,8 +176,8 @@ def _die_before(number: int, kind: str) -> None:
 
   for name in CALLS:
     setattr(os, name, counted(getattr(os, name)))
-  exchange = replace_directory._rename_exchange if kind == "in one step" else lambda a, b: False
-  replace_directory._rename_exchange = counted(exchange)
+  exchange = atomic._rename_exchange if kind == "in one step" else lambda a, b: False
+  atomic._rename_exchange = counted(exchange)
 
 
 def main(moments: int, seed: int) -> None:
