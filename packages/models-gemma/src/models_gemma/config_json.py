@@ -20,7 +20,6 @@ def read_common(keys: ConfigKeys) -> dict[str, Any]:
   for key, value in _FIXED.items():
     keys.expect(key, value)
   keys.expect("hidden_activation", GELU_TANH)
-  keys.get("cache_implementation")  # says nothing about the numbers
   return read_sizes(keys, _SIZES)
 
 
