@@ -24,7 +24,6 @@ def read_common(keys: ConfigKeys) -> dict[str, Any]:
   for key, value in _FIXED.items():
     keys.expect(key, value)
   keys.expect("hidden_activation", GELU_TANH)
-  keys.get("cache_implementation")  # without effect on logits
   return read_sizes(keys, _SIZES)
 
 

@@ -2,93 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from models_core.config.harmless import ADDED, NEUTRAL, WRITTEN
 from models_core.errors import ConfigError
 from models_core.rope_scaling import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
-# Keys that change no logit: provenance, token ids, training, generation and what old versions wrote by default.
-HARMLESS = frozenset(
-  [
-    "architectures",
-    "model_type",
-    "_name_or_path",
-    "name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "auto_map",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "sep_token_id",
-    "decoder_start_token_id",
-    "use_cache",
-    "initializer_range",
-    "attention_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "pretraining_tp",
-    "max_position_embeddings",
-    "tokenizer_class",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "_commit_hash",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-    "output_scores",
-    "return_dict_in_generate",
-    "torchscript",
-    "use_bfloat16",
-    "tf_legacy_loss",
-    "pruned_heads",
-    "chunk_size_feed_forward",
-    "is_encoder_decoder",
-    "is_decoder",
-    "cross_attention_hidden_size",
-    "add_cross_attention",
-    "tie_encoder_decoder",
-    "finetuning_task",
-    "id2label",
-    "label2id",
-    "task_specific_params",
-    "problem_type",
-    "max_length",
-    "min_length",
-    "do_sample",
-    "early_stopping",
-    "num_beams",
-    "num_beam_groups",
-    "diversity_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "repetition_penalty",
-    "length_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "num_return_sequences",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "remove_invalid_values",
-    "exponential_decay_length_penalty",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "prefix",
-    "transformers.js_config",
-    "unsloth_version",
-    "unsloth_fixed",
-    "neftune_noise_alpha",
-    "is_llama_config",
-  ]
-)
+_log = logging.getLogger(__name__)
 
 # Numbers of parts that are made or listed one by one: beyond these a file is damaged, and reading it would take hours.
 MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
@@ -235,19 +158,30 @@ class ConfigKeys:
   def done(self, harmless: Collection[str] = ()) -> None:
     """Refuses keys that nobody read and that are not known to be harmless.
 
+    Those that are, and that not every config.json has, are named in the log, once in a process.
+
     Args:
       harmless: further keys that change no logit of this architecture.
 
     Raises:
-      ConfigError: naming all of them.
+      ConfigError: naming all that are refused.
     """
-    known = self._read | HARMLESS | set(harmless)
-    unknown = [k for k, v in self._raw.items() if k not in known and v is not None]
-    if unknown:
+    known = self._read | WRITTEN | set(harmless)
+    left = sorted(key for key, value in self._raw.items() if key not in known and value is not None)
+    left = [key for key in left if self._raw[key] not in NEUTRAL.get(key, ())]
+    if unknown := [key for key in left if key not in ADDED]:
       raise ConfigError(
-        f"{self._where}: {', '.join(f'{k}={self._raw[k]!r}' for k in sorted(unknown))}: not known to this "
+        f"{self._where}: {', '.join(f'{key}={self._raw[key]!r}' for key in unknown)}: not known to this "
         "architecture. If the model's numbers don't depend on it, remove it from config.json or pass config="
       )
+    if left:
+      _note_unread(self._where, ", ".join(left))
+
+
+@functools.cache
+def _note_unread(where: str, keys: str) -> None:
+  """Says that keys are not read. A configuration is read anew whenever its model is saved: once is enough."""
+  _log.warning("%s: keys on which no logit depends are not read: %s", where, keys)
 
 
 def _positive(value: Any, what: str) -> float:
