@@ -10,6 +10,7 @@ import pytest
 import tensorstore as ts
 import zstandard
 
+from models_core.casting import cast_into
 from models_core.errors import CheckpointError
 from models_core.formats import orbax as orbax_checkpoint
 from models_core.formats import orbax_cells
@@ -17,7 +18,6 @@ from models_core.formats.files import LocalFiles
 from models_core.formats.orbax import read_orbax
 from models_core.formats.tensors import TensorInfo
 from models_core.loading import boxes, streams
-from models_core.loading.fill import cast_into
 from models_core.weights.layout import arrange, part_shape, pieces
 from models_core.weights.table import WeightTable
 

@@ -54,7 +54,7 @@ class ByteReader(abc.ABC):
 
   def __init__(self, where: str, tensors: Mapping[str, TensorInfo], on_bytes: OnBytes):
     self.tensors = tensors
-    self._where = where
+    self.where = where
     self._on_bytes = on_bytes
     self._scratch = threading.local()
 
@@ -153,7 +153,7 @@ class ByteReader(abc.ABC):
         break
     if not same:
       raise CheckpointError(
-        self._where,
+        self.where,
         [
           f"{name} differs from {twin}, but the configuration ties the head to the embedding: untie them in the "
           f"configuration to load both, or remove {name} from the checkpoint"
@@ -220,7 +220,7 @@ class LocalReader(ByteReader):
   def _open_file(self, name: str) -> int:
     if name not in self._fetched:
       self._files.fetch([name])
-    path = os.path.join(self._where, name)
+    path = os.path.join(self.where, name)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
       size = os.fstat(descriptor).st_size
@@ -254,7 +254,7 @@ class LocalReader(ByteReader):
       count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
       if not count:
         raise CheckpointError(
-          f"{self._where}/{info.file}",
+          f"{self.where}/{info.file}",
           [f"the file ends within {info.name}: it has changed since its header was read; load it again"],
         )
       done += count

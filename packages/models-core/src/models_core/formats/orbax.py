@@ -444,6 +444,7 @@ class OrbaxReader:
   runs = None
 
   def __init__(self, checkpoint: OrbaxCheckpoint, arrays: Mapping[str, Any], on_bytes: OnBytes):
+    self.where = checkpoint.store.where
     self.tensors = checkpoint.tensors
     self._store = checkpoint.store
     self._places = checkpoint.places

@@ -17,6 +17,7 @@ class TensorReader(Protocol):
   """Reads the tensors of a checkpoint, in any number of threads at once.
 
   Attributes:
+    where: path or address of the checkpoint, for messages.
     tensors: by name, as the headers describe them.
     chunk: number of bytes to read at a time where a read passes through scratch memory.
     threads: number of threads that make full use of the reader.
@@ -24,6 +25,7 @@ class TensorReader(Protocol):
     cells: reads cells front to back; None where the format does not store tensors in cells.
   """
 
+  where: str
   tensors: Mapping[str, TensorInfo]
   chunk: int
   threads: int

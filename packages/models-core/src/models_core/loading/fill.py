@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
+from models_core.casting import cast_into
+from models_core.errors import CheckpointError
 from models_core.formats import (
   CellReader,
   Index,
@@ -121,8 +122,8 @@ def tasks(
       step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
       last = max(index[0].stop for index, _ in targets)
       for start in range(min(index[0].start for index, _ in targets), last, step):
-        stop = min(start + step, last)
-        yield functools.partial(_fill_rows, run, info, shape, targets, start, stop, reader.chunk, reader.runs)
+        rows = (start, min(start + step, last))
+        yield _task(reader, info, _fill_rows, run, info, shape, targets, *rows, reader.chunk, reader.runs)
   for several in boxed.values():
     # Parameters that share a tensor take turns: a cell that they share is decoded once and freed soon.
     for turn in itertools.zip_longest(*several):
@@ -131,7 +132,7 @@ def tasks(
     for name, wanted in streamed.items():
       info = reader.tensors[name]
       for position in streams.wanted(info, wanted):
-        yield functools.partial(_fill_from_cell, info, position, wanted, cells)
+        yield _task(reader, info, _fill_from_cell, info, position, wanted, cells)
 
 
 def _target(piece: Piece, shard: Shard) -> _Target | None:
@@ -197,10 +198,10 @@ def _box_tasks(
   faces = [boxes.face(factoring, index, target) for index, target in targets] if factoring else []
   seen = [face for face in faces if face is not None]
   if factoring is None or len(seen) < len(targets):
-    yield functools.partial(_fill_whole, piece, info, shape, targets, reader)
+    yield _task(reader, info, _fill_whole, piece, info, shape, targets, reader)
     return
   for box, copies in boxes.cut(factoring, info, seen, reader.chunk):
-    yield functools.partial(_fill_box, factoring, info, box, copies, reader)
+    yield _task(reader, info, _fill_box, factoring, info, box, copies, reader)
 
 
 def _streamed(
@@ -257,19 +258,20 @@ def _fill_whole(
     cast_into(target, part[index])
 
 
-_BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-_INTEGERS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in (np.uint8, np.uint16, np.uint32, np.uint64)}
+def _task(
+  reader: TensorReader, info: TensorInfo, fill: Callable[..., None], *args: Any
+) -> Callable[[], None]:
+  """A task that fills shards from a tensor."""
+  return functools.partial(_run, reader.where, info.name, fill, *args)
 
 
-def cast_into(target: np.ndarray, source: np.ndarray) -> None:
-  """Copies with a cast, rounding to nearest even."""
-  if source.dtype == _BF16 and target.dtype == _F32 and target.flags.c_contiguous:
-    # A bfloat16 is the upper half of a float32: integer moves are several times faster than the cast.
-    bits = target.view(np.uint32)
-    np.copyto(bits, source.view(np.uint16))
-    np.left_shift(bits, np.uint32(16), out=bits)
-  elif source.dtype == target.dtype and (plain := _INTEGERS.get(target.dtype.itemsize)) is not None:
-    # numpy copies types that are not its own, such as bfloat16, element by element through a function.
-    np.copyto(target.view(plain), source.view(plain))
-  else:
-    np.copyto(target, source, casting="unsafe")
+def _run(where: str, tensor: str, fill: Callable[..., None], *args: Any) -> None:
+  """Runs a task.
+
+  Raises:
+    CheckpointError: if a finite number does not fit into the dtype that it is loaded in.
+  """
+  try:
+    fill(*args)
+  except OverflowError as error:
+    raise CheckpointError(where, [f"{tensor}: {error}: load it in another dtype"]) from None

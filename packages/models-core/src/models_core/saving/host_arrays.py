@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models_core.casting import cast_into
 from models_core.dtypes import common_dtype
 from models_core.errors import SaveError
 from models_core.formats import Index, bounds_of
@@ -77,15 +78,11 @@ def cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
   """
   if data.dtype == tensor.dtype:
     return data
-  with np.errstate(over="ignore"):
-    written = data.astype(tensor.dtype)
-  if jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
-    # Types without infinities have NaN instead.
-    lost = ~np.isfinite(written) & np.isfinite(data)
-    if lost.any():
-      raise SaveError(
-        f"{tensor.name}: {data[lost][0]} does not fit into {tensor.dtype}: write it in another dtype"
-      )
+  written = np.empty(data.shape, tensor.dtype)
+  try:
+    cast_into(written, data)
+  except OverflowError as error:
+    raise SaveError(f"{tensor.name}: {error}: write it in another dtype") from None
   return written
 
 
