@@ -350,14 +350,16 @@ def test_family_config_and_base_go_together(options, family, tmp_path):
     save_model_to_safetensors(model_of(), tmp_path / "out", **options)
 
 
-def test_companions_are_copied_where_they_are(family, tmp_path):
+def test_what_belongs_to_a_model_comes_along(family, tmp_path):
   base = base_of(tmp_path / "base", {"embed": model_of()["embed"]})
-  (base / "tokenizer.json").write_text("words")
-  names = ["tokenizer.json", "vocab.json", "config.json"]
-  options = {"family": family, "config": family.config_class(), "base": base, "companions": names}
-  save(model_of(), tmp_path / "out", **options)
-  assert (tmp_path / "out" / "tokenizer.json").read_text() == "words"
-  assert not (tmp_path / "out" / "vocab.json").exists()
+  comes = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json", "LICENSE"]
+  stays = ["README.md", "pytorch_model.bin", "model.gguf", "optimizer.pt", "trainer_state.json", "events.out"]
+  for name in comes + stays:
+    (base / name).write_text(f"words of {name}")
+  save(model_of(), tmp_path / "out", family=family, config=family.config_class(), base=base)
+  for name in comes:
+    assert (tmp_path / "out" / name).read_text() == f"words of {name}"
+  assert sorted(os.listdir(tmp_path / "out")) == sorted([*comes, "config.json", "model.safetensors"])
 
 
 # Dtypes

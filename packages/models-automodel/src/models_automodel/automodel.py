@@ -13,17 +13,17 @@ from jax.sharding import Mesh
 from models_automodel import intermediate
 from models_automodel.errors import source_errors
 from models_automodel.families import family_of_config
-from models_automodel.finding import Found, find, is_companion
+from models_automodel.finding import Found, find
 from models_automodel.overrides import cut, override
+from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
-from models_automodel.saving import companions_of, weights_bar
 from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.formats import SAFETENSORS, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
-from models_core.saving import Base, flatten, save_parameters_to_safetensors
+from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
 from models_core.sharding import check_mesh
 
 
@@ -163,7 +163,6 @@ class AutoModel:
         family=family,
         config=config,
         base=came_from,
-        companions=() if came_from is None else companions_of(came_from.files),
         dtype=as_dtype(dtype),
         overwrite=overwrite,
         on_total=bar.reset,

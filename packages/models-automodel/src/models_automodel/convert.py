@@ -10,7 +10,7 @@ import jax
 
 from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
-from models_automodel.saving import companions_of, weights_bar
+from models_automodel.progress import weights_bar
 from models_automodel.where import Where
 from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS
@@ -74,7 +74,6 @@ def convert(
       config=plan.config,
       # Tensors that the model has no parameter for are copied from here.
       base=Base(files, plan.checkpoint, lambda: opened.reader),
-      companions=companions_of(files),
       overwrite=overwrite,
       on_total=bar.reset,
       on_bytes=bar.update,

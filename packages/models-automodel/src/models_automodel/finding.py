@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,19 +16,7 @@ from models_core.config import HEADER_CONFIGS
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, read_json, weight_files
-
-CONFIG = "config.json"
-
-
-# Companions: files that belong to a model besides its weights, and are fetched and copied with it.
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
-               "vocab.json", "merges.txt", "added_tokens.json", "*.safetensors.index.json", "preprocessor_config.json",
-               "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # fmt: skip
-
-
-def is_companion(name: str) -> bool:
-  """Whether a file belongs to a model besides its weights, such as the tokenizer's."""
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _COMPANIONS)
+from models_core.saving import CONFIG
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from models_core.family import Family
@@ -19,7 +19,6 @@ def save_model_to_safetensors(
   family: Family | None = None,
   config: Any = None,
   base: str | os.PathLike | Files | None = None,
-  companions: Sequence[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
   on_total: OnBytes | None = None,
@@ -41,7 +40,6 @@ def save_model_to_safetensors(
       leaves open: which tensors are fused, the prefix of their names, whether a tied head is stored. Tensors that the
       model does not have, such as those of a vision tower, and fields of config.json that `config` does not have are
       copied from it.
-    companions: names of files to copy from `base`, such as "tokenizer.json"; those that it does not have are skipped.
     dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
     overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
     on_total: called once with the number of bytes that this process will write.
@@ -64,7 +62,6 @@ def save_model_to_safetensors(
     family=family,
     config=config,
     base=None if base is None else Base.of(base, SAFETENSORS),
-    companions=companions,
     dtype=dtype,
     overwrite=overwrite,
     on_total=on_total,

@@ -322,7 +322,14 @@ class TestSavingMerged:
   @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
   def test_the_checkpoint_is_as_it_was_but_for_the_change(self, dtype, fused, tmp_path):
     base = tmp_path / "base"
-    tensors = write(base, plain(dtype), fused=fused, tokenizer__json="words", pytorch_model__bin="pickles")
+    tensors = write(
+      base,
+      plain(dtype),
+      fused=fused,
+      tokenizer__json="words",
+      pytorch_model__bin="pickles",
+      README__md="of the base",
+    )
     adapter = adapter_of(adapted(), alpha=ALPHA)
     save_merged(base, tmp_path / "out", adapter, FAMILY, CONFIG)
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "tokenizer.json"]

@@ -140,7 +140,7 @@ def test_config_and_companions_lie_beside_it(tmp_path):
   (tmp_path / "base" / "tokenizer.json").write_text("{}")
   save(FLAT, tmp_path / "base", overwrite=True)
   base = Base.of(tmp_path / "base", ORBAX)
-  save(FLAT, tmp_path / "tree", base=base, companions=["tokenizer.json", "merges.txt"])
+  save(FLAT, tmp_path / "tree", base=base)
   config = json.loads((tmp_path / "tree" / "config.json").read_text())
   assert (config["model_type"], config["wide"], config["dtype"]) == ("tiny", False, "bfloat16")
   assert (tmp_path / "tree" / "tokenizer.json").read_text() == "{}"

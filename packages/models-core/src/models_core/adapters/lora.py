@@ -33,20 +33,6 @@ from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
 
-# What is beside the weights of a checkpoint and belongs to them in no other form.
-_WEIGHTS = (
-  ".safetensors",
-  ".bin",
-  ".pt",
-  ".pth",
-  ".ckpt",
-  ".gguf",
-  ".h5",
-  ".msgpack",
-  ".onnx",
-  ".index.json",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -431,5 +417,4 @@ def save_merged(
       family=family,
       config=config,
       base=Base(files, plan.checkpoint, lambda: opened.reader),
-      companions=[name for name in files.names() if not name.endswith(_WEIGHTS) and name != "config.json"],
     )

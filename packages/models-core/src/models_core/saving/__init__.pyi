@@ -1,5 +1,6 @@
 from .atomic import recover, replace_directory
 from .base import Base
+from .companions import CONFIG, is_companion
 from .directory import write_texts
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
@@ -9,12 +10,14 @@ from .safetensors_writer import write_files
 from .writers import WRITERS, Writer
 
 __all__ = [
+  "CONFIG",
   "WRITERS",
   "Base",
   "SavedFile",
   "Shaped",
   "Writer",
   "flatten",
+  "is_companion",
   "parse_size",
   "plan_state",
   "recover",

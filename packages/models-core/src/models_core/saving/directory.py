@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,9 @@ from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
 from models_core.saving.atomic import replace_directory, save_errors
+from models_core.saving.companions import CONFIG, companions_of
 from models_core.saving.plan import SavedTensor, Shaped
 
-CONFIG = "config.json"
 # Fields that describe how a process runs the model, not the checkpoint.
 _NOT_IN_CONFIG_JSON = ("shd_config", "remat_config")
 
@@ -96,10 +96,10 @@ def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
       os.fsync(file.fileno())
 
 
-def copy_companions(directory: str, base: Files | None, names: Collection[str]) -> None:
-  """Copies files of the base to a directory; names that the base does not have are skipped."""
+def copy_companions(directory: str, base: Files | None) -> None:
+  """Copies the companions of the base to a directory."""
   if base is not None:
-    for name in sorted(set(names).intersection(base.names())):
+    for name in companions_of(base):
       write_texts(directory, {name: base.read(name, 0, base.size(name))})
 
 

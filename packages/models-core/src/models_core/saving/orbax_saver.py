@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,6 @@ def save_parameters_to_orbax(
   family: Family,
   config: Any,
   base: Base | None = None,
-  companions: Collection[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
   on_total: OnBytes | None = None,
@@ -49,7 +48,6 @@ def save_parameters_to_orbax(
     base: the files that the model was loaded from. Fields of config.json that `config` does not have are copied from
       it. If its weights are an Orbax tree, this also decides which arrays are fused, and arrays that the model does not
       have are copied from it.
-    companions: names of files to copy from `base`, such as "tokenizer.json"; those that it does not have are skipped.
     dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
     overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
     on_total: called once with the number of bytes that will be written.
@@ -77,5 +75,5 @@ def save_parameters_to_orbax(
     directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
     reader = None if base is None else stack.enter_context(base.open_reader(tensors))
     write_tree(directory, tensors, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
-    copy_companions(directory, files, set(companions) - texts.keys())
+    copy_companions(directory, files)
     write_texts(directory, texts)

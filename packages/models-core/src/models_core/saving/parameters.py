@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ def save_parameters_to_safetensors(
   family: Family | None = None,
   config: Any = None,
   base: Base | None = None,
-  companions: Collection[str] = (),
   dtype: Any = None,
   overwrite: bool = False,
   on_total: OnBytes | None = None,
@@ -46,7 +45,6 @@ def save_parameters_to_safetensors(
     family: family of the model.
     config: configuration of the model; required with a family.
     base: the files that the model was loaded from; it requires a family.
-    companions: names of files to copy from `base`; those that it does not have are skipped.
     dtype: dtype in which floating-point parameters are written; None keeps the dtype of each.
     overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
     on_total: called once with the number of bytes that this process will write.
@@ -82,7 +80,7 @@ def save_parameters_to_safetensors(
     reader = None if base is None else stack.enter_context(base.open_reader(tensors))
     write_files(directory, shards, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     if jax.process_index() == 0:
-      copy_companions(directory, files, set(companions) - texts.keys())
+      copy_companions(directory, files)
       write_texts(directory, texts)
 
 

@@ -16,7 +16,7 @@ class Writer:
 
   Attributes:
     format: the format.
-    save: called as `save(parameters, get, save_dir, *, family, config, base, companions, dtype, overwrite, on_total,
+    save: called as `save(parameters, get, save_dir, *, family, config, base, dtype, overwrite, on_total,
       on_bytes)`.
     has_shards: whether `save` also takes `max_shard_size`.
   """
