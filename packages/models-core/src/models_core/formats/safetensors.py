@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -210,6 +210,26 @@ def _read_file(files: Files, name: str) -> _File:
 
 
 def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
+  beginning = _beginning(read, size, where)
+  header = _object(beginning[8:], where)
+  metadata = header.pop("__metadata__", None) or {}
+  if not isinstance(metadata, dict):
+    raise CheckpointError(where, ["__metadata__ in the header is not a JSON object"])
+  problems: list[str] = []
+  infos = []
+  for tensor, entry in header.items():
+    try:
+      infos.append(_tensor(tensor, entry, name, len(beginning)))
+    except (ValueError, TypeError) as error:
+      problems.append(f"{tensor}: {error}")
+  infos.sort(key=lambda info: (info.start, info.stop))
+  if problems := problems or list(_gaps(infos, len(beginning), size)):
+    raise CheckpointError(where, problems)
+  return _File(infos, metadata, Header.of(beginning))
+
+
+def _beginning(read: ReadRange, size: int, where: str) -> bytes:
+  """The bytes of a file up to the data: the header and its length."""
   start = read(0, min(size, _FIRST_READ))
   if len(start) < 8:
     raise CheckpointError(where, [f"not a safetensors file: it has only {size} bytes"])
@@ -225,44 +245,37 @@ def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
     raise CheckpointError(where, [f"the header has {length} bytes, but at most {_MAX_HEADER} are read"])
   if len(start) < 8 + length:
     start += read(len(start), 8 + length)
+  return start[: 8 + length]
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+  """The JSON object that a header holds."""
   try:
-    header = parse_json(start[8 : 8 + length])
+    header = parse_json(text)
   except (ValueError, RecursionError) as error:
     raise CheckpointError(where, [f"the header is not valid JSON: {error}"]) from None
   if not isinstance(header, dict):
     raise CheckpointError(
       where, [f"the header holds a value of type {type(header).__name__}, expected a JSON object"]
     )
-  metadata = header.pop("__metadata__", None) or {}
-  if not isinstance(metadata, dict):
-    raise CheckpointError(where, ["__metadata__ in the header is not a JSON object"])
-  problems: list[str] = []
-  infos = []
-  for tensor, entry in header.items():
-    try:
-      infos.append(_tensor(tensor, entry, name, 8 + length))
-    except (ValueError, TypeError) as error:
-      problems.append(f"{tensor}: {error}")
-  infos.sort(key=lambda info: (info.start, info.stop))
-  end = 8 + length
-  if not problems:
-    for info in infos:
-      if info.start != end:
-        problems.append(
-          f"{info.name}: its data starts at byte {info.start} and "
-          f"{'overlaps' if info.start < end else 'leaves a gap after'} what precedes it, which ends at byte {end}"
-        )
-        break
-      end = info.stop
-    else:
-      if end != size:
-        problems.append(
-          f"the file has {size} bytes, but its header describes {end}: it is truncated or overwritten; "
-          "download it again"
-        )
-  if problems:
-    raise CheckpointError(where, problems)
-  return _File(infos, metadata, Header.of(start[: 8 + length]))
+  return header
+
+
+def _gaps(infos: Sequence[TensorInfo], data: int, size: int) -> Iterator[str]:
+  """The first place where tensors, in the order of their bytes, do not fill a file from `data` to its end."""
+  end = data
+  for info in infos:
+    if info.start != end:
+      yield (
+        f"{info.name}: its data starts at byte {info.start} and "
+        f"{'overlaps' if info.start < end else 'leaves a gap after'} what precedes it, which ends at byte {end}"
+      )
+      return
+    end = info.stop
+  if end != size:
+    yield (
+      f"the file has {size} bytes, but its header describes {end}: it is truncated or overwritten; download it again"
+    )
 
 
 def _tensor(name: str, entry: Any, file: str, data: int) -> TensorInfo:
