@@ -27,6 +27,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_core.dummy_model_creator import create_dummy_model
+from models_core.errors import ConfigError
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
 from models_core.layers import Cache, RematConfig
@@ -307,6 +308,14 @@ class FamilyContract:
       raw = json.loads(json.dumps(self.family.write_config(config)))
       again = self.family.read_config(raw)
       assert again == config, "read_config does not return the configuration that write_config wrote"
+
+  @pytest.mark.parametrize("change", [{"head_dim": 3}, {"num_kv_heads": 0}, {"num_heads": -4}], ids=str)
+  def test_sizes_that_no_decoder_has_are_refused(self, change: dict[str, int]) -> None:
+    fields = {field.name for field in dataclasses.fields(self.config)}
+    if not change.keys() <= fields:
+      pytest.skip("the configuration has no such field")
+    with pytest.raises(ConfigError):
+      dataclasses.replace(self.config, **change)
 
   # Cache, padding, packing
 
