@@ -11,6 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 from models_automodel import AutoModel, ConfigError, ModelsError, SaveError
+from models_core.adapters import Adapter, save_merged
 from models_core.testing import to_tensors
 from models_llama.llama3 import FAMILY
 
@@ -31,6 +32,9 @@ def base(checkpoint, tmp_path):
     "preprocessor_config.json",
     "LICENSE.txt",
     "README.md",
+    "optimizer.pt",
+    "trainer_state.json",
+    "pytorch_model.bin",
   ):
     (directory / name).write_text(f"{{}} of {name}")
   return directory
@@ -131,3 +135,10 @@ def test_a_directory_between_two_renames_is_found(base, tmp_path):
   model, _ = load(base)
   assert model.config.num_layers == 2
   assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+def test_a_merged_adapter_is_saved_with_the_same_files(base, tmp_path):
+  model, path = load(base)
+  AutoModel.save_pretrained(model, tmp_path / "saved", base=path, progress=False)
+  save_merged(path, tmp_path / "merged", Adapter({}, alpha=1.0, rank=1), FAMILY, model.config)
+  assert bytes_of(tmp_path / "merged") == bytes_of(tmp_path / "saved")

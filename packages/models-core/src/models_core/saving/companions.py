@@ -1,4 +1,7 @@
-"""Companions: the files that belong to a model besides its weights."""
+"""Companions: the files that belong to a model besides its weights, and are fetched and copied with it.
+
+Logs, optimizer states, weights in other formats and the README, which describes another model, stay behind.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,37 @@ from models_core.formats import Files
 
 CONFIG = "config.json"
 
-_COMPANIONS = (
-  CONFIG,
-  "generation_config.json",
+# In lower case. Savers write these themselves.
+_WRITTEN = (CONFIG, "*.safetensors.index.json")
+_COPIED = (
+  # The tokenizer.
   "tokenizer*",
   "special_tokens_map.json",
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
   "chat_template*",
-  "preprocessor_config.json",
-  "processor_config.json",
-  "*.safetensors.index.json",
-  "LICENSE*",
-  "NOTICE*",
-  "USE_POLICY*",
+  # Generation.
+  "generation_config.json",
+  # Inputs other than text.
+  "*processor_config.json",
+  # Terms of use.
+  "license*",
+  "licence*",
+  "notice*",
+  "use_policy*",
 )
-# Savers write these themselves.
-_WRITTEN = (CONFIG, "*.safetensors.index.json")
 
 
 def is_companion(name: str) -> bool:
-  """Whether a file belongs to a model besides its weights, such as the tokenizer's."""
-  return _matches(name, _COMPANIONS)
+  """Whether a file belongs to a model besides its weights, such as config.json and the tokenizer's files."""
+  return _matches(name, _WRITTEN + _COPIED)
 
 
 def companions_of(files: Files) -> list[str]:
-  """Names of the files that are copied when a model is saved, in whatever format its weights are written.
-
-  Everything else stays behind: weights in other formats, states of a training run, a README that describes the base.
-  """
-  return sorted(name for name in files.names() if is_companion(name) and not _matches(name, _WRITTEN))
+  """Names of the files that are copied when a model is saved, in whatever format its weights are written."""
+  return sorted(name for name in files.names() if _matches(name, _COPIED))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+  return "/" not in name and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
