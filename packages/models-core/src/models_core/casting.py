@@ -115,4 +115,5 @@ def _refuse_lost(target: np.ndarray, source: np.ndarray) -> None:
   """Refuses a finite number that is another one or none in the target."""
   lost = target != source if _is_integer(target.dtype) else np.isfinite(source) & ~np.isfinite(target)
   if np.any(lost):
-    raise OverflowError(f"{source[lost].flat[0]!s} does not fit into {target.dtype}")
+    # Python's own digits: numpy's depend on its version.
+    raise OverflowError(f"{source[lost].flat[0].item()} does not fit into {target.dtype}")
