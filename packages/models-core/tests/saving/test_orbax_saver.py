@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 
 import jax
 import ml_dtypes
@@ -179,6 +181,32 @@ def test_parameters_on_devices(tmp_path):
   }
   save(spread, tmp_path / "tree")
   assert_same(read(tmp_path / "tree"), {name: FLAT[name] for name in spread})
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_error_while_arrays_are_created_comes_through(at, tmp_path, monkeypatch):
+  """TensorStore's own context manager would wait forever for the arrays that are being created."""
+  calls, create = itertools.count(), ts.open
+
+  def fail(*args, **kwargs):
+    if next(calls) == at:
+      raise KeyboardInterrupt
+    return create(*args, **kwargs)
+
+  monkeypatch.setattr(ts, "open", fail)
+  raised = []
+
+  def attempt():
+    try:
+      save(FLAT, tmp_path / "tree")
+    except BaseException as error:
+      raised.append(type(error))
+
+  thread = threading.Thread(target=attempt, daemon=True)
+  thread.start()
+  thread.join(30)
+  assert raised == [KeyboardInterrupt]
+  assert os.listdir(tmp_path) == []
 
 
 def test_another_dtype(tmp_path):

@@ -118,25 +118,33 @@ def _create(ts: Any, directory: str, tensors: Sequence[SavedTensor]) -> dict[str
   database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}}
   # Arrays that share a context share the state of the database; otherwise they would wait for one another.
   context = ts.Context()
-  with ts.Transaction() as transaction:
-    opened = {
-      tensor.name: ts.open(
-        {
-          "driver": "zarr",
-          "kvstore": database | {"path": f"{tensor.name}/"},
-          "metadata": {"chunks": cell_shape(tensor.shape, tensor.dtype.itemsize), "compressor": _COMPRESSOR},
-          # Otherwise cells of zeros would not be stored, and could not be distinguished from missing cells.
-          "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-        dtype=ts.dtype(tensor.dtype),
-        shape=tensor.shape,
-        context=context,
-        transaction=transaction,
-      )
-      for tensor in tensors
-    }
-    return {name: array.result() for name, array in opened.items()}
+  # As a context manager it would wait, after an error or Ctrl-C, for arrays that nobody opens any more.
+  transaction = ts.Transaction()
+  opened = {
+    tensor.name: ts.open(
+      {
+        "driver": "zarr",
+        "kvstore": database | {"path": f"{tensor.name}/"},
+        "metadata": {"chunks": cell_shape(tensor.shape, tensor.dtype.itemsize), "compressor": _COMPRESSOR},
+        # Otherwise cells of zeros would not be stored, and could not be distinguished from missing cells.
+        "store_data_equal_to_fill_value": True,
+      },
+      create=True,
+      dtype=ts.dtype(tensor.dtype),
+      shape=tensor.shape,
+      context=context,
+      transaction=transaction,
+    )
+    for tensor in tensors
+  }
+  arrays = {name: array.result() for name, array in opened.items()}
+  commit = transaction.commit_async()
+  try:
+    commit.result()
+  finally:
+    # After Ctrl-C the directory is removed: no write may be under way then.
+    commit.exception()
+  return arrays
 
 
 def cell_shape(shape: Sequence[int], itemsize: int) -> list[int]:
