@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models_automodel import CheckpointError, ConfigError, SaveError
+from models_automodel import CheckpointError, ConfigError, SaveError, SourceFilesError
 from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.verify import verify
 from models_core.loading.opened import OpenedPlan
+from models_sources import ConnectionFailedError
+from models_sources.local import LocalFiles
 
 
 def tensors_of(directory):
@@ -59,6 +61,17 @@ def test_one_parameter_is_read_at_a_time(checkpoint, tmp_path, monkeypatch):
   convert(str(checkpoint[0]), tmp_path / "out", progress=False)
   assert all(len(names) == 1 for names in asked)
   assert len(asked) == len(checkpoint[1])
+
+
+@pytest.mark.parametrize("to", ["huggingface", "orbax"])
+def test_a_failure_of_the_source_is_not_one_of_the_target(to, checkpoint, tmp_path, monkeypatch):
+  def fail(files, names):
+    raise ConnectionFailedError("the hub does not answer (503): try again later")
+
+  monkeypatch.setattr(LocalFiles, "fetch", fail)
+  with pytest.raises(SourceFilesError, match=r"^the hub does not answer"):
+    convert(str(checkpoint[0]), tmp_path / "out", to=to, progress=False)
+  assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_naming_scheme_is_an_error(checkpoint, tmp_path):
