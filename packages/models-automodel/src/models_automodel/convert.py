@@ -13,7 +13,7 @@ from models_automodel.errors import source_errors
 from models_automodel.progress import weights_bar
 from models_automodel.where import Where
 from models_core.errors import ConfigError
-from models_core.formats import SAFETENSORS, TensorReader
+from models_core.formats import SAFETENSORS
 from models_core.saving import WRITERS, Base
 
 _log = logging.getLogger(__name__)
@@ -66,24 +66,14 @@ def convert(
   }
   # The first read fetches the weights, so a target that the writer refuses costs no download.
   with source_errors(), plan.open() as opened, weights_bar(progress) as bar:
-
-    def reader() -> TensorReader:
-      # Translated here: the saver takes any other OSError for one of the target.
-      with source_errors():
-        return opened.reader
-
-    def read(name: str) -> jax.Array:
-      with source_errors():
-        return opened.read(name)
-
     writer.save(
       shapes,
-      read,
+      opened.read,
       os.fspath(target),
       family=plan.family,
       config=plan.config,
       # Tensors that the model has no parameter for are copied from here.
-      base=Base(files, plan.checkpoint, reader),
+      base=Base(files, plan.checkpoint, lambda: opened.reader),
       overwrite=overwrite,
       on_total=bar.reset,
       on_bytes=bar.update,

@@ -22,7 +22,7 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
 
-from models_core.errors import ModelsError, SaveError
+from models_core.errors import CheckpointError, ModelsError, SaveError
 
 try:
   import fcntl
@@ -86,18 +86,34 @@ def replace_directory(
 
 @contextlib.contextmanager
 def save_errors(target: str) -> Iterator[None]:
-  """Turns an OSError of the block into a SaveError that names the target and the remedy."""
+  """Turns an error of the file system into one that names the file and the remedy.
+
+  An error about the target becomes a SaveError, one about another file, which is only read, a CheckpointError. An
+  OSError without a number is not of the file system, but of a source of files: it passes.
+  """
   try:
     yield
   except ModelsError:
     raise
   except OSError as error:
+    if error.errno is None:
+      raise
+    named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if named and not any(_belongs(name, target) for name in named):
+      raise CheckpointError(named[0], [f"cannot be read: {error.strerror}"]) from error
     raise SaveError(
       f"{target} cannot be written: {error.strerror or error}"
       + (f" ({error.filename})" if error.filename else "")
-      + f"; its previous contents are unchanged.{_REMEDIES.get(error.errno or 0, '')}",
+      + f"; its previous contents are unchanged.{_REMEDIES.get(error.errno, '')}",
       error.errno,
     ) from error
+
+
+def _belongs(path: str, target: str) -> bool:
+  """Whether a path is the target, lies in it or above it, or belongs to its hidden siblings."""
+  parent, name = os.path.split(target)
+  inside = (os.path.join(target, ""), os.path.join(parent, f".{name}."))
+  return path == target or path.startswith(inside) or target.startswith(os.path.join(path, ""))
 
 
 _REMEDIES = {
