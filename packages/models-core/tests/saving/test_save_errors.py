@@ -29,6 +29,15 @@ def test_an_error_about_the_target(error):
   assert caught.value.errno == error.errno
 
 
+@pytest.mark.parametrize("name", ["new", "link", "~/new"])
+def test_the_target_is_known_by_any_name(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "link").symlink_to("new")
+  with pytest.raises(SaveError), save_errors(name):
+    raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".new.saving-1" / "config.json"))
+
+
 @pytest.mark.parametrize("path", ["/models/newer/tokenizer.json", "/models/old", "/elsewhere/models/new/x"])
 def test_an_error_about_a_file_that_is_only_read(path):
   with (

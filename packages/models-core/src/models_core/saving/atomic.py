@@ -111,6 +111,7 @@ def save_errors(target: str) -> Iterator[None]:
 
 def _belongs(path: str, target: str) -> bool:
   """Whether a path is the target, lies in it or above it, or belongs to its hidden siblings."""
+  path, target = os.path.abspath(path), os.path.realpath(os.path.expanduser(target))
   parent, name = os.path.split(target)
   inside = (os.path.join(target, ""), os.path.join(parent, f".{name}."))
   return path == target or path.startswith(inside) or target.startswith(os.path.join(path, ""))
