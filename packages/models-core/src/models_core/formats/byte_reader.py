@@ -8,7 +8,9 @@ import dataclasses
 import math
 import mmap
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -161,18 +163,42 @@ class ByteReader(abc.ABC):
       )
 
 
+class _File:
+  """An open file.
+
+  It is closed by `close`, or else when nothing refers to it: neither the reader nor a read under way.
+
+  Attributes:
+    descriptor: of the system.
+    pages: the whole file as read-only memory; None until it is mapped.
+  """
+
+  def __init__(self, path: str):
+    self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    self.pages: mmap.mmap | None = None
+    self.close = weakref.finalize(self, os.close, self.descriptor)
+
+
+def _most_files() -> int:
+  """How many files a reader keeps open: a quarter of the process's limit, as a mapped file takes two descriptors."""
+  import resource  # only where there is preadv, too
+
+  limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+  return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+
+
 @final
 class LocalReader(ByteReader):
   """Reads tensors of files on this machine.
 
-  Each file is opened once, and its header is compared with the fingerprint of the header that described the tensors.
+  Each time a file is opened, its header is compared with the fingerprint of the header that described the tensors. A
+  file is opened once, unless there are so many that the oldest one must be closed for another.
 
   Args:
     files: of the checkpoint.
     tensors: by name, as the headers describe them.
     headers: fingerprints of the files' headers, by file name.
-    names: of the files to fetch and open immediately. Any other file is fetched and opened when it is first read. All
-      files stay open until `close`.
+    names: of the files to fetch and open immediately. Any other file is fetched and opened when it is first read.
     on_bytes: called with the number of bytes that were just read.
 
   Raises:
@@ -198,32 +224,37 @@ class LocalReader(ByteReader):
     self._ends: dict[str, int] = {}
     for info in tensors.values():
       self._ends[info.file] = max(self._ends.get(info.file, 0), info.stop)
-    self._open: dict[str, int] = {}
-    self._maps: dict[str, mmap.mmap] = {}
+    self._most = _most_files()
+    # The oldest first.
+    self._open: dict[str, _File] = {}
+    # Maps that an array or a file refers to: each holds a descriptor of its own.
+    self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
     self._lock = threading.Lock()
     try:
       for name in names:
-        self._descriptor(name)
+        self._file(name)
     except BaseException:
       self.close()
       raise
 
-  def _descriptor(self, name: str) -> int:
-    """The descriptor of a file, which is opened if it is not open yet."""
-    if (descriptor := self._open.get(name)) is not None:
-      return descriptor
+  def _file(self, name: str) -> _File:
+    """An open file, which is opened if it is not open yet."""
+    if (file := self._open.get(name)) is not None:
+      return file
     with self._lock:
-      if name not in self._open:
-        self._open[name] = self._open_file(name)
-      return self._open[name]
+      if (file := self._open.get(name)) is None:
+        while len(self._open) >= self._most:
+          del self._open[next(iter(self._open))]
+        file = self._open[name] = self._open_file(name)
+      return file
 
-  def _open_file(self, name: str) -> int:
+  def _open_file(self, name: str) -> _File:
     if name not in self._fetched:
       self._files.fetch([name])
     path = os.path.join(self.where, name)
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    file = _File(path)
     try:
-      size = os.fstat(descriptor).st_size
+      size = os.fstat(file.descriptor).st_size
       if size < self._ends[name]:
         raise CheckpointError(
           path,
@@ -233,25 +264,24 @@ class LocalReader(ByteReader):
           ],
         )
       header = self._headers[name]
-      if Header.of(os.pread(descriptor, header.nbytes, 0)) != header:
+      if Header.of(os.pread(file.descriptor, header.nbytes, 0)) != header:
         raise CheckpointError(path, ["the file has changed since its header was read: load it again"])
     except BaseException:
-      os.close(descriptor)
+      file.close()
       raise
-    return descriptor
+    return file
 
   def close(self) -> None:
     """Closes the files. Mapped memory stays valid as long as an array refers to it."""
-    self._maps.clear()
-    for descriptor in self._open.values():
-      os.close(descriptor)
+    for file in self._open.values():
+      file.close()
     self._open.clear()
 
   def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    view, descriptor = buffer.data, self._descriptor(info.file)
+    view, file = buffer.data, self._file(info.file)
     offset, done = info.start + start, 0
     while done < len(view):
-      count = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+      count = os.preadv(file.descriptor, [view[done : done + (1 << 30)]], offset + done)
       if not count:
         raise CheckpointError(
           f"{self.where}/{info.file}",
@@ -260,15 +290,22 @@ class LocalReader(ByteReader):
       done += count
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
-    """Maps elements of the file as read-only memory; None if they are quantised, or not aligned for a CPU device."""
+    """Maps elements of the file as read-only memory.
+
+    None if they are quantised, not aligned for a CPU device, or in one more file than may be mapped.
+    """
     start = info.start + element * info.dtype.itemsize
     if start % ALIGNMENT or not count or info.codec is not None:
       return None
-    if info.file not in self._maps:
-      self._maps[info.file] = mmap.mmap(self._descriptor(info.file), 0, prot=mmap.PROT_READ)
-      self._maps[info.file].madvise(mmap.MADV_WILLNEED)
+    file = self._file(info.file)
+    if file.pages is None:
+      if len(self._maps) >= self._most:
+        return None
+      file.pages = mmap.mmap(file.descriptor, 0, prot=mmap.PROT_READ)
+      file.pages.madvise(mmap.MADV_WILLNEED)
+      self._maps.add(file.pages)
     self._on_bytes(count * info.dtype.itemsize)
-    return np.frombuffer(self._maps[info.file], info.dtype, count, start)
+    return np.frombuffer(file.pages, info.dtype, count, start)
 
 
 @final
