@@ -1,9 +1,14 @@
 """Reading files of this machine: runs, boxes, blocks, mapped memory, and files that are not what they were."""
 
+import concurrent.futures
 import contextlib
 import gc
 import itertools
+import json
 import os
+import resource
+import struct
+import sys
 import threading
 
 import ml_dtypes
@@ -300,3 +305,69 @@ class TestFiles:
       (directory / "other").write_bytes((directory / "model.safetensors").read_bytes()[::-1])
       os.replace(directory / "other", directory / "model.safetensors")
       np.testing.assert_array_equal(made.read_elements(tensors["x"], 0, 48), x.reshape(-1))
+
+
+class TestManyFiles:
+  """A checkpoint may have more files than a process may open."""
+
+  @pytest.fixture
+  def shards(self, rng, tmp_path):
+    # The header takes 128 bytes, so each tensor starts at an aligned place and can be mapped.
+    values = {f"t{i}": rng.normal(size=64).astype(np.float32) for i in range(8)}
+    for name, value in values.items():
+      header = json.dumps({name: {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}).encode()
+      header = header.ljust(120)
+      (tmp_path / f"{name}.safetensors").write_bytes(struct.pack("<Q", 120) + header + value.tobytes())
+    index = {"weight_map": {name: f"{name}.safetensors" for name in values}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path, values
+
+  def test_few_are_open_at_a_time(self, shards, monkeypatch):
+    place, values = shards
+    monkeypatch.setattr(byte_reader, "_most_files", lambda: 2)
+    checkpoint = read_safetensors(LocalFiles(str(place)))
+    before = descriptors()
+    with opened(place, checkpoint=checkpoint) as (tensors, made):
+      for _ in range(2):
+        for name, value in values.items():
+          assert made.read_elements(tensors[name], 0, 64).tobytes() == value.tobytes()
+          assert descriptors() <= before + 2
+    assert descriptors() == before
+
+  def test_few_are_mapped_at_a_time(self, shards, monkeypatch):
+    place, values = shards
+    monkeypatch.setattr(byte_reader, "_most_files", lambda: 2)
+    before = descriptors()
+    with opened(place) as (tensors, made):
+      maps = [made.map_elements(tensors[name], 0, 64) for name in values]
+      assert [array is not None for array in maps] == [True, True, *[False] * 6]
+      assert maps[1].tobytes() == values["t1"].tobytes()
+      assert descriptors() <= before + 4
+      del maps
+      # Maps that no array refers to make room for others.
+      for _ in range(2):
+        for name, value in values.items():
+          assert made.map_elements(tensors[name], 0, 64).tobytes() == value.tobytes()
+
+  def test_a_file_that_is_opened_again_must_be_the_same(self, shards, monkeypatch):
+    place, _ = shards
+    monkeypatch.setattr(byte_reader, "_most_files", lambda: 1)
+    with opened(place) as (tensors, made):
+      path = place / "t0.safetensors"
+      path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+      made.read_elements(tensors["t1"], 0, 64)
+      with pytest.raises(CheckpointError, match="the file has changed since its header was read"):
+        made.read_elements(tensors["t0"], 0, 64)
+
+  def test_threads_may_read_from_a_file_that_is_closed_for_another(self, shards, monkeypatch):
+    place, values = shards
+    monkeypatch.setattr(byte_reader, "_most_files", lambda: 1)
+    with opened(place) as (tensors, made), concurrent.futures.ThreadPoolExecutor(8) as pool:
+      names = list(values) * 50
+      read = pool.map(lambda name: made.read_elements(tensors[name], 0, 64).tobytes(), names)
+      assert list(read) == [values[name].tobytes() for name in names]
+
+  @pytest.mark.parametrize(("limit", "most"), [(1024, 256), (3, 1), (resource.RLIM_INFINITY, sys.maxsize)])
+  def test_a_quarter_of_the_limit(self, limit, most, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    assert byte_reader._most_files() == most

@@ -675,3 +675,21 @@ class TestOpenedPlans:
       for _ in range(2):
         with pytest.raises(CheckpointError, match="head differs from embed"):
           opened.read("emb")
+
+  def test_it_ends_with_its_block(self, save, plan):
+    made = plan(
+      save({"a": np.zeros((8, 4), np.float32)}), {"a": ((8, 4), P())}, WeightTable(("a", "a", "v d"))
+    )
+    with made.open() as opened:
+      opened.read("a")
+    with pytest.raises(ValueError, match="the opened plan is closed"):
+      opened.read("a")
+
+  def test_threads_share_one_reader(self, save, plan):
+    made = plan(
+      save({"a": np.zeros((8, 4), np.float32)}), {"a": ((8, 4), P())}, WeightTable(("a", "a", "v d"))
+    )
+    ready = threading.Barrier(8)
+    with made.open() as opened, concurrent.futures.ThreadPoolExecutor(8) as pool:
+      readers = set(pool.map(lambda _: (ready.wait(), id(opened.reader))[1], range(8)))
+    assert len(readers) == 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -57,6 +58,8 @@ class OpenedPlan:
     self._processes = processes_of(self._mesh)
     self._reader: TensorReader | None = None
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+    self._lock = threading.Lock()
+    self._is_closed = False
 
   def __enter__(self) -> OpenedPlan:
     return self
@@ -64,6 +67,7 @@ class OpenedPlan:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
+    self._is_closed = True
     # Files may be closed only after all reads have ended.
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
@@ -77,30 +81,39 @@ class OpenedPlan:
     Raises:
       CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
       ProcessError: if another process failed or sees a different checkpoint.
+      ValueError: after the `with` block.
     """
-    if self._reader is None:
-      check_same(self._mesh, "checkpoint", _fingerprint(self._checkpoint))
+    with self._lock:
+      if self._is_closed:
+        raise ValueError("the opened plan is closed: read its parameters within `with plan.open() as opened`")
+      if self._reader is None:
+        self._reader = self._open()
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._reader.threads)
+      return self._reader
+
+  def _open(self) -> TensorReader:
+    check_same(self._mesh, "checkpoint", _fingerprint(self._checkpoint))
+    with together(self._mesh):
+      files = files_of_process(self._checkpoint, self._parameters.values(), self._ties)
+      reader = self._checkpoint.open(files, self._on_bytes)
+    try:
       with together(self._mesh):
-        files = files_of_process(self._checkpoint, self._parameters.values(), self._ties)
-        reader = self._checkpoint.open(files, self._on_bytes)
-      try:
-        with together(self._mesh):
-          for tie in self._ties:
-            part = self._processes.index(jax.process_index())
-            reader.check_equal(tie.tensor, tie.twin, part, len(self._processes))
-      except BaseException:
-        reader.close()
-        raise
-      self._reader = reader
-      self._pool = concurrent.futures.ThreadPoolExecutor(reader.threads)
-    return self._reader
+        for tie in self._ties:
+          part = self._processes.index(jax.process_index())
+          reader.check_equal(tie.tensor, tie.twin, part, len(self._processes))
+    except BaseException:
+      reader.close()
+      raise
+    return reader
 
   def read(self, name: str) -> jax.Array:
     """Reads one parameter, by name.
 
     Raises:
       CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
+      KeyError: if the plan has no such parameter.
       ProcessError: if another process failed or sees a different checkpoint.
+      ValueError: after the `with` block.
     """
     return self.read_all([name])[name]
 
