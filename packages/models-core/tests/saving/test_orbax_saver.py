@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 import tensorstore as ts
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -390,3 +391,26 @@ def test_a_family_without_a_table_keeps_its_names():
   assert family(orbax=FUSED).table_of(ORBAX, shapes) is FUSED
   with pytest.raises(ConfigError, match="the family tiny has no weight table for the naming scheme 'gguf'"):
     family().table_of(GGUF, shapes)
+
+
+def test_weights_that_would_be_loaded_instead_are_not_left_beside_the_tree(tmp_path):
+  target = tmp_path / "tree"
+  target.mkdir()
+  (target / "m.gguf").write_bytes(b"GGUF")
+  safetensors.numpy.save_file({"a": np.zeros(2)}, target / "weights.safetensors")
+  with pytest.raises(
+    SaveError, match=r"tree holds m\.gguf, weights\.safetensors, which would be loaded instead"
+  ):
+    save(FLAT, target, overwrite=True)
+  assert sorted(os.listdir(target)) == ["m.gguf", "weights.safetensors"]
+  (target / "m.gguf").unlink()
+  (target / "weights.safetensors").rename(target / "model.safetensors")
+  save(FLAT, target, overwrite=True)
+  assert not (target / "model.safetensors").exists()
+  assert_same(read(target), FLAT)
+
+
+def test_a_path_that_tensorstore_takes_for_another_is_refused(tmp_path):
+  with pytest.raises(SaveError, match="TensorStore takes a backslash for a slash"):
+    save(FLAT, tmp_path / "a\\b")
+  assert os.listdir(tmp_path) == []

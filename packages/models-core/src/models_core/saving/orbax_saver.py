@@ -12,7 +12,7 @@ import jax
 from models_core.dtypes import as_dtype
 from models_core.errors import SaveError
 from models_core.family import Family
-from models_core.formats import ORBAX, OnBytes
+from models_core.formats import ORBAX, LocalFiles, OnBytes, checkpoint_entries, weight_files
 from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
 from models_core.saving.orbax_writer import write_tree
@@ -57,8 +57,9 @@ def save_parameters_to_orbax(
     CheckpointError: if `base` is broken or of another architecture.
     ConfigError: if config.json cannot express the configuration.
     MissingExtraError: if TensorStore is not installed.
-    SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
-      `dtype`, the file system refuses the write, or there are several processes.
+    SaveError: if `save_dir` holds files and `overwrite` is false, or keeps weights that would be loaded instead of the
+      tree, or has a backslash in its path; if another process is writing it, a value does not fit `dtype`, the file
+      system refuses the write, or there are several processes.
     TypeError: if `dtype` is not a floating-point type.
   """
   if jax.process_count() > 1:
@@ -66,6 +67,7 @@ def save_parameters_to_orbax(
       f"{os.fspath(save_dir)}: {jax.process_count()} processes cannot write an Orbax tree together: save safetensors, "
       "or run a single process"
     )
+  _check_target(os.path.realpath(os.path.expanduser(save_dir)), overwrite)
   table = family.table_of(ORBAX, {name: shaped.shape for name, shaped in parameters.items()})
   tree = None if base is None else base.in_format(ORBAX)
   tensors = plan_save(parameters, table, config=config, base=tree, dtype=as_dtype(dtype))
@@ -77,3 +79,18 @@ def save_parameters_to_orbax(
     write_tree(directory, tensors, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     copy_companions(directory, files)
     write_texts(directory, texts)
+
+
+def _check_target(target: str, overwrite: bool) -> None:
+  """Refuses a directory in which the tree would be lost, or would not be what is loaded."""
+  if "\\" in target:
+    raise SaveError(
+      f"{target}: TensorStore takes a backslash for a slash, and would write elsewhere: give another path"
+    )
+  if overwrite and os.path.isdir(target):
+    kept = sorted(set(weight_files(LocalFiles(target))) - checkpoint_entries(target))
+    if kept:
+      raise SaveError(
+        f"{target} holds {', '.join(kept)}, which would be loaded instead of the Orbax tree: move it away, or give "
+        "another path"
+      )
