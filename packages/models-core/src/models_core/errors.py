@@ -1,6 +1,7 @@
 """The exceptions of all packages. Each message says what is wrong, where, and what to do about it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class ModelsError(Exception):
@@ -20,6 +21,10 @@ class CheckpointError(ModelsError, ValueError):
     self.problems = tuple(problems)
     count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
     super().__init__("\n  - ".join([f"{where}: {count}", *self.problems]))
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    # An exception is unpickled from its message otherwise, and a process pool waits forever for one that cannot be.
+    return type(self), (self.where, self.problems), self.__dict__
 
 
 class ConfigError(ModelsError, ValueError):
@@ -48,3 +53,6 @@ class SaveError(ModelsError, OSError):
   def __init__(self, message: str, number: int | None = None):
     super().__init__(message)
     self.errno = number
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (str(self), self.errno), self.__dict__
