@@ -32,7 +32,11 @@ def add_convert(commands: Commands) -> None:
 def _size(text: str) -> int:
   from models_core.saving import parse_size
 
-  return parse_size(text)
+  try:
+    return parse_size(text)
+  except ValueError as error:
+    # argparse shows the message of this error alone.
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _convert(options: argparse.Namespace) -> None:

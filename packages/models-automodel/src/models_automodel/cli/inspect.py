@@ -52,7 +52,10 @@ def add_show(commands: Commands) -> None:
   )
   parser.set_defaults(run=_show)
   parser.add_argument(
-    "--context", type=int, default=8192, help="tokens in the KV cache whose memory is shown (default: 8192)"
+    "--context",
+    type=_tokens,
+    default=8192,
+    help="tokens in the KV cache whose memory is shown (default: 8192)",
   )
 
 
@@ -103,6 +106,12 @@ def _found(options: argparse.Namespace) -> tuple[Family, Any]:
     return found.family, found.config
   config = call_model_config(options.model)
   return load_family(models_naming.get_model_config_category(options.model), options.model), config
+
+
+def _tokens(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens: write it like 8192")
+  return int(text)
 
 
 def _gib(nbytes: int) -> str:
