@@ -81,11 +81,11 @@ def add_factors(model):
   for layer in model.layers:
     q = layer.attn.q_proj
     sharding = q.w.get_value().sharding
-    n, h, d = q.w.get_value().shape
-    for name, shape, axes in (("a", (d, 2), (2,)), ("b", (2, n, h), (None, 0))):
+    n, d = q.w.get_value().shape
+    for name, shape, axes in (("a", (d, 2), (1,)), ("b", (2, n), (None, 0))):
       values = rng.normal(size=shape).astype(np.float32)
       if isinstance(sharding, jax.sharding.NamedSharding):
-        spec = [None if axis is None else (*sharding.spec, None, None, None)[axis] for axis in axes]
+        spec = [None if axis is None else (*sharding.spec, None, None)[axis] for axis in axes]
         place = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
         values = jax.make_array_from_callback(shape, place, values.__getitem__)
       setattr(q, f"w_lora_{name}", nnx.LoRAParam(jax.numpy.asarray(values)))

@@ -106,11 +106,10 @@ def test_an_adapter_of_ours_loads_in_peft(base, tmp_path, whole):
   model, family, arrays = ours(base)
   rng, factors = np.random.default_rng(1), {}
   for layer in range(2 if whole else 1):
-    for name, a_axes in (("attn.q_proj", (2,)), ("attn.o_proj", (1, 2)), ("mlp.down_proj", (1,))):
+    for name in ("attn.q_proj", "attn.o_proj", "mlp.down_proj"):
       name = f"layers.{layer}.{name}.w"
-      shape = arrays[name].shape
-      a = rng.normal(size=[*(shape[i] for i in a_axes), 3])
-      b = rng.normal(size=[3, *(size for i, size in enumerate(shape) if i not in a_axes)])
+      out, into = arrays[name].shape
+      a, b = rng.normal(size=(into, 3)), rng.normal(size=(3, out))
       factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
   assert_peft_computes(base, model, family, arrays, Adapter(factors, alpha=5.0, rank=3), tmp_path / "adapter")
 

@@ -49,7 +49,7 @@ def test_values_do_not_depend_on_the_mesh(plain, mesh, meshes):
 def test_shards_lie_where_the_mesh_can_hold_them(mesh):
   model = create_dummy_model(Model, None, mesh)
   assert model.odd[...].sharding == NamedSharding(mesh, P(None, "fsdp"))
-  assert model.odd.get_metadata()["out_sharding"] == (None, "fsdp")
+  assert model.odd.get_metadata()["out_sharding"] == P("tp", "fsdp")
   for variable in jax.tree.leaves(nnx.state(model)):
     assert isinstance(variable.sharding, NamedSharding)
 

@@ -72,6 +72,17 @@ class TestFit:
     assert (misfit.axis, misfit.size, misfit.reason) == (axis, shape[axis], reason)
     assert remedy in misfit.remedy
 
+  def test_each_device_gets_whole_heads(self, mesh):
+    assert fit((6, 4), P("tp", "fsdp"), mesh, (2, None)) == (P("tp", "fsdp"), ())
+    fitted, (misfit,) = fit((6, 4), P("tp", "fsdp"), mesh, (3, None))
+    assert fitted == P(None, "fsdp")
+    assert (misfit.axis, misfit.reason) == (0, "3 heads are not divisible by tp=2")
+
+  def test_a_symbolic_size_is_sharded_only_if_it_surely_divides(self, mesh):
+    (b,) = jax.export.symbolic_shape("b")
+    assert fit((b, 4), P("fsdp", "tp"), mesh)[0] == P(None, "tp")
+    assert fit((2 * b, 4), P("fsdp", "tp"), mesh)[0] == P("fsdp", "tp")
+
   @pytest.mark.parametrize("spec", [P("tp", "tp"), ("tp", ("fsdp", "tp")), (("tp", "tp"),), ("pp", "pp")])
   def test_a_mesh_axis_twice_is_an_error(self, spec, mesh):
     with pytest.raises(ShardingError, match="twice"):
@@ -97,6 +108,10 @@ class TestShardingConfig:
     [
       ("q_weight_dnh", "d n h", P("fsdp", "tp", None)),
       ("q_weight_dnh", "n h d", P("tp", None, "fsdp")),
+      ("q_weight_dnh", "(n h) d", P("tp", "fsdp")),
+      ("o_weight_nhd", "d (n h)", P("fsdp", "tp")),
+      ("kv_bias_nh", "(k h)", P("tp")),
+      ("exp_weight_edf", "(e f) d", P("tp", "fsdp")),
       ("kv_weight_dnh", "k h d", P("tp", None, "fsdp")),
       ("o_weight_nhd", "d n h", P("fsdp", "tp", None)),
       ("emb_vd", "v d", P("tp", "fsdp")),

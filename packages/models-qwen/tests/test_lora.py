@@ -49,9 +49,9 @@ CONFIG = ModelConfig(
 
 # Of the tiny model: einsum of the change, and the letters of both factors.
 EQUATIONS = {
-  "q_proj.w": ("dr", "rnh", "nhd"),
-  "o_proj.w": ("nhr", "rd", "dnh"),
-  "k_proj.w": ("dr", "rkh", "khd"),
+  "q_proj.w": ("dr", "rn", "nd"),
+  "o_proj.w": ("nr", "rd", "dn"),
+  "k_proj.w": ("dr", "rk", "kd"),
   "up_proj.w": ("dr", "rf", "fd"),
   "experts.gate_proj": ("edr", "erf", "efd"),
   "experts.down_proj": ("efr", "erd", "edf"),

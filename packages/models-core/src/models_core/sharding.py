@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,19 +92,29 @@ class ShardingConfig:
   def spec(self, field: str, axes: str) -> PartitionSpec:
     """Entries of a field in the order of a parameter's axes.
 
-    `spec("q_weight_dnh", "n h d")` is `PartitionSpec("tp", None, "fsdp")` by default. The letter k, KV heads, takes the
-    entry of n. Axes that the field does not name are replicated.
+    `spec("q_weight_dnh", "(n h) d")` is `PartitionSpec("tp", "fsdp")` by default. The letter k, KV heads, takes the
+    entry of n. An axis of several letters takes the mesh axes of all of them. Axes that the field does not name are
+    replicated.
     """
     value = getattr(self, field)
     if value is None:
       return self.spec(_FALLBACKS[field], axes)
     entries = dict(zip(_letters(field), value, strict=True))
     entries["k"] = entries.get("n")
-    return PartitionSpec(*(entries.get(axis) for axis in axes.split()))
+    groups = [group or letter for group, letter in re.findall(r"\(([^()]*)\)|(\S+)", axes)]
+    return PartitionSpec(*(_joined([entries.get(letter) for letter in group.split()]) for group in groups))
 
 
 def _letters(field: str) -> str:
   return _LETTERS.get(field) or field.rsplit("_", 1)[1]
+
+
+def _joined(entries: Sequence[AxisNames]) -> AxisNames:
+  """The entry of an axis that stands for several: "tp" and None -> "tp", "tp" and "sp" -> ("tp", "sp")."""
+  stated = [entry for entry in entries if entry is not None]
+  if len(stated) < 2:
+    return stated[0] if stated else None
+  return tuple(name for entry in stated for name in axis_names(entry))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,7 +142,7 @@ def axis_names(entry: AxisNames) -> tuple[str, ...]:
 
 
 def fit(
-  shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh
+  shape: Sequence[int], spec: Spec, mesh: Mesh | AbstractMesh, heads: Sequence[int | None] = ()
 ) -> tuple[PartitionSpec, tuple[Misfit, ...]]:
   """Replaces entries of a spec that a mesh cannot hold by None.
 
@@ -141,6 +152,7 @@ def fit(
     shape: of the array.
     spec: an entry for each leading axis.
     mesh: concrete or abstract.
+    heads: for each leading axis, the number of heads that it consists of, or None. Each device gets whole heads.
 
   Returns:
     The spec that the mesh can hold, and a Misfit for each replaced entry.
@@ -158,6 +170,7 @@ def fit(
   used: set[str] = set()
   for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
     names = axis_names(entry)
+    count = heads[axis] if axis < len(heads) else None
     for name in names:
       if name in used:
         raise ShardingError(
@@ -171,14 +184,25 @@ def fit(
       remedy = f"its axes are {', '.join(sizes)}: name one of them in the ShardingConfig"
       misfits.append(Misfit(axis, size, names, reason, remedy))
       entry = None
-    elif size % ways:
-      reason = f"{size} is not divisible by {'*'.join(names)}={ways}"
-      divisors = [n for n in range(1, min(size, 4096) + 1) if size % n == 0]
+    elif not _divides(ways, parts := count or size):
+      what = f"{parts} heads are" if count else f"{parts} is"
+      reason = f"{what} not divisible by {'*'.join(names)}={ways}"
+      divisors = (
+        [n for n in range(1, min(parts, 4096) + 1) if parts % n == 0] if isinstance(parts, int) else []
+      )
       remedy = f"sizes that divide it: {', '.join(map(str, divisors[-8:]))}"
       misfits.append(Misfit(axis, size, names, reason, remedy))
       entry = None
     entries.append(entry if names else None)
   return PartitionSpec(*entries), tuple(misfits)
+
+
+def _divides(ways: int, size: Any) -> bool:
+  """Whether a size is divisible; false for a symbolic size of which it is unknown."""
+  try:
+    return bool(size % ways == 0)
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
 
 
 def check_mesh(mesh: Any) -> None:

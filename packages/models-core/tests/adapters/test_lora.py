@@ -197,7 +197,7 @@ class TestMerging:
 class TestWhatDoesNotFit:
   def zeros(self, **changes):
     """Factors of layer 0's q, or what they are changed to, by name."""
-    q = Factors(np.zeros((D, RANK), np.float32), np.zeros((RANK, 4, 6), np.float32))
+    q = Factors(np.zeros((D, RANK), np.float32), np.zeros((RANK, 24), np.float32))
     return Adapter(
       {"layers.0.q.w": q} | {name.replace("__", "."): f for name, f in changes.items()}, 1.0, RANK
     )
@@ -221,8 +221,8 @@ class TestWhatDoesNotFit:
         r"the adapter changes layers\.2\.q\.w, which the model does not have",
       ),
       ("layers__0__norm__w", (1, 2), (2, 8), r"layers\.\{i\}\.norm\.w is not a matrix .its layout is 'd'"),
-      ("layers__0__q__w", (D, 3), (2, 4, 6), r"q\.w_lora_a has shape \(8, 3\), .*\(4, 6, 8\) needs \(8, 2\)"),
-      ("layers__0__q__w", (D, 2), (2, 24), r"q\.w_lora_b has shape \(2, 24\), .* needs \(2, 4, 6\)"),
+      ("layers__0__q__w", (D, 3), (2, 24), r"q\.w_lora_a has shape \(8, 3\), .*\(24, 8\) needs \(8, 2\)"),
+      ("layers__0__q__w", (D, 2), (2, 4, 6), r"q\.w_lora_b has shape \(2, 4, 6\), .* needs \(2, 24\)"),
       ("layers__0__experts__up", (2, 8, 2), (3, 2, 10), r"up_lora_a has shape \(2, 8, 2\)"),
       (
         "layers__0__experts__up",

@@ -25,8 +25,8 @@ X = f"{M}.experts"
 TABLE = WeightTable(
   ("embed.w", "model.embed.weight", "v d"),
   (f"{L}.norm.w", f"{M}.norm.weight", "d"),
-  (f"{L}.q.w", f"{M}.attn.q.weight", "(n h) d -> n h d"),
-  (f"{L}.o.w", f"{M}.attn.o.weight", "d (n h) -> d n h"),
+  (f"{L}.q.w", f"{M}.attn.q.weight", "(n h) d"),
+  (f"{L}.o.w", f"{M}.attn.o.weight", "d (n h)"),
   (
     f"{L}.experts.gate",
     [Form(f"{X}.{{e}}.gate.weight", "f d -> e f d"), Form(f"{X}.gate_up", "e (0/2 f) d -> e f d")],
@@ -42,8 +42,8 @@ TABLE = WeightTable(
 # What follows a parameter's name -> axes of its factors and of itself, "e" being the experts and "r" the rank.
 EQUATIONS = {
   "embed.w": ("dr", "rv", "vd"),
-  "q.w": ("dr", "rnh", "nhd"),
-  "o.w": ("nhr", "rd", "dnh"),
+  "q.w": ("dr", "rn", "nd"),
+  "o.w": ("nr", "rd", "dn"),
   "experts.gate": ("edr", "erf", "efd"),
   "experts.up": ("edr", "erf", "efd"),
   "experts.down": ("efr", "erd", "edf"),
@@ -66,8 +66,8 @@ class Leaves(nnx.Module):
 class Layer(nnx.Module):
   def __init__(self, rngs):
     self.norm = Leaves(rngs, init="ones", w=((D,), P()))
-    self.q = Leaves(rngs, w=((N, H, D), P("tp", None, "fsdp")))
-    self.o = Leaves(rngs, w=((D, N, H), P("fsdp", "tp")))
+    self.q = Leaves(rngs, w=((N * H, D), P("tp", "fsdp")))
+    self.o = Leaves(rngs, w=((D, N * H), P("fsdp", "tp")))
     self.experts = Leaves(
       rngs,
       gate=((E, F, D), P(None, "tp", "fsdp")),

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
-from models_core.layers.attention import attend, visible_keys
+from models_core.layers.attention import attend, join_heads, split_heads, visible_keys
 from models_core.layers.cache import extend_cache
 from models_core.layers.causal_lm import CausalLM, _period
 from models_core.layers.linear import Embedder, Projection
@@ -42,14 +42,17 @@ class Config:
 class Layer(nnx.Module):
   def __init__(self, config, *, rngs):
     shd = config.shd_config
-    self.q = Projection("btd,nhd->btnh", (N, H, D), shd.spec("q_weight_dnh", "n h d"), rngs=rngs)
-    self.kv = Projection("btd,xkhd->btxkh", (2, K, H, D), shd.spec("kv_weight_dnh", "x k h d"), rngs=rngs)
-    self.o = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+    q, kv = shd.spec("q_weight_dnh", "(n h) d"), shd.spec("kv_weight_dnh", "(k h) d")
+    self.q = Projection(N * H, D, q, heads=(N, None), rngs=rngs)
+    self.k = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
+    self.v = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
+    self.o = Projection(D, N * H, shd.spec("o_weight_nhd", "d (n h)"), heads=(None, N), rngs=rngs)
 
   def __call__(self, x, positions, rotary, cache, mask):
-    q, kv = rotate(self.q(x), positions, *rotary), self.kv(x)
-    cache, k, v = extend_cache(cache, rotate(kv[:, :, 0], positions, *rotary), kv[:, :, 1], positions)
-    return x + self.o(attend(q, k, v, mask, scale=0.5)), cache
+    q = rotate(split_heads(self.q(x), N), positions, *rotary)
+    k = rotate(split_heads(self.k(x), K), positions, *rotary)
+    cache, k, v = extend_cache(cache, k, split_heads(self.v(x), K), positions)
+    return x + self.o(join_heads(attend(q, k, v, mask, scale=0.5))), cache
 
 
 class Model(CausalLM):

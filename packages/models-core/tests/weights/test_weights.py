@@ -4,12 +4,14 @@ import pytest
 from models_core.weights.layout import arrange, part_shape, pieces
 from models_core.weights.table import Conversion, Form, WeightTable, matches
 
+HEADS = {"n": 2, "k": 1, "h": 3}
+
 
 def assemble(layout, tensors, shape, *, name="w", placeholders=None, values=None):
   """A parameter from its tensors, each checked against the shape that the layout implies."""
   row = WeightTable(("ours", name, layout, values) if values else ("ours", name, layout)).rows[0]
   out = np.full(shape, np.nan)
-  for piece in pieces(row, row.forms[0], placeholders or {}, shape):
+  for piece in pieces(row, row.forms[0], placeholders or {}, shape, HEADS):
     assert tensors[piece.tensor].shape == piece.shape
     out[piece.target] = arrange(tensors[piece.tensor], piece, part_shape(piece, shape))
   return out
@@ -37,6 +39,13 @@ LAYOUTS = [
   ("0/2 k d h -> k h d", (2, 2, 5, 3), (2, 3, 5), lambda x: x[0].swapaxes(1, 2), False),
   ("0/2 k h d -> k h d", (2, 2, 3, 5), (2, 3, 5), lambda x: x[0], True),
   ("1/2 k h d -> k h d", (2, 2, 3, 5), (2, 3, 5), lambda x: x[1], True),
+  ("(n h) d", (6, 5), (6, 5), lambda x: x, True),
+  ("d (n h)", (5, 6), (5, 6), lambda x: x, True),
+  ("(a b) d -> d (a b)", (8, 5), (5, 8), lambda x: x.T, False),
+  ("n d h -> (n h) d", (2, 5, 3), (6, 5), lambda x: x.swapaxes(1, 2).reshape(6, 5), False),
+  ("n h d -> d (n h)", (2, 3, 5), (5, 6), lambda x: x.reshape(6, 5).T, False),
+  ("1/2 k d h -> (k h) d", (2, 1, 5, 3), (3, 5), lambda x: x[1, 0].T, False),
+  ("(n p 2) d -> (n 2 p) d", (12, 5), (12, 5), lambda x: x.reshape(2, 3, 2, 5).swapaxes(1, 2).reshape(12, 5), False),
   ("1/2 2/3 v d -> v d", (2, 3, 4, 5), (4, 5), lambda x: x[1, 2], True),
 ]  # fmt: skip
 
@@ -56,7 +65,7 @@ def test_a_layout_is_what_reshape_slice_and_transpose_say(layout, theirs, ours, 
 )
 def test_a_run_starts_where_the_parameters_elements_lie(layout, theirs, ours, reference, run):
   row = WeightTable(("ours", "w", layout)).rows[0]
-  (piece,) = pieces(row, row.forms[0], {}, ours)
+  (piece,) = pieces(row, row.forms[0], {}, ours, HEADS)
   assert (piece.run is not None) == run
   if run:
     x = np.arange(np.prod(theirs, dtype=int), dtype=np.float64).reshape(theirs)
@@ -132,15 +141,16 @@ def test_a_placeholder_is_a_whole_number_and_names_match_as_a_whole(name, found)
     ("e f d -> f d", (4, 5), "different axes on its two sides"),
     ("1 d -> d", (5,), "different axes on its two sides"),
     ("(n h 2) d -> n (2 h) d", (2, 5, 5), "cannot split an axis of size 5"),
-    ("a b -> (a b)", (6,), "cannot split an axis of size 6"),
-    ("d d", (4, 5), "two sizes"),
+    ("a b -> (a b)", (6,), "does not tell the sizes of a and b"),
+    ("n d h -> (n h) d", (12, 5), "cannot split an axis of size 12"),
+    ("d d", (4, 5), "cannot split an axis of size 5"),
     ("(2/2 f) d -> f d", (4, 5), "parts are counted from 0"),
   ],
 )
 def test_a_layout_that_does_not_fit_is_a_fault_of_the_table(layout, shape, message):
   row = WeightTable(("ours", "w", layout)).rows[0]
   with pytest.raises(ValueError, match=message):
-    pieces(row, row.forms[0], {}, shape)
+    pieces(row, row.forms[0], {}, shape, HEADS)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """LoRA (arXiv:2106.09685): the low-rank factors of a model, and weights that they are merged into.
 
-The factors of a parameter `w` are stored next to it, under the names that qwix and Flax use: `w_lora_a` [in axes, r]
-and `w_lora_b` [r, out axes]. Which axes of `w` are in and which are out follows from its row of the weight table, since
-a matrix in Hugging Face's files is [out, in].
+The factors of a parameter `w` are stored next to it, under the names that qwix and Flax use: `w_lora_a` [in, r] and
+`w_lora_b` [r, out]. Which axis of `w` is in and which is out follows from its row of the weight table, since a matrix
+in Hugging Face's files is [out, in].
 
-Example: the query projection has the layout "(n h) d -> n h d", so d is in, and n and h are out. For the parameter
-[32, 128, 2048] and rank 8, `w_lora_a` is [2048, 8] and `w_lora_b` is [8, 32, 128]. A leading axis of experts is
-also in `w_lora_a`, and in `w_lora_b` unless all experts share it.
+Example: the query projection has the layout "(n h) d", so d is in, and the heads are out. For the parameter
+[4096, 2048] and rank 8, `w_lora_a` is [2048, 8] and `w_lora_b` is [8, 4096]. A leading axis of experts is also in
+`w_lora_a`, and in `w_lora_b` unless all experts share it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Factors:
   """The two factors of one parameter's change, without the scale.
 
   Attributes:
-    a: [experts, in axes, r], with the axes in the parameter's order.
-    b: [experts, r, out axes], with the axes in the parameter's order; without the experts if all of them share it.
+    a: [experts, in, r].
+    b: [experts, r, out]; without the experts if all of them share it.
   """
 
   a: Any
@@ -105,30 +105,30 @@ def adapter_of(model: nnx.Module, *, alpha: float, rank: int | None = None) -> A
 class Roles:
   """The roles of a parameter's axes in its matrix product, as strings of one letter for each axis.
 
-  Example: the query projections of some experts with the layout "(n h) d -> e n h d" have axes="enhd", inputs="d",
-  outputs="nh" and experts="e"; their factors are a="edr" and b="ernh".
+  Example: the gate projections of some experts with the layout "f d -> e f d" have axes="efd", input="d", output="f"
+  and experts="e"; their factors are a="edr" and b="erf". An axis of several letters has the first of them.
 
   Attributes:
     axes: all axes, in the parameter's order.
-    inputs: the axes that the product contracts, in the order in which Hugging Face flattens them.
-    outputs: the axes of the product's result, in the order in which Hugging Face flattens them.
+    input: the axis that the product contracts.
+    output: the axis of the product's result.
     experts: the stacked axes, each index of which has a matrix of its own.
   """
 
   axes: str
-  inputs: str
-  outputs: str
+  input: str
+  output: str
   experts: str
 
   @property
   def a(self) -> str:
     """The axes of the first factor; r is the rank."""
-    return "".join(axis for axis in self.axes if axis not in self.outputs) + "r"
+    return self.experts + self.input + "r"
 
   @property
   def b(self) -> str:
     """The axes of the second factor; r is the rank."""
-    return self.experts + "r" + "".join(axis for axis in self.axes if axis in self.outputs)
+    return self.experts + "r" + self.output
 
   def b_of(self, factor: Any) -> str:
     """The axes of a given second factor, which has no axis of experts if all of them share it."""
@@ -146,15 +146,15 @@ def roles(row: Row, form: Form) -> Roles:
     AdapterError: if the parameter is not a matrix in the checkpoint; norm weights, for example, are vectors.
   """
   theirs, ours = parse_layout(form.layout)
-  groups = ["".join(axis for axis in group if "/" not in axis) for group in theirs]
-  axes = "".join(axis for group in ours for axis in group)
-  if len(groups) < 2 or not axes.isalpha() or any(len(group) > 1 for group in ours):
+  matrix = [[axis for axis in group if "/" not in axis] for group in theirs][-2:]
+  if len(matrix) < 2 or any(group not in ours or not group[0].isalpha() for group in matrix):
     raise AdapterError(
       f"{row.ours} is not a matrix (its layout is {form.layout!r}), so LoRA cannot change it: remove it from the "
       "adapter"
     )
-  outputs, inputs = groups[-2:]
-  return Roles(axes, inputs, outputs, "".join(axis for axis in axes if axis not in inputs + outputs))
+  (output, *_), (into, *_) = matrix
+  axes = "".join(group[0] for group in ours)
+  return Roles(axes, into, output, "".join(axis for axis in axes if axis not in (into, output)))
 
 
 def find_row(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:

@@ -26,7 +26,7 @@ from models_core.family import Family
 from models_core.formats import Files, as_files, read_json, read_safetensors_file
 from models_core.loading import abstract_model
 from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
-from models_core.weights import Form, Piece, WeightTable, pieces
+from models_core.weights import Form, Piece, WeightTable, head_sizes, pieces
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -118,7 +118,7 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
       if (own := _roles(table, name, form)) is None:
         continue
       if not _is_split(form, placeholders, own):
-        fused = pieces(row, form, placeholders, shape)[0]
+        fused = pieces(row, form, placeholders, shape, head_sizes(config))[0]
         if module := _module_of_fused(arrays, fused, rank):
           wanted = [module + side for side in _SIDES]
           used.update(wanted)
@@ -196,12 +196,9 @@ def _is_split(form: Form, placeholders: Mapping[str, str], own: Roles) -> bool:
 
 def _to_peft(factors: Factors, own: Roles, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   """peft's A [r, in] and B [out, r] of one matrix of a parameter."""
-  rank, b_axes = factors.rank, own.b_of(factors.b)
   a = np.asarray(factors.a)[index]
-  b = np.asarray(factors.b)[index if b_axes == own.b else ()]
-  a = _transposed(a, own.a[len(index) :], "r" + own.inputs).reshape(rank, -1)
-  b = _transposed(b, b_axes.removeprefix(own.experts), own.outputs + "r").reshape(-1, rank)
-  return np.ascontiguousarray(a), np.ascontiguousarray(b)
+  b = np.asarray(factors.b)[index if own.b_of(factors.b) == own.b else ()]
+  return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
 
 
 def _from_peft(
@@ -212,17 +209,13 @@ def _from_peft(
   Raises:
     AdapterError: if a tensor does not have the shape that the model needs.
   """
-  sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
-  ends = len(own.experts)
-  sides = (("r" + own.inputs, own.a[ends:]), (own.outputs + "r", own.b[ends:]))
+  sizes = dict(zip(own.axes, shape, strict=True))
+  needed = ((rank, sizes[own.input]), (sizes[own.output], rank))
   found: list[list[np.ndarray]] = [[], []]
   for number, (name, data) in enumerate(tensors.items()):
-    theirs, ours = sides[number % 2]
-    full = tuple(sizes[axis] for axis in theirs)
-    flat = (rank, math.prod(full[1:])) if number % 2 == 0 else (math.prod(full[:-1]), rank)
-    if data.shape != flat:
-      raise AdapterError(f"{where}: {name} has shape {data.shape}, but the model needs {flat}")
-    found[number % 2].append(_transposed(data.reshape(full), theirs, ours))
+    if data.shape != needed[number % 2]:
+      raise AdapterError(f"{where}: {name} has shape {data.shape}, but the model needs {needed[number % 2]}")
+    found[number % 2].append(data.T)
   experts = tuple(sizes[axis] for axis in own.experts)
   a, b = (np.stack(parts).reshape(*experts, *parts[0].shape) for parts in found)
   return Factors(a, b)
@@ -251,10 +244,10 @@ def _from_fused(
   """The factors of a parameter that is a part of a fused tensor [E, out, in]: all of A, and that part of B's rows."""
   sizes = dict(zip(own.axes, shape, strict=True)) | {"r": rank}
   a, b = tensors
-  # The first axis of the tensor is that of the experts, the last axes are the inputs.
-  outputs = slice(1, len(fused.split) - len(own.inputs))
+  # The first axis of the tensor is that of the experts, the last one is the input.
+  outputs = slice(1, len(fused.split) - 1)
   b = b.reshape(*fused.split[outputs], rank, -1)[fused.select[outputs]]
-  theirs = (own.experts + "r" + own.inputs, own.outputs + "r" + own.experts)
+  theirs = (own.experts + "r" + own.input, own.output + "r" + own.experts)
   full = (tuple(sizes[axis] for axis in axes) for axes in theirs)
   a, b = (data.reshape(size) for data, size in zip((a, b), full, strict=True))
   return Factors(_transposed(a, theirs[0], own.a), _transposed(b, theirs[1], own.b))

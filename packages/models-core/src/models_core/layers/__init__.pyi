@@ -1,4 +1,4 @@
-from .attention import attend, bound, make_causal_attn_mask, visible_keys
+from .attention import attend, bound, join_heads, make_causal_attn_mask, split_heads, visible_keys
 from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
@@ -34,11 +34,13 @@ __all__ = [
   "explicit_axes",
   "extend_cache",
   "gelu_tanh",
+  "join_heads",
   "make_causal_attn_mask",
   "parameter",
   "rotary",
   "rotate",
   "shapes_only",
   "shard",
+  "split_heads",
   "visible_keys",
 ]

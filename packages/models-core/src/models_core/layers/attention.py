@@ -49,6 +49,16 @@ def _softmax(
   return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
 
 
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+  """Splits the result of a projection into heads: [B, T, N * H] -> [B, T, N, H]."""
+  return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def join_heads(x: jax.Array) -> jax.Array:
+  """Joins heads for a projection: [B, T, N, H] -> [B, T, N * H]."""
+  return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
 def bound(x: jax.Array, soft_cap: float | None) -> jax.Array:
   """Bounds x to (-soft_cap, soft_cap) by tanh (arXiv:2408.00118). With None, x is returned unchanged."""
   return x if soft_cap is None else jnp.tanh(x / soft_cap) * soft_cap

@@ -8,61 +8,89 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from models_core.dtypes import common_dtype
 from models_core.layers.parameters import parameter
 
 
 class Projection(nnx.Module):
-  """A linear map without bias. An einsum equation such as "btd,nhd->btnh" names the axes of input, weight and result.
+  """A linear map without bias, with the parameter `w` [out, in], as Hugging Face's files have it.
 
-  The weight `w` keeps the axis order of Hugging Face's files, output axes first. The result has the input's dtype; if
-  the weight's dtype differs from it, the product is computed in the `common_dtype` of both.
+  The result has the input's dtype; if the weight's dtype differs from it, the product is computed in the
+  `common_dtype` of both.
   """
 
-  def __init__(self, equation: str, shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs):
-    self.equation = equation
-    self.w = parameter(shape, spec, rngs=rngs)
+  def __init__(
+    self,
+    out_dim: int,
+    in_dim: int,
+    spec: PartitionSpec,
+    *,
+    rngs: nnx.Rngs,
+    heads: Sequence[int | None] = (),
+  ):
+    """Makes the parameter.
+
+    Args:
+      out_dim: size of the result.
+      in_dim: size of the input.
+      spec: mesh axes of `w`.
+      rngs: source of random keys.
+      heads: number of heads that the result and the input consist of, or None for each.
+    """
+    self.w = parameter((out_dim, in_dim), spec, heads=heads, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Multiplies x, with the equation's input axes -> the equation's output axes, in the dtype of x."""
+    """[..., in] -> [..., out] in the dtype of x."""
     w = self.w[...]
-    if w.dtype == x.dtype:
-      # The parameter itself is the operand, without a cast: libraries for quantisation and LoRA intercept this call.
-      return jnp.einsum(self.equation, x, w)
     dtype = common_dtype(w.dtype, x.dtype)
-    return jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype)).astype(x.dtype)
+    return product(x.astype(dtype), w, dtype).astype(x.dtype)
 
 
 class BiasedProjection(nnx.Module):
-  """A linear map with a bias: a `Projection` with a parameter `b` over its output axes.
+  """A linear map with the parameters `w` [out, in] and `b` [out].
 
   Product and bias are added in float32, and the sum is rounded once.
   """
 
   def __init__(
     self,
-    equation: str,
-    shape: Sequence[int],
+    out_dim: int,
+    in_dim: int,
     spec: PartitionSpec,
     bias_spec: PartitionSpec,
     *,
     rngs: nnx.Rngs,
+    heads: Sequence[int | None] = (),
   ):
-    self.equation = equation
-    self.w = parameter(shape, spec, rngs=rngs)
-    self.b = parameter(shape[: len(bias_spec)], bias_spec, rngs=rngs, init="zeros")
+    """Makes the parameters.
+
+    Args:
+      out_dim: size of the result.
+      in_dim: size of the input.
+      spec: mesh axes of `w`.
+      bias_spec: mesh axes of `b`.
+      rngs: source of random keys.
+      heads: number of heads that the result and the input consist of, or None for each.
+    """
+    self.w = parameter((out_dim, in_dim), spec, heads=heads, rngs=rngs)
+    self.b = parameter((out_dim,), bias_spec, heads=heads[:1], rngs=rngs, init="zeros")
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Multiplies x, with the equation's input axes -> the equation's output axes, in the dtype of x."""
+    """[..., in] -> [..., out] in the dtype of x."""
     w = self.w[...]
-    if w.dtype == x.dtype:
-      # The parameter itself is the operand, without a cast: libraries for quantisation and LoRA intercept this call.
-      y = jnp.einsum(self.equation, x, w, preferred_element_type=jnp.float32)
-    else:
-      dtype = common_dtype(w.dtype, x.dtype)
-      y = jnp.einsum(self.equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    dtype = common_dtype(w.dtype, x.dtype)
+    y = product(x.astype(dtype), w, jnp.float32)
     return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """Multiplies x [..., in] by the matrix w [out, in] -> [..., out] in a dtype, computed in the dtype of x."""
+  if w.dtype != x.dtype:
+    w = w.astype(x.dtype)
+  # Otherwise the parameter itself is the operand: libraries for quantisation and LoRA find it by its identity.
+  return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 class Embedder(nnx.Module):
@@ -95,5 +123,4 @@ class Head(nnx.Module):
 
 def head_logits(x: jax.Array, w: jax.Array) -> jax.Array:
   """Hidden states x [B, T, D] times w [V, D] -> float32 logits [B, T, V]."""
-  dtype = common_dtype(x.dtype, w.dtype)
-  return jnp.einsum("btd,vd->btv", x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+  return product(x.astype(common_dtype(x.dtype, w.dtype)), w, jnp.float32)

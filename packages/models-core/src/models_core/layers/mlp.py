@@ -32,9 +32,9 @@ class GatedMLP(nnx.Module):
     up, down = shd.spec("ffw_weight_df", "f d"), shd.spec("ffw_weight_fd", "d f")
     self.activation = activation
     self.act_btf = shd.spec("act_btf", "b t f")
-    self.gate_proj = Projection("btd,fd->btf", (hidden_dim, embed_dim), up, rngs=rngs)
-    self.up_proj = Projection("btd,fd->btf", (hidden_dim, embed_dim), up, rngs=rngs)
-    self.down_proj = Projection("btf,df->btd", (embed_dim, hidden_dim), down, rngs=rngs)
+    self.gate_proj = Projection(hidden_dim, embed_dim, up, rngs=rngs)
+    self.up_proj = Projection(hidden_dim, embed_dim, up, rngs=rngs)
+    self.down_proj = Projection(embed_dim, hidden_dim, down, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""

@@ -39,7 +39,13 @@ def shapes_only() -> Iterator[None]:
 
 
 def parameter(
-  shape: Sequence[int], spec: PartitionSpec, *, rngs: nnx.Rngs, init: str = "normal", dtype: Any = jnp.float32
+  shape: Sequence[int],
+  spec: PartitionSpec,
+  *,
+  rngs: nnx.Rngs,
+  heads: Sequence[int | None] = (),
+  init: str = "normal",
+  dtype: Any = jnp.float32,
 ) -> nnx.Param:
   """Makes a parameter with its initial values.
 
@@ -47,6 +53,7 @@ def parameter(
     shape: of the parameter, its axes in the order of Hugging Face's files, output axes first.
     spec: mesh axes of each axis; stored as metadata, so that no mesh is needed.
     rngs: source of random keys.
+    heads: for each axis, the number of heads that it consists of, or None. No mesh splits a head.
     init: a name in INITIALIZERS; stored as metadata, by which a dummy model tells a norm from a projection.
     dtype: of the values.
   """
@@ -55,7 +62,7 @@ def parameter(
   else:
     value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
   # Eager sharding would need a mesh in context, even if the model is only traced for its shapes.
-  return nnx.Param(value, out_sharding=spec, eager_sharding=False, init=init)
+  return nnx.Param(value, out_sharding=spec, eager_sharding=False, heads=tuple(heads), init=init)
 
 
 def dotted(path: tuple[Any, ...]) -> str:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from models_core.errors import ShardingError
 from models_core.layers import dotted, shapes_only
 from models_core.sharding import Misfit, check_mesh, fit, named
+from models_core.weights import head_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,11 @@ class AbstractModel:
 
   Attributes:
     parameters: the parameters by name, in the model's order.
+    heads: number and dimension of the configuration's heads, by their letters in layouts.
   """
 
   parameters: Mapping[str, AbstractParameter]
+  heads: Mapping[str, int]
   _graphdef: Any
   _state: Any
 
@@ -55,14 +58,9 @@ class AbstractModel:
     Args:
       arrays: an array for each parameter, by name.
     """
-    filled = []
-    for path, variable in nnx.to_flat_state(self._state):
-      name = dotted(path)
-      parameter = self.parameters[name]
-      if isinstance(parameter.sharding, NamedSharding):
-        # Optimizers and partitioners read this: it must be the actual sharding, not the declared one.
-        variable = variable.replace(out_sharding=tuple(parameter.sharding.spec))
-      filled.append((path, variable.replace(arrays[name])))
+    filled = [
+      (path, variable.replace(arrays[dotted(path)])) for path, variable in nnx.to_flat_state(self._state)
+    ]
     return nnx.merge(self._graphdef, nnx.from_flat_state(filled))
 
 
@@ -98,7 +96,9 @@ def abstract_model(
       )
     spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
     try:
-      fitted, misfits = (spec, ()) if mesh is None else fit(value.shape, spec, mesh)
+      fitted, misfits = (
+        (spec, ()) if mesh is None else fit(value.shape, spec, mesh, metadata.get("heads", ()))
+      )
     except ShardingError as error:
       raise ShardingError(f"{name}: {error}") from None
     parameters[name] = AbstractParameter(
@@ -111,7 +111,7 @@ def abstract_model(
     )
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh cannot hold these shardings:\n  - " + "\n  - ".join(notes))
-  return AbstractModel(parameters, graphdef, state)
+  return AbstractModel(parameters, head_sizes(config), graphdef, state)
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

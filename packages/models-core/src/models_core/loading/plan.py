@@ -168,7 +168,8 @@ def plan_load(
   used: set[str] = set()
   for parameter in model.parameters.values():
     row, placeholders = table.row_of(parameter.name)
-    found, trouble = _choose(row, placeholders, parameter, tensors)
+    forms = [pieces(row, form, placeholders, parameter.shape, model.heads) for form in row.forms]
+    found, trouble = _choose(row, forms, parameter, tensors)
     problems += trouble
     if found:
       used.update(piece.tensor for piece in found)
@@ -176,9 +177,7 @@ def plan_load(
       planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
     else:
       # Tensors of an incomplete form are part of this problem: do not report them as unexpected too.
-      used.update(
-        piece.tensor for form in row.forms for piece in pieces(row, form, placeholders, parameter.shape)
-      )
+      used.update(piece.tensor for form in forms for piece in form)
   left = [name for name in tensors if name not in used]
   ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
   ignored, unexpected = [], []
@@ -203,10 +202,9 @@ def plan_load(
 
 
 def _choose(
-  row: Row, placeholders: Mapping[str, str], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
+  row: Row, forms: list[list[Piece]], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
 ) -> tuple[list[Piece], list[str]]:
   """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems."""
-  forms = [pieces(row, form, placeholders, parameter.shape) for form in row.forms]
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
   if len({form[0].tensor for form in complete}) > 1:

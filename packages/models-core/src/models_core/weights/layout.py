@@ -14,6 +14,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +52,7 @@ class Piece:
     """The row-major index of the first element of the tensor that the piece takes, if its elements are a run.
 
     None if the elements are not contiguous in the tensor, are in another order than in the parameter, or are converted.
-    For example, with the layout "(2/3 n h) d -> n h d" a parameter [2, 3, 5] is the last third of a tensor [18, 5], and
+    For example, with the layout "(2/3 n) d -> n d" a parameter [6, 5] is the last third of a tensor [18, 5], and
     its run begins at element 60.
     """
     fused = [s for s in self.select if isinstance(s, int)]
@@ -71,7 +73,25 @@ class Piece:
     )
 
 
-def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequence[int]) -> list[Piece]:
+def head_sizes(config: Any) -> dict[str, int]:
+  """The sizes of the letters n (query heads), k (KV heads) and h (dimension of a head) in layouts.
+
+  Args:
+    config: configuration of a model; letters whose fields it does not have are left out.
+  """
+  fields = {"n": "num_heads", "k": "num_kv_heads", "h": "head_dim"}
+  return {
+    letter: size for letter, field in fields.items() if isinstance(size := getattr(config, field, None), int)
+  }
+
+
+def pieces(
+  row: Row,
+  form: Form,
+  placeholders: Mapping[str, str],
+  shape: Sequence[int],
+  heads: Mapping[str, int] = MappingProxyType({}),
+) -> list[Piece]:
   """The pieces that make up a parameter: one, or one for each tensor that is stacked.
 
   Args:
@@ -79,16 +99,17 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
     form: the one of the row's forms to resolve.
     placeholders: their values in the parameter's name, such as `{"i": "3"}`.
     shape: of the parameter.
+    heads: sizes of letters that share an axis of the parameter, as `head_sizes` returns them.
 
   Raises:
     ValueError: if the layout does not fit the parameter's shape, which is an error in the table.
   """
-  theirs, ours = parse_layout(form.layout)
+  theirs, ours = _joined(*parse_layout(form.layout))
   if len(ours) != len(shape):
     raise ValueError(
       f"the layout {form.layout!r} has {len(ours)} axes, but the parameter has shape {tuple(shape)}"
     )
-  sizes = _sizes(ours, shape, form.layout)
+  sizes = _sizes(ours, shape, form.layout, heads)
   stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
   flat_ours = [axis for group in ours for axis in group]
   flat_theirs = [axis for group in theirs for axis in group]
@@ -115,11 +136,20 @@ def pieces(row: Row, form: Form, placeholders: Mapping[str, str], shape: Sequenc
 def parse_layout(layout: str) -> tuple[list[list[str]], list[list[str]]]:
   """Splits a layout into groups of axes, on the checkpoint's side and on ours.
 
-  For example, "(n h) d -> n h d" gives `[["n", "h"], ["d"]]` and `[["n"], ["h"], ["d"]]`.
+  For example, "n d h -> (n h) d" gives `[["n"], ["d"], ["h"]]` and `[["n", "h"], ["d"]]`.
   """
   left, arrow, right = layout.partition("->")
   theirs, ours = _groups(left), _groups(right if arrow else left)
   return theirs, ours
+
+
+def _joined(theirs: list[list[str]], ours: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+  """Makes one axis of each group that both sides have: the parameter takes it as it is.
+
+  For example, "(n h) d -> d (n h)" becomes "n*h d -> d n*h".
+  """
+  join = lambda group: ["*".join(group)] if group in theirs and group in ours else group
+  return [join(group) for group in theirs], [join(group) for group in ours]
 
 
 def _groups(side: str) -> list[list[str]]:
@@ -135,18 +165,25 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int:
   return sizes[axis]
 
 
-def _sizes(ours: list[list[str]], shape: Sequence[int], layout: str) -> dict[str, int]:
-  """The sizes of all letters, which follow from the parameter's shape."""
+def _sizes(
+  ours: list[list[str]], shape: Sequence[int], layout: str, heads: Mapping[str, int]
+) -> dict[str, int]:
+  """The sizes of all letters, which follow from the parameter's shape and, for letters that share an axis, `heads`."""
   sizes: dict[str, int] = {}
-  for group, size in zip(ours, shape, strict=True):
+  # Axes of one letter come first, since they decide that letter for all other axes.
+  for group, size in sorted(zip(ours, shape, strict=True), key=lambda pair: len(pair[0])):
     letters = [axis for axis in group if not axis.isdigit()]
-    known = math.prod(int(axis) for axis in group if axis.isdigit())
-    if len(letters) != 1 or size % known:
-      if not letters and size == known:
-        continue
-      raise ValueError(f"the layout {layout!r} cannot split an axis of size {size}")
-    if sizes.setdefault(letters[0], size // known) != size // known:
-      raise ValueError(f"the layout {layout!r} gives {letters[0]!r} two sizes for shape {tuple(shape)}")
+    found = sizes if len(letters) == 1 else {**heads, **sizes}
+    unknown = [axis for axis in letters if axis not in found]
+    known = math.prod(int(axis) if axis.isdigit() else found.get(axis, 1) for axis in group)
+    if len(unknown) > 1:
+      raise ValueError(
+        f"the layout {layout!r} does not tell the sizes of {' and '.join(unknown)}, which share an axis of size {size}: "
+        "the configuration must have num_heads, num_kv_heads or head_dim, which are n, k and h"
+      )
+    if size % known or (not unknown and size != known):
+      raise ValueError(f"the layout {layout!r} cannot split an axis of size {size} of shape {tuple(shape)}")
+    sizes |= {axis: found.get(axis, size // known) for axis in letters}
   return sizes
 
 

@@ -6,10 +6,13 @@ only the tensor's name has, such as `{e}`, counts the tensors that are stacked a
 
 A layout names axes by a letter each: "v d" if tensor and parameter have the same axes, otherwise "checkpoint -> ours":
 
-  "(n h) d -> n h d"         one axis of the tensor is two axes of the parameter
-  "(n p 2) d -> n (2 p) d"   a number is an axis of that size
+  "n d h -> (n h) d"         two axes of the tensor are one axis of the parameter
+  "(n p 2) d -> (n 2 p) d"   a number is an axis of that size
   "e (0/2 f) d -> e f d"     the parameter is the first half of a fused axis
   "f d -> e f d"             with `{e}` in the tensor's name: tensors [f, d] are stacked to a parameter [e, f, d]
+
+The sizes of letters follow from the parameter's shape. If an axis of the parameter has several letters, the sizes of n
+(query heads), k (KV heads) and h (dimension of a head) come from the configuration.
 """
 
 from __future__ import annotations

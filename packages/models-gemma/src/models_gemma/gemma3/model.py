@@ -26,10 +26,12 @@ from models_core.layers import (
   attend,
   extend_cache,
   gelu_tanh,
+  join_heads,
   make_causal_attn_mask,
   rotary,
   rotate,
   shard,
+  split_heads,
 )
 from models_core.rope_scaling import LinearScaling, RopeScaling
 from models_core.sharding import ShardingConfig
@@ -122,15 +124,14 @@ class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     shd = config.shd_config
-    q, kv, norm = (
-      shd.spec(field, axes)
-      for field, axes in (("q_weight_dnh", "n h d"), ("kv_weight_dnh", "k h d"), ("qk_norm_weight", "h"))
-    )
+    q, kv = shd.spec("q_weight_dnh", "(n h) d"), shd.spec("kv_weight_dnh", "(k h) d")
+    o, norm = shd.spec("o_weight_nhd", "d (n h)"), shd.spec("qk_norm_weight", "h")
     self.config = config
-    self.q_proj = Projection("btd,nhd->btnh", (N, H, D), q, rngs=rngs)
-    self.k_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
-    self.v_proj = Projection("btd,khd->btkh", (K, H, D), kv, rngs=rngs)
-    self.o_proj = Projection("btnh,dnh->btd", (D, N, H), shd.spec("o_weight_nhd", "d n h"), rngs=rngs)
+    self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
+    self.q_proj = Projection(N * H, D, q, heads=(N, None), rngs=rngs)
+    self.k_proj = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
+    self.v_proj = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
+    self.o_proj = Projection(D, N * H, o, heads=(None, N), rngs=rngs)
     self.q_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
     self.k_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
 
@@ -139,12 +140,14 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(self.q_norm(self.q_proj(x)), positions, *rotary), act_btnh)
-    k = shard(rotate(self.k_norm(self.k_proj(x)), positions, *rotary), act_btnh)
-    v = shard(self.v_proj(x), act_btnh)
+    q = shard(rotate(self.q_norm(split_heads(self.q_proj(x), self.num_heads)), positions, *rotary), act_btnh)
+    k = shard(
+      rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, *rotary), act_btnh
+    )
+    v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(q, k, v, mask, scale=self.config.query_pre_attn_scalar**-0.5)
-    return self.o_proj(shard(out, act_btnh)), cache
+    return self.o_proj(join_heads(shard(out, act_btnh))), cache
 
 
 class DecoderLayer(nnx.Module):

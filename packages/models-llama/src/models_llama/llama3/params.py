@@ -22,10 +22,10 @@ HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
   ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
   (f"{L}.input_layernorm.w",           f"{M}.input_layernorm.weight",            "d"),
-  (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d -> n h d"),
-  (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d -> k h d"),
-  (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d -> k h d"),
-  (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h) -> d n h"),
+  (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d"),
+  (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d"),
+  (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d"),
+  (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h)"),
   (f"{L}.post_attention_layernorm.w",  f"{M}.post_attention_layernorm.weight",   "d"),
   (f"{L}.mlp.gate_proj.w",             f"{M}.mlp.gate_proj.weight",              "f d"),
   (f"{L}.mlp.up_proj.w",               f"{M}.mlp.up_proj.weight",                "f d"),
@@ -39,8 +39,8 @@ HUGGINGFACE = WeightTable(
 # For RoPE, GGUF files pair neighbouring rows of q and k; the model pairs the two halves of a head.
 GGUF = gguf_table(
   HUGGINGFACE,
-  (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n h 2) d -> n (2 h) d"),
-  (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k h 2) d -> k (2 h) d"),
+  (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n p 2) d -> (n 2 p) d"),
+  (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k p 2) d -> (k 2 p) d"),
   ignored=[Ignored("rope_freqs.weight", "the configuration holds these RoPE factors")],
 )
 
