@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import visible_keys
 from models_core.layers.cache import Cache, LayerCache
-from models_core.layers.mesh import call_auto, explicit_axes, find_mesh, shard, spec_of
+from models_core.layers.mesh import call_module, find_mesh, shard, spec_of
 from models_core.layers.rope import Rotary
 
 
@@ -180,12 +180,7 @@ class CausalLM(nnx.Module):
 
   def _call(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
     """Calls `run(self, *args)` on a mesh with Auto or Explicit axes, or without a mesh."""
-    if explicit_axes(self._mesh()):
-      # Arrays on an Explicit mesh must be arguments of the Auto region, the parameters included.
-      graphdef, state = nnx.split(self)
-      return call_auto(lambda state, *args: run(nnx.merge(graphdef, state), *args), out_specs, state, *args)
-    # The weight is an argument only so that `call_auto` finds its mesh.
-    return call_auto(lambda weight, *args: run(self, *args), out_specs, self._weight(), *args)
+    return call_module(run, out_specs, self, self._weight(), *args)
 
   def _weight(self) -> jax.Array:
     return self.embedder.input_embedding[...]

@@ -7,12 +7,14 @@ axes the whole call runs in a region where these axes are Auto, and the results 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from models_core.layers.stand_in import Leaf, StandIn, map_state
 from models_core.sharding import axis_names, fit
 
 
@@ -61,25 +63,96 @@ def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
   return function(*trees)
 
 
-def fit_auto(shape: Sequence[int], spec: PartitionSpec) -> PartitionSpec:
+def call_module(
+  function: Callable[..., Any], out_specs: Any, module: nnx.Module, weight: jax.Array, *trees: Any
+) -> Any:
+  """Calls `function(module, *trees)` in a context where every mesh axis is Auto.
+
+  On Explicit axes, and where gradients by sharded parameters may be taken, a `StandIn` of the module runs. On Auto axes
+  it holds each gradient to the sharding of its parameter, for which the compiler would often choose another one.
+
+  Args:
+    function: takes the module, and all other arrays as arguments.
+    out_specs: tree of PartitionSpecs, the sharding of the result on Explicit axes; unused for Auto axes.
+    module: the module. What the function changes in it stays changed.
+    weight: a parameter of the module, which tells the mesh.
+    *trees: further arguments of the function.
+
+  Returns:
+    The function's result.
+  """
+  mesh = find_mesh(weight, trees)
+  explicit = explicit_axes(mesh)
+  if mesh is None or not (explicit or isinstance(weight, jax.core.Tracer)):
+    return call_auto(lambda _, *trees: function(module, *trees), out_specs, weight, *trees)
+  stand_ins = []
+
+  def run(_: jax.Array, *trees: Any) -> Any:
+    graphdef, state = nnx.split(module)
+    stand_in = StandIn(module, graphdef, map_state(state, _to_auto if explicit else _held))
+    stand_ins.append(stand_in)
+    return function(stand_in.module, *trees)
+
+  out = call_auto(run, out_specs, weight, *trees)
+  changes = stand_ins[0].changes()
+  stand_ins[0].hand_back([_to_explicit(leaf, mesh) if explicit else leaf.value for leaf in changes])
+  return out
+
+
+def _to_auto(x: Any, metadata: Mapping[str, Any]) -> Any:
+  """Casts an array of an Explicit mesh to the Auto mesh in context."""
+  return jax.sharding.reshard(x, PartitionSpec(*(None,) * x.ndim)) if isinstance(x, jax.Array) else x
+
+
+def _to_explicit(leaf: Leaf, mesh: Mesh | AbstractMesh) -> Any:
+  """Casts an array to an Explicit mesh: with the sharding of what it replaces, or else its own, or the declared one."""
+  x, old = leaf.value, leaf.replaces
+  if not isinstance(x, jax.Array):
+    return x
+  if isinstance(old, jax.Array) and old.shape == x.shape:
+    spec = spec_of(old)
+  elif not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    spec = x.sharding.spec
+  else:
+    spec, _ = fit(x.shape, declared(leaf.metadata, x.ndim), mesh, leaf.metadata.get("heads", ()))
+  return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def _held(x: Any, metadata: Mapping[str, Any]) -> Any:
+  """Constrains a parameter, and with it its gradient, to its declared sharding."""
+  if not isinstance(x, jax.core.Tracer):
+    return x
+  return shard(x, declared(metadata, x.ndim), metadata.get("heads", ()))
+
+
+def declared(metadata: Mapping[str, Any], ndim: int) -> PartitionSpec:
+  """The declared spec of a variable; empty if it is not one of an array with this many axes."""
+  spec = metadata.get("out_sharding") or ()
+  return PartitionSpec(*spec) if len(spec) <= ndim else PartitionSpec()
+
+
+def fit_auto(shape: Sequence[int], spec: PartitionSpec, heads: Sequence[int | None] = ()) -> PartitionSpec:
   """The part of a spec that the Auto axes of the mesh in context can hold; an empty spec if there are none."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.auto_axes:
     return PartitionSpec()
   auto = set(mesh.auto_axes)
   own = [entry if auto.issuperset(axis_names(entry)) else None for entry in spec]
-  return fit(shape, tuple(own), mesh)[0]
+  return fit(shape, tuple(own), mesh, heads)[0]
 
 
-def shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """Constrains the sharding of an activation inside `call_auto` to the part of a spec that the mesh can hold.
+def shard(x: jax.Array, spec: PartitionSpec, heads: Sequence[int | None] = ()) -> jax.Array:
+  """Constrains the sharding of an array, and of its gradient, inside `call_auto`.
 
-  Without a mesh, x is returned unchanged.
+  Args:
+    x: the array; returned unchanged without a mesh.
+    spec: the sharding; the mesh takes the part that it can hold.
+    heads: for each leading axis, the number of heads that it consists of, or None. Each device gets whole heads.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not mesh.auto_axes:
     return x
-  return jax.lax.with_sharding_constraint(x, fit_auto(x.shape, spec))
+  return jax.lax.with_sharding_constraint(x, fit_auto(x.shape, spec, heads))
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:

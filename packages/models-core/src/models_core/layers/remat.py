@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from models_core.layers.stand_in import StandIn
+
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 class RematConfig(enum.Enum):
@@ -20,19 +21,34 @@ class RematConfig(enum.Enum):
   BLOCK = "block"
   DECODER = "decoder"
 
-  def block(self, attention: Callable[P, R]) -> Callable[P, R]:
+  def block(self, attention: M) -> M:
     """The function to call for an attention block, with rematerialisation if this is BLOCK."""
     return _recomputed(attention) if self is RematConfig.BLOCK else attention
 
-  def layer(self, layer: Callable[P, R]) -> Callable[P, R]:
+  def layer(self, layer: M) -> M:
     """The function to call for a decoder layer, with rematerialisation if this is DECODER."""
     return _recomputed(layer) if self is RematConfig.DECODER else layer
 
 
-def _recomputed(module: Callable[P, R]) -> Callable[P, R]:
-  # The module is an argument of `_call`: nnx.remat splits only arguments into arrays and static parts.
-  return functools.partial(nnx.remat(_call), module)
+def _recomputed(module: Any) -> Any:
+  """A function that calls a module, and whose backward pass calls it again instead of keeping its activations.
 
+  `nnx.remat` writes all variables of the module after the call, which fails if a transformation closes over it.
+  """
 
-def _call(module: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-  return module(*args, **kwargs)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    graphdef, state = nnx.split(module)
+    stand_ins = []
+
+    @jax.checkpoint
+    def run(state: Any, args: Any, kwargs: Any) -> Any:
+      stand_in = StandIn(module, graphdef, state)
+      stand_ins.append(stand_in)
+      out = stand_in.module(*args, **kwargs)
+      return out, [leaf.value for leaf in stand_in.changes()]
+
+    out, values = run(state, args, kwargs)
+    stand_ins[0].hand_back(values)
+    return out
+
+  return call

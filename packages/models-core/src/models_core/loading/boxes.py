@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from models_core.formats import Index, TensorInfo
-from models_core.weights import Piece
+from models_core.weights import Piece, group_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class _Axis:
 class Factoring:
   """The axes of a tensor, split into factors such that each axis of the parameter consists of whole factors.
 
-  Example: a query projection [4096, 2048] with the layout "(n h) d -> n h d" is the parameter [32, 128, 2048]. It has
-  sizes=((32, 128), (2048,)), fixed=((None, None), (None,)) and ours=((0,), (1,), (2,)). A fused gate and up projection
+  Example: a query projection [32, 2048, 128] with the layout "n d h -> (n h) d" is the parameter [4096, 2048]. It has
+  sizes=((32,), (2048,), (128,)), fixed=((None,), (None,), (None,)) and ours=((0, 2), (1,)). A fused gate and up projection
   [28672, 2048], of which up is the second half, "(1/2 f) d -> f d", has sizes=((2, 14336), (2048,)),
   fixed=((1, None), (None,)) and ours=((0,), (1,)).
 
@@ -74,7 +74,7 @@ def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
     piece: how the tensor fills a part of the parameter.
     shape: shape of that part.
   """
-  groups = _groups(piece.shape, piece.split)
+  groups = group_axes(piece.shape, piece.split)
   kept = [axis for axis, at in enumerate(piece.select) if isinstance(at, slice)]
   ordered = [kept[axis] for axis in piece.order]
   common = _common_factors([piece.split[axis] for axis in ordered], shape)
@@ -107,28 +107,6 @@ def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
   )
   axes = tuple(_axis(s, f) for s, f in zip(sizes, fixed, strict=True))
   return Factoring(axes, tuple(sizes), tuple(fixed), ours)
-
-
-def _groups(shape: Sequence[int], split: Sequence[int]) -> list[list[int]] | None:
-  """The axes of `split` that make up each axis of `shape`; None if they do not.
-
-  Example: (6, 5) and (2, 3, 5) give [[0, 1], [2]].
-  """
-  groups: list[list[int]] = []
-  axis = 0
-  for size in shape:
-    group: list[int] = []
-    product = 1
-    while axis < len(split) and (not group or product < size):
-      product *= split[axis]
-      group.append(axis)
-      axis += 1
-    if product != size:
-      return None
-    groups.append(group)
-  if groups:
-    groups[-1] += range(axis, len(split))
-  return groups if math.prod(split[axis:]) == 1 else None
 
 
 def _common_factors(theirs: Sequence[int], ours: Sequence[int]) -> list[tuple[int, int, int]] | None:

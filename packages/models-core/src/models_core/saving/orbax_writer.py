@@ -24,7 +24,7 @@ from models_core.saving.atomic import sync_directory
 from models_core.saving.directory import write_texts
 from models_core.saving.host_arrays import HostArray, assemble, cast, with_arrays
 from models_core.saving.plan import SavedTensor
-from models_core.weights import Piece
+from models_core.weights import Piece, group_axes
 
 # Most bytes of a cell: few enough that most cells belong to one shard, and enough to keep a thread busy.
 CELL = 16 << 20
@@ -201,7 +201,7 @@ def _copied(reader: TensorReader, info: TensorInfo, box: Index) -> np.ndarray:
 
 
 def _is_plain(piece: Piece) -> bool:
-  """Whether a piece only permutes axes and selects positions: it converts no numbers, splits and stacks no axes."""
+  """Whether a piece only permutes and joins axes and selects positions: it converts no numbers and stacks no axes."""
   return (
     piece.conversion is None
     and piece.split == piece.shape
@@ -217,8 +217,10 @@ def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: 
     axes = list(zip(piece.select, box, strict=True))
     if any(isinstance(at, int) and not bounds.start <= at < bounds.stop for at, bounds in axes):
       continue
-    kept = [bounds for at, bounds in axes if isinstance(at, slice)]
-    part = host.region(tuple(kept[axis] for axis in piece.order)).transpose(np.argsort(piece.order))
+    kept = [
+      (bounds, size) for (at, bounds), size in zip(axes, piece.split, strict=True) if isinstance(at, slice)
+    ]
+    part = _joined_region(host, [kept[axis] for axis in piece.order]).transpose(np.argsort(piece.order))
     part = cast(part, tensor)
     if part.size == math.prod(shape):
       return part.reshape(shape)
@@ -228,6 +230,25 @@ def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: 
     data[(*place, ...)] = part
   assert data is not None
   return data
+
+
+def _joined_region(host: HostArray, factors: Sequence[tuple[slice, int]]) -> np.ndarray:
+  """The elements within a box whose axes are factors of an array's axes, with an axis for each factor.
+
+  Args:
+    host: the array.
+    factors: bounds and whole size of each factor, in the array's order.
+  """
+  groups = group_axes(host.shape, [size for _, size in factors])
+  assert groups is not None
+  region, shape, within = [], [], []
+  for first, *rest in groups:
+    inner = math.prod(factors[axis][1] for axis in rest)
+    bounds = factors[first][0]
+    region.append(slice(bounds.start * inner, bounds.stop * inner))
+    shape += [bounds.stop - bounds.start, *(factors[axis][1] for axis in rest)]
+    within += [slice(None), *(factors[axis][0] for axis in rest)]
+  return host.region(tuple(region)).reshape(shape)[tuple(within)]
 
 
 def _account(names: Sequence[str]) -> dict[str, bytes]:

@@ -1,5 +1,5 @@
 from .gguf import gguf_table
-from .layout import Piece, arrange, head_sizes, parse_layout, part_shape, pieces, put_back
+from .layout import Piece, arrange, group_axes, head_sizes, parse_layout, part_shape, pieces, put_back
 from .table import TRAINING, Conversion, Form, Ignored, Row, Tied, WeightTable, matches, own_names
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
   "WeightTable",
   "arrange",
   "gguf_table",
+  "group_axes",
   "head_sizes",
   "matches",
   "own_names",

@@ -225,3 +225,25 @@ def part_shape(piece: Piece, shape: Sequence[int]) -> tuple[int, ...]:
     shape: of the parameter.
   """
   return tuple(size for size, at in zip(shape, piece.target, strict=True) if isinstance(at, slice))
+
+
+def group_axes(shape: Sequence[int], split: Sequence[int]) -> list[list[int]] | None:
+  """The axes of `split` that make up each axis of `shape`; None if they do not.
+
+  Example: (6, 5) and (2, 3, 5) give [[0, 1], [2]].
+  """
+  groups: list[list[int]] = []
+  axis = 0
+  for size in shape:
+    group: list[int] = []
+    product = 1
+    while axis < len(split) and (not group or product < size):
+      product *= split[axis]
+      group.append(axis)
+      axis += 1
+    if product != size:
+      return None
+    groups.append(group)
+  if groups:
+    groups[-1] += range(axis, len(split))
+  return groups if math.prod(split[axis:]) == 1 else None
