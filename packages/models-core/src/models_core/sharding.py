@@ -37,7 +37,8 @@ class ShardingConfig:
   The letters at the end of a field's name are the axes that its entries shard: `q_weight_dnh=("fsdp", "tp", None)`
   shards D over fsdp and N over tp, in whatever order a parameter keeps its axes. The letters are v vocabulary, d width
   of the model, n heads (query or KV), h dimension of a head, f width of the feed-forward block, e experts, b batch and
-  t time.
+  t time. A mesh never splits a head. `act_btv` shards logits; None leaves them to the compiler, or, on a mesh with
+  Explicit axes, shards them along b alone.
 
   Raises:
     ShardingError: if a field does not have one entry for each of its letters.
@@ -60,6 +61,7 @@ class ShardingConfig:
   exp_weight_edf: Spec = ("tp", "fsdp", None)
   exp_weight_efd: Spec = ("tp", None, "fsdp")
   router_weight_ed: Spec | None = None
+  act_btv: Spec | None = None
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from models_core.layers import CausalLM, bound, shard
+from models_core.layers import CausalLM, bound
 from models_gemma.attention_types import AttentionType
 
 
@@ -16,7 +16,7 @@ class GemmaLM(CausalLM):
     x = self.embedder.encode(tokens)
     # The factor is rounded to the embedding's dtype first: for D = 3072 it is 55.5 in bfloat16.
     scale = jnp.asarray(self.config.embed_dim**0.5, x.dtype)
-    return shard(x * scale, self.config.shd_config.spec("act_btd", "b t d"))
+    return x * scale
 
   def _logits(self, hidden: jax.Array) -> jax.Array:
     return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)

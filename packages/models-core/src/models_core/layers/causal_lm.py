@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import visible_keys
 from models_core.layers.cache import Cache, LayerCache
-from models_core.layers.mesh import call_module, find_mesh, shard, spec_of
+from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
+from models_core.sharding import axis_names
 
 
 class CausalLM(nnx.Module):
@@ -39,7 +40,7 @@ class CausalLM(nnx.Module):
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     """Embeds tokens [B, T] -> the input of the first layer [B, T, D]."""
-    return shard(self.embedder.encode(tokens), self.config.shd_config.spec("act_btd", "b t d"))
+    return self.embedder.encode(tokens)
 
   @abc.abstractmethod
   def _rotary(self, window: int | None) -> Rotary:
@@ -51,28 +52,37 @@ class CausalLM(nnx.Module):
 
   def __call__(
     self,
-    tokens: jax.Array,
+    tokens: jax.Array | None,
     positions: jax.Array,
     cache: Cache | None = None,
     attention_mask: jax.Array | None = None,
     *,
+    inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     output_hidden_states: bool = False,
     skip_lm_head: bool = False,
+    decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
     """Computes, for each token, the logits of the token that follows it.
 
+    On a mesh with Explicit axes the result is sharded along B as the tokens are; tokens without a sharding take that of
+    `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
+    slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
+    them.
+
     Args:
-      tokens: int [B, T].
+      tokens: int [B, T]; None if there are inputs_embeds.
       positions: int [B, T], position of each token in its sequence; negative for padding.
       cache: from `init_cache`; its next T slots take the keys and values of these tokens.
       attention_mask: bool [B, T or 1, S], True where a query sees a key; S is at most the number of slots of the
         cache (T without a cache). None is causal attention.
+      inputs_embeds: [B, T, D], input of the first layer, in place of tokens. `embed` makes it from tokens.
       segment_ids: int [B, T], number of the packed sequence that each token belongs to; tokens of different sequences
         do not see each other. Only without a cache.
       output_hidden_states: keep the hidden states after the final norm as the `nnx.Intermediate`
         "all_hidden_states", a tuple of one array [B, T, D], for `nnx.capture` or `nnx.pop`.
       skip_lm_head: return these hidden states [B, T, D] instead of logits, for `compute_final_logits`.
+      decode_only_last_token: return logits, or hidden states, of the last of the T tokens alone [B, 1, V].
 
     Returns:
       float32 logits [B, T, V] and the cache with T more slots in use, or None without a cache. Under jit, where a full
@@ -81,41 +91,31 @@ class CausalLM(nnx.Module):
     Raises:
       CacheError: if the cache has too few free slots or another number of rows.
       TypeError: if tokens are not integers.
-      ValueError: if shapes do not fit, if attention_mask holds floats, or if segment_ids come with a cache.
+      ValueError: if shapes do not fit, if both tokens and inputs_embeds are given or neither, if attention_mask holds
+        floats, or if segment_ids come with a cache.
     """
-    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions, jnp.int32)
-    if tokens.ndim != 2 or positions.shape != tokens.shape:
-      raise ValueError(
-        f"tokens have shape {tokens.shape} and positions {positions.shape}, expected the same [B, T] for both"
-      )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise TypeError(f"tokens are {tokens.dtype}, expected integers")
-    if segment_ids is not None and jnp.shape(segment_ids) != tokens.shape:
-      raise ValueError(
-        f"segment_ids have shape {jnp.shape(segment_ids)}, expected [B, T], the shape {tokens.shape} of tokens"
-      )
+    inputs, positions = _checked_inputs(tokens, inputs_embeds, positions, segment_ids)
     if cache is not None:
-      cache_lib.check_rows(cache, tokens.shape[0])
-      cache_lib.check_room(cache, tokens.shape[1])
-    batch = PartitionSpec(*spec_of(tokens)[:1])
-    out_specs = (batch, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
+      cache_lib.check_rows(cache, inputs.shape[0])
+      cache_lib.check_room(cache, inputs.shape[1])
+    batch = self._batch_spec(inputs)
+    result = batch if skip_lm_head else self._logits_spec(inputs)
+    out_specs = (result, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
 
     def run(
       model: CausalLM,
-      tokens: jax.Array,
+      inputs: jax.Array,
       positions: jax.Array,
       cache: Cache | None,
       attention_mask: jax.Array | None,
       segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-      hidden, new_cache = model._hidden(tokens, positions, cache, attention_mask, segment_ids)
-      if cache is not None and (name := cache_lib.limiting_layer(cache)) is not None:
-        overflow = cache_lib.slots(cache[name], tokens.shape[1]) >= cache[name]["k"].shape[1]
-        hidden = jnp.where(overflow[:, :, None], jnp.nan, hidden)
-      out = hidden if skip_lm_head else model._logits(hidden)
+      hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
+      returned = hidden[:, -1:] if decode_only_last_token else hidden
+      out = returned if skip_lm_head else model._sharded_logits(returned)
       return out, new_cache, hidden if output_hidden_states else None
 
-    out, cache, hidden = self._call(run, out_specs, tokens, positions, cache, attention_mask, segment_ids)
+    out, cache, hidden = self._call(run, out_specs, inputs, positions, cache, attention_mask, segment_ids)
     if output_hidden_states:
       if hasattr(self, "__captures__"):  # inside nnx.capture
         self.sow(nnx.Intermediate, "all_hidden_states", hidden)
@@ -123,35 +123,70 @@ class CausalLM(nnx.Module):
         self.all_hidden_states = nnx.Intermediate((hidden,))
     return out, cache
 
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """Embeds tokens int [B, T] -> the input of the first layer [B, T, D], which a call takes as `inputs_embeds`."""
+    tokens = jnp.asarray(tokens)
+    return self._call(lambda model, tokens: model._embed(tokens), self._batch_spec(tokens), tokens)
+
   def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
     """Computes only the head: hidden states [B, T, D] -> float32 logits [B, T, V].
 
     For losses that compute the logits of a few tokens at a time.
     """
-    return self._call(
-      lambda model, hidden: model._logits(hidden), PartitionSpec(*spec_of(hidden)[:1]), hidden
-    )
+    return self._call(lambda model, hidden: model._sharded_logits(hidden), self._logits_spec(hidden), hidden)
+
+  def _sharded_logits(self, hidden: jax.Array) -> jax.Array:
+    logits, shd = self._logits(hidden), self.config.shd_config
+    return logits if shd.act_btv is None else shard(logits, shd.spec("act_btv", "b t v"))
+
+  def _batch_spec(self, inputs: jax.Array) -> PartitionSpec:
+    """Sharding of a result [B, ...] on Explicit axes: that of the inputs [B, ...], or else that of `act_btd`."""
+    batch = PartitionSpec(*spec_of(inputs)[:1])
+    if batch != PartitionSpec(None):
+      return batch
+    return fit_explicit(inputs.shape[:1], self.config.shd_config.spec("act_btd", "b"), self._mesh())
+
+  def _logits_spec(self, inputs: jax.Array) -> PartitionSpec:
+    """Sharding of logits [B, T, V] on Explicit axes."""
+    (batch,) = self._batch_spec(inputs)
+    if self.config.shd_config.act_btv is None:
+      return PartitionSpec(batch)
+    (vocab,) = fit_explicit((self.num_embed,), self.config.shd_config.spec("act_btv", "v"), self._mesh())
+    shared = set(axis_names(batch)) & set(axis_names(vocab))
+    return PartitionSpec(batch, None, None if shared else vocab)
 
   def _hidden(
     self,
-    tokens: jax.Array,
+    inputs: jax.Array,
     positions: jax.Array,
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
   ) -> tuple[jax.Array, Cache | None]:
-    """Hidden states after the final norm [B, T, D], and the cache with T more slots in use."""
+    """Runs tokens [B, T] or embeddings [B, T, D] through the layers.
+
+    Returns:
+      Hidden states after the final norm [B, T, D], NaN for tokens without a free slot, and the cache with T more slots in
+      use.
+    """
     masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
     by_window = {window: (self._rotary(window), mask) for window, mask in masks.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
     layers = list(zip(self.layers, windows, caches, strict=True))
     new_caches: list[Any] = []
-    x, size = self._embed(tokens), _period(windows)
+    x, size = self._embed(inputs) if inputs.ndim == 2 else inputs, _period(windows)
+    x = shard(x, self.config.shd_config.spec("act_btd", "b t d"))
     for start in range(0, len(layers), size):
       x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
       new_caches += extended
-    return self.final_norm(x), None if cache is None else dict(zip(names, new_caches, strict=True))
+    x = self.final_norm(x)
+    if cache is None:
+      return x, None
+    if (name := cache_lib.limiting_layer(cache)) is not None:
+      overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache[name]["k"].shape[1]
+      x = jnp.where(overflow[:, :, None], jnp.nan, x)
+    return x, dict(zip(names, new_caches, strict=True))
 
   def _run_unit(
     self,
@@ -255,6 +290,30 @@ class CausalLM(nnx.Module):
       "cache": None,
       "attention_mask": jnp.ones((2, 1, 1), bool),
     }
+
+
+def _checked_inputs(
+  tokens: jax.Array | None,
+  embeds: jax.Array | None,
+  positions: jax.Array,
+  segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Tokens [B, T] or embeddings [B, T, D], and positions, as arrays of the right shapes and types."""
+  if (tokens is None) == (embeds is None):
+    raise ValueError("give either tokens or inputs_embeds, and None for the other")
+  inputs, positions = jnp.asarray(tokens if embeds is None else embeds), jnp.asarray(positions, jnp.int32)
+  name, axes, expected = ("tokens", 2, "the same [B, T] for both")
+  if embeds is not None:
+    name, axes, expected = ("inputs_embeds", 3, "[B, T, D] and [B, T]")
+  if inputs.ndim != axes or positions.shape != inputs.shape[:2]:
+    raise ValueError(f"{name} have shape {inputs.shape} and positions {positions.shape}, expected {expected}")
+  if embeds is None and not jnp.issubdtype(inputs.dtype, jnp.integer):
+    raise TypeError(f"tokens are {inputs.dtype}, expected integers")
+  if segment_ids is not None and jnp.shape(segment_ids) != positions.shape:
+    raise ValueError(
+      f"segment_ids have shape {jnp.shape(segment_ids)}, expected [B, T], the shape {positions.shape} of positions"
+    )
+  return inputs, positions
 
 
 def _period(windows: Sequence[int | None]) -> int:

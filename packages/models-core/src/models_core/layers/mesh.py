@@ -141,6 +141,16 @@ def fit_auto(shape: Sequence[int], spec: PartitionSpec, heads: Sequence[int | No
   return fit(shape, tuple(own), mesh, heads)[0]
 
 
+def fit_explicit(
+  shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh | None
+) -> PartitionSpec:
+  """The part of a spec that the Explicit axes of a mesh can hold, with an entry for each entry of the spec."""
+  own = set(explicit_axes(mesh))
+  if mesh is None or not own:
+    return PartitionSpec(*(None,) * len(spec))
+  return fit(shape, tuple(entry if own.issuperset(axis_names(entry)) else None for entry in spec), mesh)[0]
+
+
 def shard(x: jax.Array, spec: PartitionSpec, heads: Sequence[int | None] = ()) -> jax.Array:
   """Constrains the sharding of an array, and of its gradient, inside `call_auto`.
 
