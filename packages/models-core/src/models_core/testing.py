@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import ConfigError
@@ -83,6 +84,11 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   return tensors
 
 
+def shard_nbytes(array: jax.Array) -> int:
+  """Bytes of an array on one device."""
+  return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
 @nnx.jit
 def _call(
   model: Any,
@@ -102,7 +108,7 @@ def _call_in_parts(model: Any, tokens: Any, positions: Any) -> tuple[jax.Array, 
   return hidden, kept.get_value()[0], model.compute_final_logits(hidden[:, -1:])
 
 
-def _loss(model: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+def _loss(model: Any, tokens: Any, positions: Any) -> jax.Array:
   logits, _ = model(tokens, positions)
   return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
@@ -132,6 +138,23 @@ class Halved(nnx.Module):
     """Returns half of the inner module's output, and its cache."""
     x, cache = self.inner(*args)
     return x / 2, cache
+
+
+class Changing(nnx.Module):
+  """A wrapper that changes in every call, as dropout and statistics do, and that adds a parameter in its first one."""
+
+  def __init__(self, inner: nnx.Module):
+    self.inner = inner
+    self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+    self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+  def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+    """Returns the inner module's output times the parameter, half of it dropped, and its cache."""
+    self.calls[...] += 1
+    if not hasattr(self, "gain"):
+      self.gain = nnx.LoRAParam(jnp.ones(x.shape[-1]), out_sharding=PartitionSpec("tp"), eager_sharding=False)
+    x, cache = self.inner(x, *args)
+    return self.dropout(x * self.gain[...]), cache
 
 
 class FamilyContract:
@@ -302,6 +325,36 @@ class FamilyContract:
       found.append(np.asarray(_call(model, TOKENS, POSITIONS)[0]))
       assert_close(found[-1], found[0])
     assert np.abs(found[0] - expected).max() > 1e-2 * np.abs(expected).max()
+
+  # The model as a module
+
+  def test_a_call_changes_the_model_itself(self, mesh: Mesh) -> None:
+    model = self.make(self.config, mesh)
+    model.layers[0] = changing = Changing(model.layers[0])
+    _, second, third = (np.asarray(_call(model, TOKENS, POSITIONS)[0]) for _ in range(3))
+    assert int(changing.calls[...]) == 3, "a value that a call sets in a module must stay"
+    assert np.abs(second - third).max() > 1e-3 * np.abs(second).max(), (
+      "dropout must drop other values each time"
+    )
+    gain: Any = changing.gain.get_raw_value()
+    assert gain.sharding.mesh == mesh, "a parameter that a call adds must stay, on the mesh of the model"
+
+  def test_the_state_is_one_tree_on_every_mesh(self, model: Any, sharded: Any) -> None:
+    one, other = (jax.tree.flatten(nnx.state(m))[1] for m in (model, sharded))
+    assert bool(one == other)  # type: ignore[operator]
+    for path, variable in nnx.to_flat_state(nnx.state(sharded, nnx.Param)):
+      assert isinstance(variable.get_metadata()["out_sharding"], PartitionSpec), path
+
+  def test_gradients_take_a_parameters_bytes(self, sharded: Any) -> None:
+    graphdef, state = nnx.split(sharded)
+    grad = jax.jit(jax.grad(lambda state: _loss(nnx.merge(graphdef, state), TOKENS, POSITIONS)))
+    held = sum(shard_nbytes(array) for array in jax.tree.leaves(state))
+    account: Any = grad.lower(state).compile().memory_analysis()
+    assert account.output_size_in_bytes <= 1.02 * held
+
+  def test_embeddings_take_the_place_of_tokens(self, model: Any, expected: np.ndarray) -> None:
+    logits = jax.jit(lambda e: model(None, POSITIONS, inputs_embeds=e, decode_only_last_token=True)[0])
+    assert_close(logits(model.embed(TOKENS)), expected[:, -1:])
 
   def test_config_survives_config_json(self) -> None:
     for config in self._all_configs():

@@ -43,8 +43,8 @@ class Layer(nnx.Module):
     self.o = Projection(D, N * H, shd.spec("o_weight_nhd", "d (n h)"), heads=(None, N), rngs=rngs)
 
   def __call__(self, x, positions, rotary, cache, mask):
-    q = rotate(split_heads(self.q(x), N), positions, *rotary)
-    k = rotate(split_heads(self.k(x), K), positions, *rotary)
+    q = rotate(split_heads(self.q(x), N), positions, rotary)
+    k = rotate(split_heads(self.k(x), K), positions, rotary)
     cache, k, v = extend_cache(cache, k, split_heads(self.v(x), K), positions)
     return x + self.o(join_heads(attend(q, k, v, mask, scale=0.5))), cache
 

@@ -4,7 +4,7 @@ from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection
 from .mesh import explicit_axes, shard
-from .mlp import GatedMLP, gelu_tanh
+from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
 from .parameters import INITIALIZERS, SCALE, dotted, parameter, shapes_only
@@ -41,6 +41,7 @@ __all__ = [
   "rotate",
   "shapes_only",
   "shard",
+  "silu",
   "split_heads",
   "visible_keys",
 ]

@@ -49,6 +49,11 @@ def gated(gate: jax.Array, up: jax.Array, activation: Callable[[jax.Array], jax.
   return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
+def silu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(x) (arXiv:1702.03118). Unlike `jax.nn.silu`, it can be pickled."""
+  return jax.nn.silu(x)
+
+
 def gelu_tanh(x: jax.Array) -> jax.Array:
   """GELU in its tanh approximation (arXiv:1606.08415), computed in float32 and rounded once to the dtype of x."""
   return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

@@ -38,16 +38,19 @@ def _recomputed(module: Any) -> Any:
 
   def call(*args: Any, **kwargs: Any) -> Any:
     graphdef, state = nnx.split(module)
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     stand_ins = []
 
     @jax.checkpoint
-    def run(state: Any, args: Any, kwargs: Any) -> Any:
+    def run(state: Any, arrays: dict[int, jax.Array]) -> Any:
       stand_in = StandIn(module, graphdef, state)
       stand_ins.append(stand_in)
+      args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
       out = stand_in.module(*args, **kwargs)
       return out, [leaf.value for leaf in stand_in.changes()]
 
-    out, values = run(state, args, kwargs)
+    out, values = run(state, arrays)
     stand_ins[0].hand_back(values)
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import numpy as np
 from models_core.rope_scaling import RopeScaling
 
 
-class Rotary(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotary:
   """The rotation of a head, as `rotate` takes it.
 
   Attributes:
@@ -38,19 +39,18 @@ def rotary(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> R
   return Rotary(scaling.scale(frequencies).astype(np.float32), scaling.magnitude)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
   """Rotates each pair (i, i + H/2) of a head by position * frequency radians.
 
   Args:
     x: [B, T, N, H].
     positions: int [B, T], in tokens.
-    frequencies: float32 [H/2], in radians per token.
-    magnitude: factor of cosines and sines.
+    rotary: frequencies, and the factor of cosines and sines.
 
   Returns:
     [B, T, N, H] in the dtype of x; the angles and the products are float32.
   """
-  angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-  cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+  angles = positions.astype(jnp.float32)[:, :, None, None] * rotary.frequencies
+  cos, sin = jnp.cos(angles) * rotary.magnitude, jnp.sin(angles) * rotary.magnitude
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

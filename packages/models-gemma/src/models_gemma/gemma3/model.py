@@ -140,9 +140,9 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(self.q_norm(split_heads(self.q_proj(x), self.num_heads)), positions, *rotary), act_btnh)
+    q = shard(rotate(self.q_norm(split_heads(self.q_proj(x), self.num_heads)), positions, rotary), act_btnh)
     k = shard(
-      rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, *rotary), act_btnh
+      rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, rotary), act_btnh
     )
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)

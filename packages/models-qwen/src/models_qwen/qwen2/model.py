@@ -28,6 +28,7 @@ from models_core.layers import (
   rotary,
   rotate,
   shard,
+  silu,
   split_heads,
 )
 from models_core.rope_scaling import RopeScaling
@@ -136,8 +137,8 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(split_heads(self.q_proj(x), self.num_heads), positions, *rotary), act_btnh)
-    k = shard(rotate(split_heads(self.k_proj(x), self.num_kv_heads), positions, *rotary), act_btnh)
+    q = shard(rotate(split_heads(self.q_proj(x), self.num_heads), positions, rotary), act_btnh)
+    k = shard(rotate(split_heads(self.k_proj(x), self.num_kv_heads), positions, rotary), act_btnh)
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(q, k, v, mask, scale=self.config.head_dim**-0.5)
@@ -152,7 +153,7 @@ class Qwen2(CausalLM):
     self.config = config
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     attention = functools.partial(Attention, config)
-    mlp = functools.partial(GatedMLP, D, config.hidden_dim, jax.nn.silu, shd)
+    mlp = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd)
     self.layers = nnx.List(
       [PreNormLayer(config, attention, mlp, rngs=rngs) for _ in range(config.num_layers)]
     )

@@ -31,6 +31,7 @@ from models_core.layers import (
   rotary,
   rotate,
   shard,
+  silu,
   split_heads,
 )
 from models_core.rope_scaling import RopeScaling, YarnScaling
@@ -168,9 +169,9 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
-    q = shard(rotate(self.q_norm(split_heads(self.q_proj(x), self.num_heads)), positions, *rotary), act_btnh)
+    q = shard(rotate(self.q_norm(split_heads(self.q_proj(x), self.num_heads)), positions, rotary), act_btnh)
     k = shard(
-      rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, *rotary), act_btnh
+      rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, rotary), act_btnh
     )
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
@@ -190,7 +191,7 @@ class SparseMLP(nnx.Module):
     self.num_experts_per_tok, self.norm_topk_prob = n, config.norm_topk_prob
     # A Head, since the router computes the same product, with float32 results.
     self.router = Head(E, D, shd.spec("router_weight_ed", "e d"), rngs=rngs)
-    self.experts = Experts(E, D, F, jax.nn.silu, shd, rngs=rngs)
+    self.experts = Experts(E, D, F, silu, shd, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""
@@ -208,7 +209,7 @@ class Qwen3(CausalLM):
     self.config = config
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     attention, sparse = functools.partial(Attention, config), functools.partial(SparseMLP, config)
-    dense = functools.partial(GatedMLP, D, config.hidden_dim, jax.nn.silu, shd)
+    dense = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd)
     mlps = [sparse if config.is_sparse(i) else dense for i in range(config.num_layers)]
     self.layers = nnx.List([PreNormLayer(config, attention, mlp, rngs=rngs) for mlp in mlps])
     self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
