@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 
 from models_core.dtypes import common_dtype
 from models_core.layers.parameters import parameter
+from models_core.quantised import Quantised
 
 
 class Projection(nnx.Module):
@@ -85,6 +87,19 @@ class BiasedProjection(nnx.Module):
     return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def products_are_replaced() -> bool:
+  """Whether a library replaces JAX's products at the moment, as qwix does while it quantises, trains or calls a model."""
+  return _identity(jax.lax.dot_general) != _DOT_GENERAL
+
+
+def _identity(function: Any) -> tuple[Any, Any]:
+  return function, getattr(function, "__code__", None)
+
+
+# Libraries put another function into jax.lax, or other code into the function.
+_DOT_GENERAL = _identity(jax.lax.dot_general)
+
+
 def product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
   """Multiplies x [..., in] by the matrix w [out, in] -> [..., out] in a dtype, computed in the dtype of x."""
   if w.dtype != x.dtype:
@@ -101,9 +116,11 @@ class Embedder(nnx.Module):
 
   def encode(self, tokens: jax.Array) -> jax.Array:
     """Looks up tokens [B, T] -> [B, T, D]. A token outside the vocabulary gets NaN, not another token's embedding."""
-    return (
-      self.input_embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    )
+    table = self.input_embedding[...]
+    if (quantised := Quantised.of(table)) is not None:
+      rows = quantised.rows(tokens.reshape(-1)).numbers(table.dtype)
+      return rows.reshape(*tokens.shape, -1)
+    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
   def decode(self, x: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] -> float32 logits [B, T, V], with the embedding as a tied head."""

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from models_core.dtypes import common_dtype
+from models_core.layers.linear import products_are_replaced
 from models_core.layers.mesh import fit_auto
 from models_core.layers.mlp import gated
 from models_core.layers.parameters import parameter
@@ -60,11 +61,34 @@ class Experts(nnx.Module):
     Returns:
       [B, T, D] in the dtype of x; summed in float32.
     """
+    if products_are_replaced():
+      return self._all_experts(x, experts, weights)
     gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
     dtype = functools.reduce(common_dtype, (gate.dtype, up.dtype, down.dtype, x.dtype))
     arrays = (x.astype(dtype), experts, weights, gate.astype(dtype), up.astype(dtype), down.astype(dtype))
     rows, e, f = _axes(fit_auto(x.shape, self.act_btd), fit_auto(gate.shape, self.up_spec))
     return _sharded(*arrays, activation=self.activation, rows=rows, e=e, f=f).astype(x.dtype)
+
+  def _all_experts(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    """Computes the same from the results of all experts for all tokens.
+
+    Its products have the parameters themselves as operands, which a library for quantisation or LoRA needs. It costs
+    E / n times as much.
+    """
+    E, M = self.gate_proj.shape[0], x.shape[0] * x.shape[1]
+    rows = jnp.broadcast_to(x.reshape(1, M, -1), (E, M, x.shape[-1]))
+    gate, up = (_batched(rows, w[...]) for w in (self.gate_proj, self.up_proj))
+    out = _batched(gated(gate, up, self.activation), self.down_proj[...]).astype(jnp.float32)
+    chosen = jax.nn.one_hot(experts.reshape(M, -1), E, dtype=jnp.float32)
+    share = jnp.sum(chosen * weights.reshape(M, -1, 1), axis=1)
+    return jnp.sum(out * share.T[:, :, None], axis=0).reshape(x.shape).astype(x.dtype)
+
+
+def _batched(x: jax.Array, w: jax.Array) -> jax.Array:
+  """x [E, M, in] times w [E, out, in] -> [E, M, out] in the dtype of x."""
+  dtype = common_dtype(w.dtype, x.dtype)
+  w = w if w.dtype == dtype else w.astype(dtype)
+  return jax.lax.dot_general(x.astype(dtype), w, (((2,), (2,)), ((0,), (0,)))).astype(x.dtype)
 
 
 Names = tuple[str, ...]
