@@ -80,6 +80,24 @@ def test_config_fields_are_keyword_arguments(checkpoint):
   assert {w.dtype for w in weights(model).values()} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize("value", [2, "Block", RematConfig.BLOCK], ids=str)
+def test_remat_config_is_a_name_a_number_or_a_member(checkpoint, value):
+  plan = AutoModel.plan(checkpoint[0], remat_config=value)
+  assert plan.config.remat_config is RematConfig.BLOCK
+
+
+@pytest.mark.parametrize("value", [0, 4, 2.5, True, None, "all"], ids=str)
+def test_another_remat_config_is_a_type_error_with_the_choices(checkpoint, value):
+  with pytest.raises(TypeError, match=f"remat_config={value!r} is not one of NONE, BLOCK, DECODER"):
+    AutoModel.plan(checkpoint[0], remat_config=value)
+
+
+@pytest.mark.parametrize("value", ["linear", 8, {"rope_type": "linear", "factor": 8.0}], ids=str)
+def test_what_is_no_rope_scaling_is_refused_with_the_choices(checkpoint, value):
+  with pytest.raises(ConfigError, match=r"rope_scaling is .*, expected None or a scaling .*LinearScaling"):
+    AutoModel.plan(checkpoint[0], rope_scaling=value)
+
+
 @pytest.mark.parametrize(
   ("keyword", "near"),
   [

@@ -26,7 +26,7 @@ from models_core.saving import write_texts
 
 ORIGIN = "origin.json"
 # Arguments that do not change the weights of the model.
-_NO_MATTER = ("strict_sharding",)
+_NO_MATTER = ("strict_sharding", "remat_config")
 
 
 def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
 
   Args:
     config: a frozen dataclass.
-    fields: new values; those of enum fields may be their names or values as strings.
+    fields: new values; those of enum fields may be their names, or whatever else the enum takes for a member.
     known: other keyword arguments of the caller, which a message may suggest for a mistyped name.
 
   Raises:
@@ -63,11 +63,11 @@ _KINDS: tuple[tuple[type, type, str], ...] = (
 
 
 def _value(name: str, old: Any, new: Any) -> Any:
-  if isinstance(old, enum.Enum) and isinstance(new, str):
+  if isinstance(old, enum.Enum):
     members = type(old)
     try:
-      return members[new.upper()]
-    except KeyError:
+      return members[new.upper()] if isinstance(new, str) else members(new)
+    except (KeyError, ValueError):
       raise TypeError(f"{name}={new!r} is not one of {', '.join(one.name for one in members)}") from None
   for kind, accepted, what in _KINDS:
     if isinstance(old, kind):

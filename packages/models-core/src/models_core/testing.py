@@ -370,6 +370,19 @@ class FamilyContract:
     with pytest.raises(ConfigError):
       dataclasses.replace(self.config, **change)
 
+  def test_remat_config_may_be_a_name_or_a_number(self) -> None:
+    for number, member in enumerate(RematConfig, start=1):
+      for value in (number, member.name, member.name.lower(), member):
+        assert dataclasses.replace(self.config, remat_config=value).remat_config is member
+
+  @pytest.mark.parametrize("field", ["remat_config", "rope_scaling", "shd_config"])
+  def test_fields_of_another_kind_are_refused(self, field: str) -> None:
+    if not hasattr(self.config, field):
+      pytest.skip("the configuration has no such field")
+    for value in (7.5, "full", {"factor": 2.0}, True):
+      with pytest.raises(ConfigError, match=f"{field} is .*, expected"):
+        dataclasses.replace(self.config, **{field: value})
+
   # Cache, padding, packing
 
   @pytest.mark.parametrize("factor", [1, 2, 8])

@@ -1,6 +1,6 @@
 """config.json as fields of a configuration, the configuration in a GGUF header as config.json, and presets.
 
-May import: `formats`, the ground modules and `errors`.
+May import: `formats`, `layers`, the ground modules and `errors`.
 """
 
 import lazy_loader

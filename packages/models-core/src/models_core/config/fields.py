@@ -8,7 +8,9 @@ from typing import Any
 
 from models_core.config.keys import ConfigKeys, write_scaling
 from models_core.errors import ConfigError
+from models_core.layers import RematConfig
 from models_core.rope_scaling import RopeScaling
+from models_core.sharding import ShardingConfig
 
 # Field of a configuration -> key of config.json.
 SIZES = {
@@ -29,12 +31,16 @@ _NUMBERS = ("rope_theta", "local_rope_theta", "norm_eps")
 def check_decoder(config: Any) -> None:
   """Checks that a decoder can have this configuration, whether it was read from a file or made in code.
 
+  A `remat_config` that is a name or a number becomes the `RematConfig` that it stands for.
+
   Args:
-    config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta` and `norm_eps`.
+    config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta`, `norm_eps`,
+      `rope_scaling`, `shd_config` and `remat_config`.
 
   Raises:
     ConfigError: if a size is not a positive whole number, RoPE's theta or the epsilon is not a positive number, the
-      number of heads is not a multiple of the number of KV heads, or the heads have an odd dimension.
+      number of heads is not a multiple of the number of KV heads, the heads have an odd dimension, or one of the last
+      three fields is of another kind.
   """
   for field in (*SIZES, "num_embed"):
     size = getattr(config, field, 1)
@@ -53,6 +59,25 @@ def check_decoder(config: Any) -> None:
     raise ConfigError(
       f"head_dim={config.head_dim} is odd, but RoPE rotates pairs of dimensions: it must be even"
     )
+  scaling = getattr(config, "rope_scaling", None)
+  if scaling is not None and (isinstance(scaling, type) or not callable(getattr(scaling, "scale", None))):
+    raise ConfigError(
+      f"rope_scaling is {scaling!r}, expected None or a scaling of models_core.rope_scaling: LinearScaling, "
+      "Llama3Scaling, YarnScaling or FrequencyFactors"
+    )
+  if hasattr(config, "shd_config") and not isinstance(config.shd_config, ShardingConfig):
+    raise ConfigError(f"shd_config is {config.shd_config!r}, expected a models_core.sharding.ShardingConfig")
+  if hasattr(config, "remat_config"):
+    # The dataclass is frozen for its users, but this is still its construction.
+    object.__setattr__(config, "remat_config", _remat(config.remat_config))
+
+
+def _remat(value: Any) -> RematConfig:
+  try:
+    return RematConfig(value)
+  except ValueError:
+    choices = ", ".join(f"{one.name} ({number})" for number, one in enumerate(RematConfig, start=1))
+    raise ConfigError(f"remat_config is {value!r}, expected one of {choices}") from None
 
 
 def read_sizes(keys: ConfigKeys, fields: Mapping[str, str] = SIZES, **defaults: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,11 +16,24 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 class RematConfig(enum.Enum):
-  """What the backward pass recomputes: NONE nothing, BLOCK each attention block, DECODER each decoder layer."""
+  """What the backward pass recomputes: NONE nothing, BLOCK each attention block, DECODER each decoder layer.
+
+  Calling the class finds a member by its name in any case, `RematConfig("Block")`, or by its number, counted from 1 as
+  in the configurations of trainers: `RematConfig(2)`.
+  """
 
   NONE = "none"
   BLOCK = "block"
   DECODER = "decoder"
+
+  @classmethod
+  def _missing_(cls, value: object) -> RematConfig | None:
+    if isinstance(value, str):
+      return cls.__members__.get(value.upper())
+    # A bool is an int to Python, but no number of a member.
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+      return dict(enumerate(cls, start=1)).get(int(value))
+    return None
 
   def block(self, attention: M) -> M:
     """The function to call for an attention block, with rematerialisation if this is BLOCK."""
