@@ -256,6 +256,46 @@ def test_gguf_stop_ids(engine, tmp_path):
   assert load_tokenizer(path).stop_ids == {0, 2, 3, plain}
 
 
+# Names by which trainers ask.
+
+
+def test_ids_of_the_special_tokens(engine, tmp_path):
+  roles = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config=roles))
+  assert (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (1, 2, 0)
+  assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_ids_from_gguf(engine, tmp_path):
+  tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", engine, "smollm", pad_token_id=3))
+  assert (tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (1, 2, 3)
+
+
+def test_padding_is_the_eos_token_if_nothing_else_is_named(engine, tmp_path):
+  tokenizer = load_tokenizer(
+    write_json(tmp_path, engine, tokenizer_config={"eos_token": "<|im_end|>", "pad_token": None})
+  )
+  assert tokenizer.bos_id() is tokenizer.bos_token is None
+  assert tokenizer.pad_id() == tokenizer.eos_id() == 2
+
+
+@pytest.mark.parametrize("roles", [{}, {"eos_token": "</s>"}], ids=["unnamed", "not in the vocabulary"])
+def test_without_an_eos_token_there_is_no_id(engine, tmp_path, roles):
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config=roles))
+  for ask in (tokenizer.eos_id, tokenizer.pad_id):
+    with pytest.raises(ConfigError, match=r"names no eos_token: .* stop_ids=\[0, 2, 3\]"):
+      ask()
+
+
+def test_a_text_can_be_encoded_without_what_frames_it(engine, tmp_path):
+  tokenizer = load_tokenizer(
+    write_gguf(tmp_path / "m.gguf", engine, "smollm", add_bos_token=True, add_eos_token=True)
+  )
+  plain = engine.encode("hello", add_special_tokens=False).ids
+  assert tokenizer.encode("hello") == [1, *plain, 2]
+  assert tokenizer.encode("hello", add_special_tokens=False) == plain
+
+
 # Chat templates.
 
 MESSAGES = [{"role": "user", "content": "Hi <there> ✓"}]
@@ -277,6 +317,15 @@ def test_chat(chatty):
   assert ids.count(1) == 2
   assert ids[0] == 1
   assert chatty.render(MESSAGES, add_generation_prompt=False) == EXPECTED
+
+
+def test_the_chat_template_by_the_name_that_trainers_call(chatty):
+  for prompt in (True, False):
+    options = {"add_generation_prompt": prompt}
+    assert chatty.apply_chat_template(MESSAGES, tokenize=False, **options) == chatty.render(
+      MESSAGES, **options
+    )
+    assert chatty.apply_chat_template(MESSAGES, tokenize=True, **options) == chatty.chat(MESSAGES, **options)
 
 
 def test_chat_from_json_is_the_same(chatty, engine, tmp_path):

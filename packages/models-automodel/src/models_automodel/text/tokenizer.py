@@ -34,7 +34,7 @@ _INCOMPLETE = "\ufffd"
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A checkpoint's tokenizer.
+  """A checkpoint's tokenizer. Its methods have the names by which trainers and samplers call a tokenizer.
 
   Attributes:
     engine: a `tokenizers.Tokenizer`.
@@ -52,15 +52,57 @@ class Tokenizer:
   special_tokens: Mapping[str, str]
   stop_ids: frozenset[int]
 
-  def encode(self, text: str) -> list[int]:
-    """Encodes a text and adds `before` and `after`; `before` is not added if the ids already begin with it."""
+  def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Encodes a text.
+
+    Args:
+      text: the text. Special tokens in it become their ids.
+      add_special_tokens: whether `before` and `after` are added; `before` is not if the ids already begin with it.
+    """
     ids = self._ids(text)
+    if not add_special_tokens:
+      return ids
     before = () if self.before and tuple(ids[: len(self.before)]) == self.before else self.before
     return [*before, *ids, *self.after]
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Decodes token ids. Bytes that are not UTF-8 become U+FFFD."""
     return self.engine.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+  def bos_id(self) -> int | None:
+    """The id of the `bos_token`; None if the checkpoint names none."""
+    return self._id_of("bos_token")
+
+  def eos_id(self) -> int:
+    """The id of the `eos_token`. Several ids may end an answer: see `stop_ids`.
+
+    Raises:
+      ConfigError: if the checkpoint names no `eos_token`.
+    """
+    if (found := self._id_of("eos_token")) is None:
+      raise ConfigError(
+        "the checkpoint names no eos_token: add it to tokenizer_config.json, or take one of "
+        f"stop_ids={sorted(self.stop_ids)}"
+      )
+    return found
+
+  def pad_id(self) -> int:
+    """The id of the `pad_token`; if the checkpoint names none, that of the `eos_token`, as trainers take it.
+
+    Raises:
+      ConfigError: if the checkpoint names neither.
+    """
+    return self.eos_id() if (found := self._id_of("pad_token")) is None else found
+
+  @property
+  def bos_token(self) -> str | None:
+    """The token of `bos_id`."""
+    return self.special_tokens.get("bos_token")
+
+  @property
+  def eos_token(self) -> str | None:
+    """The token of `eos_id`."""
+    return self.special_tokens.get("eos_token")
 
   def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """Renders a conversation as the text that the model continues.
@@ -83,6 +125,12 @@ class Tokenizer:
     """Encodes the text of `render`. Adds no BOS token, because the template adds it if the model needs it."""
     return self._ids(self.render(messages, **variables))
 
+  def apply_chat_template(
+    self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, **variables: Any
+  ) -> str | list[int]:
+    """`render` or, with `tokenize`, `chat`, under the name by which trainers call both."""
+    return self.chat(messages, **variables) if tokenize else self.render(messages, **variables)
+
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
     """Decodes token ids as they arrive. No yielded text ends in the middle of a character.
 
@@ -101,6 +149,10 @@ class Tokenizer:
         before = after = self.decode(window)
     if len(after) > len(before):
       yield after[len(before) :]
+
+  def _id_of(self, role: str) -> int | None:
+    """The id of the special token with this role; None if there is no such token, or the vocabulary lacks it."""
+    return None if (token := self.special_tokens.get(role)) is None else self.engine.token_to_id(token)
 
   def _ids(self, text: str) -> list[int]:
     return self.engine.encode(text, add_special_tokens=False).ids
