@@ -1,4 +1,4 @@
-"""LoRA adapters: taken from models, merged into weights, and read and written in peft's format.
+"""LoRA adapters: taken from models, merged into weights, read and written in peft's format; patterns of module paths.
 
 May import: `loading`, `saving` and everything below them.
 """

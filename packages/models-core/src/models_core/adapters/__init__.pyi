@@ -9,6 +9,7 @@ from .lora import (
   save_merged,
   set_adapter,
 )
+from .patterns import match_modules, unmatched
 from .peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_peft_adapter, save_peft_adapter
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
   "Factors",
   "adapter_of",
   "load_peft_adapter",
+  "match_modules",
   "merge_adapter",
   "merge_into",
   "merge_lora",
@@ -25,4 +27,5 @@ __all__ = [
   "save_merged",
   "save_peft_adapter",
   "set_adapter",
+  "unmatched",
 ]
