@@ -20,10 +20,12 @@ from models_automodel.revision import agree_on_revision
 from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
+from models_core.family import Family
 from models_core.formats import SAFETENSORS, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
+from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
 
 
@@ -109,7 +111,7 @@ class AutoModel:
         bar.reset(plan.stored_nbytes)
         model: Any = load(plan, on_bytes=bar.update)
     if intermediate_ckpt_dir is not None:
-      intermediate.keep(kept, model, family_of_config(model.config, where.model_id), model.config, origin)
+      intermediate.keep(kept, model, _family_of_model(model), model.config, origin)
     return model, files.path
 
   @classmethod
@@ -153,7 +155,7 @@ class AutoModel:
         f"{type(model).__name__} has no attribute config: save_pretrained() needs a model of an installed family"
       )
     arrays = flatten(nnx.state(model, nnx.Param))
-    family = family_of_config(config, type(model).__name__)
+    family = _family_of_model(model)
     came_from = None if base is None else Base.of(base, SAFETENSORS)
     with weights_bar(progress) as bar:
       save_parameters_to_safetensors(
@@ -216,18 +218,24 @@ class AutoModel:
     fields: dict[str, Any],
   ) -> LoadPlan:
     final = cut(override(found.config, fields, _keywords()), layers)
-    model = abstract_model(found.family.model_class, final, mesh, strict=strict_sharding)
     with source_errors():
       checkpoint = found.checkpoint
+    family = family_of(found.family, checkpoint)
+    model = abstract_model(family.model_class, final, mesh, strict=strict_sharding)
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
     plan = plan_load(
       checkpoint,
       model,
-      found.family.table_of(checkpoint.format, shapes),
+      family.table_of(checkpoint.format, shapes),
       dtype=as_dtype(dtype),
       layers=None if layers is None else len(layers),
     )
-    return dataclasses.replace(plan, family=found.family, config=final)
+    return dataclasses.replace(plan, family=family, config=final)
+
+
+def _family_of_model(model: Any) -> Family:
+  family = family_of_config(model.config, type(model).__name__)
+  return score_family(family, model.score.w.shape[0]) if isinstance(model, ScoreModel) else family
 
 
 def _keywords() -> tuple[str, ...]:

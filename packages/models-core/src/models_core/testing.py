@@ -34,6 +34,7 @@ from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensor
 from models_core.layers import Cache, RematConfig
 from models_core.loading import abstract_model, load, plan_load
 from models_core.safetensors_saver import save_model_to_safetensors
+from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
 from models_core.weights import WeightTable, head_sizes, pieces, put_back
 
@@ -106,6 +107,11 @@ def _call_in_parts(model: Any, tokens: Any, positions: Any) -> tuple[jax.Array, 
   hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
   kept: Any = nnx.pop(model, nnx.Intermediate)["all_hidden_states"]
   return hidden, kept.get_value()[0], model.compute_final_logits(hidden[:, -1:])
+
+
+@nnx.jit
+def _scores(model: Any, tokens: Any, positions: Any) -> jax.Array:
+  return model(tokens, positions)[0]
 
 
 def _loss(model: Any, tokens: Any, positions: Any) -> jax.Array:
@@ -466,6 +472,34 @@ class FamilyContract:
       hidden, kept, logits = _call_in_parts(tested, TOKENS, POSITIONS)
       np.testing.assert_array_equal(kept, hidden)
       assert_close(logits, expected[:, -1:])
+
+  # Score heads
+
+  def test_scores_are_products_of_the_hidden_states(self, model: Any, sharded: Any) -> None:
+    for tested in (model, sharded):
+      scored = ScoreModel(tested, rngs=nnx.Rngs(0))
+      hidden = np.asarray(_call_in_parts(tested, TOKENS, POSITIONS)[0])
+      expected = hidden @ np.asarray(scored.score.w[...]).T
+      assert_close(_scores(scored, TOKENS, POSITIONS), expected)
+      assert_close(_scores(nnx.merge(*nnx.split(scored)), TOKENS, POSITIONS), expected)
+      assert scored.score.w[...].sharding.device_set == tested.final_norm.w[...].sharding.device_set
+
+  def test_score_models_are_saved_and_loaded(self, sharded: Any, mesh: Mesh, tmp_path: pathlib.Path) -> None:
+    scored = ScoreModel(sharded, rngs=nnx.Rngs(0), num_scores=3)
+    family = score_family(self.family, num_scores=3)
+    save_model_to_safetensors(
+      nnx.state(scored, nnx.Param), tmp_path / "scored", family=family, config=self.config
+    )
+    checkpoint = read_safetensors(LocalFiles(str(tmp_path / "scored")))
+    assert checkpoint.tensors["score.weight"].shape == (3, self.config.embed_dim)
+    raw = json.loads((tmp_path / "scored" / "config.json").read_text())
+    assert raw["num_labels"] == 3
+    config = family.read_config(raw)
+    loaded = load(plan_load(checkpoint, abstract_model(family.model_class, config, mesh), family.huggingface))
+    ours, theirs = (nnx.to_flat_state(nnx.state(m)) for m in (scored, loaded))
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (_, variable), (_, again) in zip(ours, theirs, strict=True):
+      np.testing.assert_array_equal(variable.get_value(), again.get_value())
 
   # Meshes
 

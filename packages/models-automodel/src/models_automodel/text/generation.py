@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_core.errors import CacheError, ConfigError
+from models_core.score_model import ScoreModel
 
 # Cache sizes are multiples of this, so that prompts of similar lengths share a compiled step.
 _CACHE_STEP = 256
@@ -53,9 +54,12 @@ def generate(
     An iterator over the new token ids.
 
   Raises:
-    ConfigError: if the prompt is empty or holds an id outside the vocabulary, or a number is outside its range.
+    ConfigError: if the prompt is empty or holds an id outside the vocabulary, a number is outside its range, or the
+      model is a ScoreModel.
     CacheError: if `cache_size` is too small.
   """
+  if isinstance(model, ScoreModel):
+    raise ConfigError("a ScoreModel gives scores, not logits: load a language model to generate text")
   prompt = _check_prompt(model, prompt_ids)
   if max_new_tokens < 0:
     raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")

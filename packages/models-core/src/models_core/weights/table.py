@@ -114,7 +114,7 @@ class WeightTable:
 
   Args:
     *rows: `(ours, checkpoint, layout)`, `(ours, checkpoint, layout, Conversion)`, or, if there are several forms,
-      `(ours, (Form, ...))`.
+      `(ours, (Form, ...))`; or a Row of another table.
     ignored: tensors to leave out.
     tied: tensors that must equal another one if the model has no parameter for them.
 
@@ -122,7 +122,7 @@ class WeightTable:
     TypeError: if a row has another structure.
   """
 
-  def __init__(self, *rows: tuple, ignored: Sequence[Ignored] = (), tied: Sequence[Tied] = ()):
+  def __init__(self, *rows: tuple | Row, ignored: Sequence[Ignored] = (), tied: Sequence[Tied] = ()):
     self.rows = tuple(map(_row, rows))
     self.ignored = tuple(ignored)
     self.tied = tuple(tied)
@@ -152,8 +152,10 @@ class WeightTable:
     return None
 
 
-def _row(row: tuple) -> Row:
+def _row(row: tuple | Row) -> Row:
   match row:
+    case Row():
+      return row
     case (str(ours), str(name), str(layout)):
       return Row(ours, (Form(name, layout),))
     case (str(ours), str(name), str(layout), Conversion() as values):
