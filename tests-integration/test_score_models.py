@@ -83,3 +83,12 @@ def test_every_mesh_learns_the_same(family):
   one, *others = (trained(family, mesh)[1] for mesh in MESHES)
   for losses in others:
     np.testing.assert_allclose(losses, one, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_trainer_may_put_its_own_head_in_place_of_the_model_s(mesh):
+  family, config = FAMILIES["llama3"]
+  model = create_dummy_model(family.model_class, config, MESHES[mesh](), scale=0.3)
+  hidden = np.asarray(model(TOKENS, POSITIONS, skip_lm_head=True)[0])
+  model.lm_head = nnx.Linear(model.lm_head.in_features, 1, use_bias=False, rngs=nnx.Rngs(0))
+  assert_close(scores(model), hidden @ np.asarray(model.lm_head.kernel[...]))

@@ -471,6 +471,7 @@ class TestModules:
     x = array(rng.normal(size=(2, 3, 4)), dtypes[0])
     w = array(rng.normal(size=(5, 4)), dtypes[1])
     head, embedder = module(Head, 5, 4, P(), w=w), module(Embedder, 5, 4, P(), input_embedding=w)
+    assert head.in_features == 4
     expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     for out in (call(head, x), call(embedder.decode, x)):
       assert out.dtype == jnp.float32

@@ -137,6 +137,11 @@ class Head(nnx.Module):
     """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
     return head_logits(x, self.w[...])
 
+  @property
+  def in_features(self) -> int:
+    """D, by the name that `nnx.Linear` has for it: trainers ask for it to put another head in place of this one."""
+    return self.w.get_value().shape[1]
+
 
 def head_logits(x: jax.Array, w: jax.Array) -> jax.Array:
   """Hidden states x [B, T, D] times w [V, D] -> float32 logits [B, T, V]."""
