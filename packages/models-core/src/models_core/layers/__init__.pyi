@@ -3,6 +3,7 @@ from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection
+from .logits import cross_entropy, log_probs, mean_cross_entropy, top_k
 from .mesh import explicit_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
@@ -30,12 +31,15 @@ __all__ = [
   "Rotary",
   "attend",
   "bound",
+  "cross_entropy",
   "dotted",
   "explicit_axes",
   "extend_cache",
   "gelu_tanh",
   "join_heads",
+  "log_probs",
   "make_causal_attn_mask",
+  "mean_cross_entropy",
   "parameter",
   "rotary",
   "rotate",
@@ -43,5 +47,6 @@ __all__ = [
   "shard",
   "silu",
   "split_heads",
+  "top_k",
   "visible_keys",
 ]
