@@ -198,17 +198,13 @@ def _joined(layer: LayerCache, name: str, new: jax.Array) -> jax.Array:
 
 def _write(layer: LayerCache, positions: jax.Array, new: dict[str, jax.Array]) -> LayerCache:
   """Writes arrays of new tokens, at positions [B, T], to their slots; returns those arrays that the layer has."""
-  B, T = positions.shape
-  index = slots(layer, T)
+  index = slots(layer, positions.shape[1])
   if is_ring(layer):
     new = new | {"slots": index}
     index = _ring_slots(layer["slots"], positions)
-  rows = jnp.arange(B, dtype=jnp.int32)[:, None]
-  return {
-    name: layer[name].at[rows, index].set(value.astype(layer[name].dtype), mode="drop")
-    for name, value in new.items()
-    if name in layer
-  }
+  # Row by row: written with an index for the rows, too, the new tokens of all devices would be gathered.
+  write = jax.vmap(lambda old, index, new: old.at[index].set(new.astype(old.dtype), mode="drop"))
+  return {name: write(layer[name], index, value) for name, value in new.items() if name in layer}
 
 
 def _ring_slots(held: jax.Array, positions: jax.Array) -> jax.Array:
