@@ -256,7 +256,7 @@ def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
   mesh = jax.make_mesh((1, 4), ("fsdp", "tp"))
   assert "k_proj" in str(AutoModel.plan(str(checkpoint[0]), mesh))
   with pytest.raises(
-    ShardingError, match=r"k_proj.*2 is not divisible by tp=4 \(sizes that divide it: 1, 2\)"
+    ShardingError, match=r"k_proj.*2 heads are not divisible by tp=4 \(sizes that divide it: 1, 2\)"
   ):
     AutoModel.from_pretrained(str(checkpoint[0]), mesh, strict_sharding=True)
 

@@ -74,7 +74,7 @@ def test_plan_costs_a_mesh_that_this_machine_does_not_have(directory):
   assert "5,968 parameters" in done.stdout
   assert "8 devices" in done.stdout
   assert (
-    "attn.k_proj.w, axis 0; layers.*.attn.v_proj.w, axis 0: replicated, since 2 is not divisible by tp=4"
+    "attn.k_proj.w, axis 0; layers.*.attn.v_proj.w, axis 0: replicated, since 2 heads are not divisible by tp=4"
     in done.stdout
   )
   assert run("plan", directory, "--mesh", "fsdp=2,tp=4", "--strict-sharding").returncode == 1
