@@ -66,7 +66,19 @@ def test_a_suggestion_is_adapted(family):
   assert len(adapted(model, meant)) == 4 * model.config.num_layers
 
 
-def test_experts_match_nothing_and_are_not_adapted():
+def test_the_experts_of_a_layer_are_one_module():
   model = create_dummy_model(Qwen3, SPARSE)
-  assert unmatched(model, ".*gate_proj|.*experts|.*router") == {".*gate_proj": (), ".*experts": ()}
-  assert adapted(model, ".*gate_proj|.*experts|.*router") == {f"layers/{i}/mlp/router" for i in range(2)}
+  experts = (".*experts",)
+  found = unmatched(model, ".*gate_proj|.*up_proj|.*experts|.*router")
+  assert found == {".*gate_proj": experts, ".*up_proj": experts}
+  assert adapted(model, ".*gate_proj") == set()
+  model = create_dummy_model(Qwen3, SPARSE)
+  assert adapted(model, ".*") == set(match_modules(model, ".*")) - {"embedder"}
+  assert "layers/1/mlp/experts" in match_modules(model, ".*")
+
+
+def test_quantised_weights_keep_the_paths_of_their_modules():
+  model = create_dummy_model(*FAMILIES["llama3"])
+  rule = qwix.QuantizationRule(module_path=".*q_proj", weight_qtype="int8")
+  quantised = qwix.quantize_model(model, qwix.PtqProvider([rule]), **model.get_model_input())
+  assert match_modules(quantised, ".*") == match_modules(model, ".*")

@@ -14,7 +14,7 @@ from flax import nnx
 
 from models_core.errors import AdapterError
 
-# Names of modules elsewhere -> the modules here that do the same.
+# Names of modules elsewhere -> the modules here that do the same, tried for names that the model does not have.
 _NAMES: Mapping[str, Sequence[str]] = {
   "q_einsum": ("q_proj",),
   "k_einsum": ("k_proj",),
@@ -24,6 +24,9 @@ _NAMES: Mapping[str, Sequence[str]] = {
   "attn_vec_einsum": ("o_proj",),
   "gating_einsum": ("gate_proj", "up_proj"),
   "linear": ("down_proj",),
+  "gate_proj": ("experts",),
+  "up_proj": ("experts",),
+  "down_proj": ("experts",),
   "self_attn": ("attn",),
   "embed_tokens": ("embedder",),
 }
@@ -31,10 +34,10 @@ _QUANTIFIERS = ("*", "+", "?", "{")
 
 
 def match_modules(model: nnx.Module, pattern: str) -> list[str]:
-  """Paths of the modules that hold a matrix and whose whole path matches a pattern.
+  """Paths of the modules that hold matrices and whose whole path matches a pattern.
 
-  Norms hold vectors, and experts stacks of matrices, to which qwix adds no factors. An embedding counts, although only
-  a tied head multiplies by it.
+  Norms hold only vectors, and do not count. All matrices of a layer's experts are in one module. An embedding counts,
+  although only a tied head multiplies by it.
 
   Args:
     model: any Flax NNX module.
@@ -51,7 +54,7 @@ def match_modules(model: nnx.Module, pattern: str) -> list[str]:
 
 
 def unmatched(model: nnx.Module, pattern: str) -> dict[str, tuple[str, ...]]:
-  """The alternatives of a pattern that match no module with a matrix.
+  """The alternatives of a pattern that match no module with matrices.
 
   Example: for a Llama, `unmatched(model, ".*kv_einsum|.*up_proj")` is `{".*kv_einsum": (".*k_proj", ".*v_proj")}`.
 
@@ -82,13 +85,16 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _paths(model: nnx.Module) -> Iterable[str]:
-  """Paths of the modules that hold a matrix."""
-  parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  return dict.fromkeys(
-    "/".join(map(str, path[:-1]))
-    for path, variable in parameters
-    if not isinstance(variable, nnx.LoRAParam) and len(variable.get_value().shape) == 2
-  )
+  """Paths of the modules that hold matrices."""
+  modules = {path for path, _ in nnx.iter_modules(model)}
+  found: dict[str, None] = {}
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    if isinstance(variable, nnx.LoRAParam) or len(variable.get_value().shape) < 2:
+      continue
+    # The arrays of a quantised weight lie below its name, which is no module.
+    steps = next(path[:n] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
+    found["/".join(map(str, steps))] = None
+  return found
 
 
 def _matches_any(pattern: str, paths: Sequence[str]) -> bool:
