@@ -10,13 +10,14 @@ The tests need four devices: put `jax.config.update("jax_num_cpu_devices", 4)` i
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -25,13 +26,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import ConfigError
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
-from models_core.layers import Cache, RematConfig
+from models_core.hlo import Program, Use
+from models_core.layers import Cache, RematConfig, mean_cross_entropy
 from models_core.loading import abstract_model, load, plan_load
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
@@ -134,6 +136,62 @@ def _train(model: nnx.Module) -> list[float]:
   return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
 
 
+def _generate(fill: Callable[..., Any], parameters: Any, tokens: jax.Array) -> Any:
+  """Logits of a prefill and of one more token, and the cache."""
+  model, positions = fill(parameters), jnp.asarray(POSITIONS)
+  logits, cache = model(tokens, positions, model.init_cache(B, T + 1))
+  return logits, model(tokens[:, :1], positions[:, :1] + T, cache)
+
+
+def _forward(fill: Callable[..., Any], parameters: Any, tokens: jax.Array) -> jax.Array:
+  return fill(parameters)(tokens, jnp.asarray(POSITIONS))[0]
+
+
+def _gradient(fill: Callable[..., Any], parameters: Any, tokens: jax.Array) -> Any:
+  return jax.grad(lambda parameters: mean_cross_entropy(_forward(fill, parameters, tokens), tokens))(
+    parameters
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A compiled program of a model.
+
+  Attributes:
+    program: what it does, on one device of the mesh.
+    weights: names of the parameters with two or more axes.
+    config: of the model.
+    num_embed: V, rows of the model's embedding.
+  """
+
+  program: Program
+  weights: frozenset[str]
+  config: Any
+  num_embed: int
+
+  def sent(self) -> collections.Counter[str]:
+    """How often each weight is sent between devices."""
+    return collections.Counter(
+      name for use in self.program.collectives for name in use.arguments & self.weights
+    )
+
+  def reductions(self) -> list[Use]:
+    """Reductions over devices of something as large as activations [B / 2, T, D / 2]."""
+    least = B // 2 * T * self.config.embed_dim // 2
+    names = ("all-reduce", "reduce-scatter")
+    uses = [use for use in self.program.collectives if use.instruction.opcode.startswith(names)]
+    return [use for use in uses for size in use.instruction.sizes if size >= least]
+
+  def logits_sent(self) -> list[str]:
+    """Instructions that send logits, [B / 2, T, V / 2] or several times as many, between devices."""
+    logits = B // 2 * T * self.num_embed // 2
+    return [
+      use.instruction.line
+      for use in self.program.collectives
+      if not use.arguments and any(size and size % logits == 0 for size in use.instruction.sizes)
+    ]
+
+
 class Halved(nnx.Module):
   """A wrapper that callers may put around a layer or an attention block without knowing its arguments."""
 
@@ -172,12 +230,25 @@ class FamilyContract:
     changes: another value for each field of the configuration except `shd_config` and `remat_config`. A field that has
       no effect in `config`, such as `num_experts` in a dense model, may be left out if one of `others` changes it.
     others: further configurations of the family; test each in a subclass of its own, too.
+    even: sizes for the tests of compiled programs, in place of those of `config` that are larger than 1. Two devices
+      divide each, no product of them is divisible by T, and the vocabulary is much larger than the rest.
   """
 
   family: ClassVar[Family]
   config: ClassVar[Any]
   changes: ClassVar[Mapping[str, Any]]
   others: ClassVar[tuple[Any, ...]] = ()
+  even: ClassVar[Mapping[str, int]] = {
+    "vocab_size": 256,
+    "num_embed": 256,
+    "embed_dim": 48,
+    "hidden_dim": 80,
+    "moe_hidden_dim": 36,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 10,
+    "num_experts": 4,
+  }
 
   @pytest.fixture(scope="class", autouse=True)
   @classmethod
@@ -532,6 +603,56 @@ class FamilyContract:
   def test_gradient_steps_with_donated_state(self, losses: list[float], mesh: Mesh) -> None:
     assert losses[2] < losses[0]
     np.testing.assert_allclose(_train(self.make(self.config, mesh)), losses, rtol=1e-4)
+
+  # Compiled programs
+
+  @classmethod
+  def compiled(cls, run: Callable[..., Any], mesh: Mesh | None, *, sampling: bool = False) -> Compiled:
+    """Compiles `run(fill, parameters, tokens)`, where `fill(parameters)` is a model of `even` sizes.
+
+    Args:
+      run: one of `_generate`, `_forward` and `_gradient`.
+      mesh: 2 x 2 devices, or None.
+      sampling: whether weights are sharded for sampling, over tp alone.
+    """
+    own = {field.name for field in dataclasses.fields(cls.config)}
+    even = {
+      name: size for name, size in cls.even.items() if name in own and (getattr(cls.config, name) or 0) > 1
+    }
+    sharding = ShardingConfig.get_default_sharding(is_sampling=sampling)
+    sharding = dataclasses.replace(sharding, act_btv=("fsdp", None, "tp"))
+    config = dataclasses.replace(cls.config, shd_config=sharding, **even)
+    abstract = abstract_model(cls.family.model_class, config, mesh)
+    struct = jax.ShapeDtypeStruct
+    parameters = {n: struct(p.shape, p.dtype, sharding=p.sharding) for n, p in abstract.parameters.items()}
+    rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("fsdp"))
+    tokens = struct((B, T), jnp.int32, sharding=rows)
+    text = jax.jit(functools.partial(run, abstract.fill)).lower(parameters, tokens).compile().as_text()
+    program, weights = Program(text or ""), frozenset(n for n, p in parameters.items() if len(p.shape) > 1)
+    assert weights <= program.arguments
+    return Compiled(program, weights, config, parameters["embedder.input_embedding"].shape[0])
+
+  @pytest.mark.parametrize("kind", [None, *sorted(MESHES)], ids=str)
+  def test_prefill_and_decode_copy_and_send_no_weight(self, kind: str | None) -> None:
+    mesh = None if kind is None else MESHES[kind]()
+    compiled = self.compiled(_generate, mesh, sampling=True)
+    copies = [use.instruction.line for use in compiled.program.copies if use.arguments & compiled.weights]
+    assert not copies, "these instructions copy weights:\n" + "\n".join(copies)
+    assert not compiled.sent()
+
+  def test_a_pass_gathers_each_weight_once_reduces_twice_a_layer_and_sends_no_logits(
+    self, mesh: Mesh
+  ) -> None:
+    compiled = self.compiled(_forward, mesh)
+    assert set(compiled.sent().values()) == {1}
+    # Attention and feed-forward block of each layer, and the embedding.
+    assert 0 < len(compiled.reductions()) <= 2 * compiled.config.num_layers + 1
+    assert not compiled.logits_sent()
+
+  def test_a_gradient_gathers_each_weight_at_most_twice_and_sends_no_logits(self, mesh: Mesh) -> None:
+    compiled = self.compiled(_gradient, mesh)
+    assert 0 < max(compiled.sent().values()) <= 2
+    assert not compiled.logits_sent()
 
   @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
   def test_half_precision_is_kept_and_logits_stay_close(self, expected: np.ndarray, dtype: str) -> None:

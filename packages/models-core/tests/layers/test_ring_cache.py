@@ -1,10 +1,13 @@
 """Rings: the newest tokens of a row, wherever padding lies and however the tokens come."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models_core.errors import CacheError
+from models_core.hlo import Program
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import attend, visible_keys
 from models_core.layers.cache import extend_cache, init_layer
@@ -99,3 +102,17 @@ def test_room_is_that_of_the_layers_that_keep_all():
   with pytest.raises(CacheError, match=f"layer_1.*cache_size={SIZE + 1}"):
     cache_lib.check_room(cache, SIZE + 1)
   cache_lib.check_room({"layer_0": layer(WINDOW)}, SIZE + 1)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("new", [1, 3])
+def test_writing_to_a_sharded_cache_sends_nothing_between_devices(meshes, window, new):
+  mesh = meshes("auto", (2, 2), ("fsdp", "tp"))
+  spec = PartitionSpec("fsdp", None, "tp", None)
+  sharded = init_layer(4, SIZE, 2, H, np.float32, mesh=mesh, spec=spec, window=window)
+  struct = lambda shape, dtype: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[: len(shape)]))
+  )
+  k, positions = struct((4, new, 2, H), np.float32), struct((4, new), np.int32)
+  lowered = jax.jit(lambda *args: extend_cache(*args)[0]).lower(sharded, k, k, positions)
+  assert not Program(lowered.compile().as_text()).collectives
