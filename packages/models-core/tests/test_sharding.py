@@ -172,6 +172,7 @@ class TestShardingConfig:
       if not field.name.startswith("act_"):
         assert "fsdp" not in (getattr(config, field.name) or ())
     assert config.act_btd == ("fsdp", None, None)
+    assert config.rms_norm_weight == (None,)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,11 @@ class ShardingConfig:
 
   @staticmethod
   def get_default_sharding(is_sampling: bool = False) -> ShardingConfig:
-    """Shards parameters over fsdp and tp; for sampling over tp only, so that no decoding step gathers parameters."""
+    """Shards parameters over fsdp and tp; for sampling over tp only, so that no decoding step gathers parameters.
+
+    For sampling, activations are replicated over tp between the blocks, and so are the weights of norms: their product
+    would be sharded as the weights are, and then be gathered.
+    """
     fsdp = None if is_sampling else "fsdp"
     return ShardingConfig(
       emb_vd=("tp", fsdp),
@@ -83,7 +87,7 @@ class ShardingConfig:
       o_weight_nhd=("tp", None, fsdp),
       ffw_weight_df=(fsdp, "tp"),
       ffw_weight_fd=("tp", fsdp),
-      rms_norm_weight=("tp",),
+      rms_norm_weight=(None if is_sampling else "tp",),
       act_btd=("fsdp", None, None if is_sampling else "tp"),
       act_btf=("fsdp", None, "tp"),
       act_btnh=("fsdp", None, "tp", None),

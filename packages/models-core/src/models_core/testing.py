@@ -182,6 +182,12 @@ class Compiled:
     uses = [use for use in self.program.collectives if use.instruction.opcode.startswith(names)]
     return [use for use in uses for size in use.instruction.sizes if size >= least]
 
+  def activations_sent(self) -> int:
+    """How many activations [.., D / 2], or several times as large, are sent between devices."""
+    half = self.config.embed_dim // 2
+    sizes = [size for use in self.program.collectives if not use.arguments for size in use.instruction.sizes]
+    return sum(size > 0 and size % half == 0 for size in sizes)
+
   def logits_sent(self) -> list[str]:
     """Instructions that send logits, [B / 2, T, V / 2] or several times as many, between devices."""
     logits = B // 2 * T * self.num_embed // 2
@@ -639,6 +645,8 @@ class FamilyContract:
     copies = [use.instruction.line for use in compiled.program.copies if use.arguments & compiled.weights]
     assert not copies, "these instructions copy weights:\n" + "\n".join(copies)
     assert not compiled.sent()
+    # The reductions of the prefill and of the step, and nothing else.
+    assert compiled.activations_sent() <= 2 * (2 * compiled.config.num_layers + 1)
 
   def test_a_pass_gathers_each_weight_once_reduces_twice_a_layer_and_sends_no_logits(
     self, mesh: Mesh
