@@ -113,7 +113,10 @@ def test_a_fine_tuned_model_is_recognised_by_its_shapes(tmp_path):
 
 
 def test_shapes_of_no_published_size_are_refused(tree):
-  with pytest.raises(ConfigError, match=r"none of the presets .*gemma2_2b.* has its shapes: pass config="):
+  with pytest.raises(
+    ConfigError,
+    match=r"no preset of .*gemma.* has its shapes: put the config\.json beside it, or pass config=",
+  ):
     AutoModel.plan(str(tree))
   plan = AutoModel.plan(str(tree), config=CONFIG)
   assert plan.model.parameters["embedder.input_embedding"].shape == (32, 16)

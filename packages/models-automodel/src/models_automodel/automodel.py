@@ -27,6 +27,7 @@ from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
+from models_core.weights import head_sizes
 
 
 class AutoModel:
@@ -217,16 +218,19 @@ class AutoModel:
     strict_sharding: bool,
     fields: dict[str, Any],
   ) -> LoadPlan:
-    final = cut(override(found.config, fields, _keywords()), layers)
+    whole = override(found.config, fields, _keywords())
+    final = cut(whole, layers)
     with source_errors():
       checkpoint = found.checkpoint
     family = family_of(found.family, checkpoint)
     model = abstract_model(family.model_class, final, mesh, strict=strict_sharding)
+    # A tensor that holds all layers still holds those that were cut.
+    model = dataclasses.replace(model, heads=head_sizes(whole))
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
     plan = plan_load(
       checkpoint,
       model,
-      family.table_of(checkpoint.format, shapes),
+      family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
       dtype=as_dtype(dtype),
       layers=None if layers is None else len(layers),
     )

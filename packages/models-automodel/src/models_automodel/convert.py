@@ -36,7 +36,8 @@ def convert(
       written files come from one version.
     target: directory to write; it must be missing or empty unless `overwrite` is set.
     to: the naming scheme to write, a key of `models_core.saving.WRITERS`: "huggingface" writes safetensors files that
-      transformers loads; "orbax" writes a tree that Orbax restores, for Gemma under Google's names.
+      transformers loads; "orbax" writes a tree that Orbax restores, for Gemma under Google's names; "maxtext" writes one
+      that MaxText loads, of Llama and Qwen.
     dtype: of the written floating-point parameters; None keeps each as it is stored.
     max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". Must be None for an Orbax tree.
     overwrite: whether `target` may hold files. Weights and files of the same names are replaced, others stay.
@@ -58,7 +59,9 @@ def convert(
   where = source if isinstance(source, Where) else Where.of(source, progress=progress)
   plan = AutoModel.plan(where, dtype=dtype)
   files = plan.checkpoint.files
-  if writer.format is not plan.checkpoint.format and (notes := plan.notes()):
+  # In the same format, tensors that the model does not need are copied.
+  notes = plan.checkpoint.notes if writer.format is plan.checkpoint.format else plan.notes()
+  if notes:
     _log.warning("\n".join([f"{files.path}:", *notes]))
   shapes = {
     planned.parameter.name: jax.ShapeDtypeStruct(planned.parameter.shape, planned.dtype)

@@ -11,11 +11,20 @@ from models_automodel.errors import source_errors
 from models_automodel.families import check_installed, family_of_config, family_of_model_type, load_family
 from models_automodel.presets import by_name, preset_of
 from models_automodel.where import Where
-from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, factor_names
 from models_core.config import HEADER_CONFIGS
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, Checkpoint, Files, Format, formats_in, read_json, weight_files
+from models_core.formats import (
+  ORBAX,
+  SAFETENSORS,
+  Checkpoint,
+  Files,
+  Format,
+  formats_in,
+  read_json,
+  weight_files,
+)
 from models_core.saving import CONFIG
 
 
@@ -44,7 +53,7 @@ class Found:
     Raises:
       CheckpointError: if there are no headers, or they are broken.
     """
-    return self.read or (self.format or SAFETENSORS).read(self.files)
+    return self.read or _read(self.format or SAFETENSORS, self.files)
 
 
 def find(where: Where, config: Any = None) -> Found:
@@ -68,10 +77,10 @@ def find(where: Where, config: Any = None) -> Found:
     if CONFIG in names:
       raw = read_json(files, CONFIG)
     elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
-      format, read = described, described.read(files)
+      format, read = described, _read(described, files)
       raw = HEADER_CONFIGS[format.name](read)
     elif format not in (None, SAFETENSORS):
-      read = format.read(files)
+      read = _read(format, files)
   if config is not None:
     return Found(files, family_of_config(config, name), config, format, read)
   if raw is None and read is not None:
@@ -84,6 +93,25 @@ def find(where: Where, config: Any = None) -> Found:
     raise ConfigError(f"{files.path}/{CONFIG} has no model_type: add it, or pass config=")
   family = family_of_model_type(model_type, name)
   return Found(files, family, family.read_config(raw), format, read)
+
+
+def _read(format: Format, files: Files) -> Checkpoint:
+  """Reads the headers of a checkpoint.
+
+  Raises:
+    CheckpointError: if it holds LoRA factors, also beside weights; the message says how to load them.
+  """
+  checkpoint = format.read(files)
+  if format is ORBAX and (factors := factor_names(checkpoint.tensors)):
+    beside = "" if len(factors) == len(checkpoint.tensors) else " beside the weights that they change"
+    raise CheckpointError(
+      files.path,
+      [
+        f"it holds LoRA factors{beside}, such as {factors[0]}: load the model that was trained, read the factors with "
+        "models_core.adapters.load_orbax_adapter, and merge the two with models_core.adapters.merge_into"
+      ],
+    )
+  return checkpoint
 
 
 def refuse_adapter(files: Files, names: set[str]) -> None:

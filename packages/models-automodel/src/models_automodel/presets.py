@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import importlib
 from types import ModuleType
@@ -13,7 +14,8 @@ from models_automodel.families import family_module, installed, load_family
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import Checkpoint
-from models_core.loading import abstract_model, plan_load
+from models_core.loading import AbstractModel, abstract_model, plan_load
+from models_core.weights import WeightTable
 
 
 class ModelModule(enum.Enum):
@@ -101,29 +103,30 @@ def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
     return family, _fit(family, config, checkpoint) or config
   except ModelNameError:
     pass
-  # A fine-tune with a name of its own: no two published sizes have the same shapes.
+  # A fine-tune with a name of its own: its shapes decide, unless published sizes share them.
   fitting: list[tuple[Family, str, Any]] = []
   tried: list[str] = []
   for category in installed():
     family = load_family(category, model_id)
-    for name in presets(family.config_class) if checkpoint.format.naming in family.weights else ():
-      config = _fit(family, getattr(family.config_class, name)(), checkpoint)
-      tried.append(name)
-      if config is None or any(config == known for _, _, known in fitting):
-        continue
-      if _fits(family, config, checkpoint):
-        fitting.append((family, name, config))
+    if checkpoint.format.keeps_own_names or checkpoint.format.naming in family.weights:
+      tried.append(category)
+      for name in presets(family.config_class):
+        config = _fit(family, getattr(family.config_class, name)(), checkpoint)
+        if config is None or any(config == known for _, _, known in fitting):
+          continue
+        if _fits(family, config, checkpoint):
+          fitting.append((family, name, config))
   if len(fitting) == 1:
     ((family, _, config),) = fitting
     return family, config
   found = (
     f"the presets {', '.join(name for _, name, _ in fitting)} all have"
     if fitting
-    else f"none of the presets {', '.join(tried)} has"
+    else f"no preset of {', '.join(tried)} has"
   )
   raise ConfigError(
-    f"{checkpoint.files.path} has no config.json, {model_id!r} is not a known model, and {found} its shapes: pass "
-    "config="
+    f"{checkpoint.files.path} has no config.json, {model_id!r} is not a known model, and {found} its shapes: put the "
+    "config.json beside it, or pass config="
   )
 
 
@@ -132,10 +135,19 @@ def _fit(family: Family, config: Any, checkpoint: Checkpoint) -> Any:
 
 
 def _fits(family: Family, config: Any, checkpoint: Checkpoint) -> bool:
+  # A model of one layer tells the naming scheme, and so the checkpoint's number of layers: most presets differ in it.
+  _, table = _model(family, dataclasses.replace(config, num_layers=1), checkpoint)
+  layers = {layer for name in checkpoint.tensors if (layer := table.layer_of(name)) is not None}
+  if len(layers) != config.num_layers:
+    return False
   try:
-    plan_load(
-      checkpoint, abstract_model(family.model_class, config), family.weights[checkpoint.format.naming]
-    )
+    plan_load(checkpoint, *_model(family, config, checkpoint))
   except CheckpointError:
     return False
   return True
+
+
+def _model(family: Family, config: Any, checkpoint: Checkpoint) -> tuple[AbstractModel, WeightTable]:
+  model = abstract_model(family.model_class, config)
+  shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
+  return model, family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from flax import nnx
@@ -36,8 +36,8 @@ class Family(Generic[C, M]):
       harmless, and on two spellings of one key with different values.
     write_config: configuration -> config.json, in the spellings of older and newer versions of transformers.
     weights: the weight table of each naming scheme. "huggingface" is required. "gguf" is present if the architecture
-      has GGUF files, "orbax" if somebody publishes Orbax trees in a naming scheme of their own; without "orbax", an
-      Orbax tree holds the parameters under their own names.
+      has GGUF files, "orbax" if somebody publishes Orbax trees in a naming scheme of their own, "tunix" and "maxtext" if
+      these train a model of the architecture. An Orbax tree may always hold the parameters under their own names.
     fit_config: `(preset, tensors by name) -> configuration`, for a checkpoint without config.json. It takes from the
       tensors what a preset leaves open, such as the number of rows of the embedding. It returns None if the tensors
       cannot belong to a model of the preset's size.
@@ -59,21 +59,48 @@ class Family(Generic[C, M]):
     """The weight table of Hugging Face's naming scheme."""
     return self.weights[SAFETENSORS.naming]
 
-  def table_of(self, format: Format, shapes: Mapping[str, Sequence[int]]) -> WeightTable:
-    """The weight table of a format's naming scheme.
+  def tables_for(
+    self, format: Format, names: Collection[str], shapes: Mapping[str, Sequence[int]]
+  ) -> list[WeightTable]:
+    """The weight tables of the naming schemes that a checkpoint may be in: those that know most of its names.
+
+    Names tell the naming scheme of a whole model. Those of some parts of it may be the same in several.
+
+    Args:
+      format: the format of the checkpoint.
+      names: of its tensors.
+      shapes: shapes of the model's parameters, by name.
+
+    Raises:
+      ConfigError: if the family has no table for a naming scheme of the format.
+    """
+    tables = [self.weights[naming] for naming in (format.naming, *format.dialects) if naming in self.weights]
+    if format.keeps_own_names:
+      tables.append(own_names(shapes))
+    if len(tables) < 2:
+      return [self.table_of(format, shapes)]
+    known = [table.known(names) for table in tables]
+    return [table for table, number in zip(tables, known, strict=True) if number == max(known)]
+
+  def table_of(
+    self, format: Format, shapes: Mapping[str, Sequence[int]], naming: str | None = None
+  ) -> WeightTable:
+    """The weight table of a naming scheme, in which models are written.
 
     Args:
       format: the format of a checkpoint.
       shapes: shapes of the model's parameters, by name.
+      naming: one of the format's naming schemes; None is its own.
 
     Raises:
       ConfigError: if the family has no table for the naming scheme.
     """
-    if (table := self.weights.get(format.naming)) is not None:
+    naming = naming or format.naming
+    if (table := self.weights.get(naming)) is not None:
       return table
-    if format.keeps_own_names:
+    if format.keeps_own_names and naming == format.naming:
       return own_names(shapes)
     raise ConfigError(
-      f"the family {self.name} has no weight table for the naming scheme {format.naming!r}, only for "
+      f"the family {self.name} has no weight table for the naming scheme {naming!r}, only for "
       f"{', '.join(self.weights)}: use a checkpoint in another format"
     )

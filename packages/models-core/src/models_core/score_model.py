@@ -16,8 +16,8 @@ from models_core.formats import Checkpoint
 from models_core.layers import Cache, CausalLM, Head
 from models_core.weights import Ignored, WeightTable
 
-# The head's tensor in files of Hugging Face, and under the parameter's own name.
-_TENSORS = ("score.weight", "score.w")
+# The head's tensor in files of Hugging Face, and under the parameter's own name, also as a variable.
+_TENSORS = ("score.weight", "score.w", "score.w.value")
 _LM_HEAD = "lm_head"
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from models_core.errors import CheckpointError
 from models_core.formats.files import LocalFiles
-from models_core.formats.orbax import find_orbax, read_orbax
+from models_core.formats.orbax import read_orbax
+from models_core.formats.orbax_trees import Tree, find_tree
 
 KEY = "transformer/layer_0/attn/q_einsum"
 TREE = {KEY: {"w": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}, "scale": np.arange(3, dtype=np.float32)}
@@ -54,7 +55,7 @@ def write_aggregate(directory, tree):
 def test_the_older_file_of_the_structure(save):
   directory = save(TREE, use_ocdbt=False)
   write_aggregate(directory, {KEY: {"w": f"PLACEHOLDER://{KEY}.w"}, "scale": "PLACEHOLDER://scale"})
-  assert find_orbax(LocalFiles(str(directory))) == ""
+  assert find_tree(LocalFiles(str(directory))) == Tree("")
   np.testing.assert_array_equal(values(read(directory))["scale"], TREE["scale"])
 
 
@@ -70,7 +71,7 @@ def test_arrays_that_the_older_file_lists_must_be_there(save):
 def test_a_tree_is_found_one_folder_below(save, tmp_path):
   save(TREE, "2b")
   (tmp_path / "tokenizer.model").write_bytes(b"")
-  assert find_orbax(LocalFiles(str(tmp_path))) == "2b/"
+  assert find_tree(LocalFiles(str(tmp_path))) == Tree("2b/")
   save(TREE, "7b")
   with pytest.raises(CheckpointError, match=r"the directory holds several checkpoints \(2b, 7b\)"):
     read(tmp_path)
@@ -78,7 +79,7 @@ def test_a_tree_is_found_one_folder_below(save, tmp_path):
 
 def test_files_without_a_tree(tmp_path):
   (tmp_path / "checkpoint").write_text('model_checkpoint_path: "of TensorFlow"')
-  assert find_orbax(LocalFiles(str(tmp_path))) is None
+  assert find_tree(LocalFiles(str(tmp_path))) is None
   with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
     read(tmp_path)
 

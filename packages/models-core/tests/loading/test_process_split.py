@@ -52,7 +52,7 @@ def plan_of(mesh, parameters, table, tensors):
     for name, (shape, spec) in parameters.items()
   }
   checkpoint = SafetensorsCheckpoint(LocalFiles("nowhere"), infos)
-  return plan_load(checkpoint, AbstractModel(abstract, {}, None, None), table)
+  return plan_load(checkpoint, AbstractModel(abstract, None, {}, None, None), table)
 
 
 def read_by(plan, process):

@@ -47,7 +47,13 @@ COMMON: tuple[Forms, ...] = (
 IGNORED = (*vision_tower.ORBAX, *TRAINING)
 
 
-_LAYER = re.compile(r"(?:transformer/)?layer_(\d+)[./]")
+# In Google's trees, in those that tunix saves, and in those of the model's own names.
+_EMBEDDINGS = (
+  "transformer/embedder.input_embedding",
+  "embedder.input_embedding",
+  "embedder.input_embedding.value",
+)
+_LAYER = re.compile(r"(?:(?:transformer/)?layer_|layers\.)(\d+)[./]")
 
 
 def rows(forms: Iterable[Forms]) -> list[tuple[str, list[Form]]]:
@@ -77,16 +83,16 @@ def _nested(name: str) -> str:
 
 def fit_rows(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
   """Returns the configuration with the tree's number of rows of the embedding, which differs from Hugging Face's."""
-  for form in rows(COMMON)[0][1]:
-    if form.name in tensors:
-      return dataclasses.replace(config, num_embed=tensors[form.name].shape[0])
+  for name in _EMBEDDINGS:
+    if name in tensors:
+      return dataclasses.replace(config, num_embed=tensors[name].shape[0])
   return config
 
 
 def fit_config(config: Any, tensors: Mapping[str, TensorInfo]) -> Any:
   """Returns what `fit_rows` returns, or None if the tree has another width or another number of layers."""
   layers = {found[1] for name in tensors if (found := _LAYER.match(name))}
-  widths = {tensors[form.name].shape[1:] for form in rows(COMMON)[0][1] if form.name in tensors}
+  widths = {tensors[name].shape[1:] for name in _EMBEDDINGS if name in tensors}
   if len(layers) != config.num_layers or widths != {(config.embed_dim,)}:
     return None
   return fit_rows(config, tensors)

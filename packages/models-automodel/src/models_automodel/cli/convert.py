@@ -19,7 +19,8 @@ def add_convert(commands: Commands) -> None:
   parser.add_argument(
     "--to",
     default="huggingface",
-    help="huggingface (default): safetensors files that transformers loads; orbax: a tree that Orbax restores",
+    help="huggingface (default): safetensors files that transformers loads; orbax: a tree that Orbax restores; maxtext: one "
+    "that MaxText loads",
   )
   parser.add_argument(
     "--max-shard-size", type=_size, help="tensor data in one safetensors file, such as 2GB (default: 5GB)"

@@ -9,6 +9,7 @@ from .lora import (
   save_merged,
   set_adapter,
 )
+from .orbax_tree import factor_names, load_orbax_adapter
 from .patterns import match_modules, unmatched
 from .peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_peft_adapter, save_peft_adapter
 
@@ -18,6 +19,8 @@ __all__ = [
   "Adapter",
   "Factors",
   "adapter_of",
+  "factor_names",
+  "load_orbax_adapter",
   "load_peft_adapter",
   "match_modules",
   "merge_adapter",

@@ -37,13 +37,14 @@ class Format:
   Attributes:
     name: such as "safetensors".
     naming: naming scheme of the format's tensors, which is the key of a family's weight table.
+    dialects: other naming schemes in which files of this format may be.
     owns: whether a file of this name holds weights in this format.
     is_in: whether the files include a checkpoint in this format. May read the first bytes of some of them.
     read: reads the headers of the files' checkpoint.
     entries: a directory -> names of the files and folders in it that belong to its checkpoint in this format. A new
       checkpoint that is saved to the directory replaces them.
-    keeps_own_names: whether files in this format name tensors as the model names its parameters, if the family has
-      no weight table for the naming scheme.
+    keeps_own_names: whether files in this format may name tensors as the model names its parameters. They do in the
+      format's naming scheme, too, if the family has no weight table for it.
   """
 
   name: str
@@ -52,6 +53,7 @@ class Format:
   is_in: Callable[[Files], bool]
   read: Callable[[Files], Checkpoint]
   entries: Callable[[str], Set[str]]
+  dialects: tuple[str, ...] = ()
   keeps_own_names: bool = False
 
 
@@ -64,6 +66,7 @@ class Checkpoint(abc.ABC):
     tensors: by name.
     metadata: entries of the headers besides tensors, such as the keys of a GGUF file.
     problems: errors in the headers, one sentence each. They are reported together with tensors that do not fit a model.
+    notes: on files that are left out, one sentence each.
     shared_files: names of the files that are needed whichever tensors are read.
   """
 
@@ -71,6 +74,7 @@ class Checkpoint(abc.ABC):
   tensors: Mapping[str, TensorInfo]
   metadata: Mapping[str, object] = dataclasses.field(default_factory=dict)
   problems: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
   shared_files: tuple[str, ...] = ()
 
   @property

@@ -8,7 +8,7 @@ into the shards (`models_core.formats.orbax_cells`).
 Tensors have the names of Google's Gemma trees, such as `transformer/layer_0/attn/q_einsum.w`: dots join the keys of
 the tree, and a slash is part of a key. Two other kinds of trees get the same names:
 
-- If parameters are wrapped, as in `{"params": ..., "step": ...}`, the prefix `params.` is dropped.
+- If parameters are wrapped, as in `{"params": ..., "step": ...}`, also twice, the prefix `params.` is dropped.
 - If layers are stacked, `transformer/stacked_layers/attention_type_1/...` is an array of all layers at position 1 of
   the cycle of attention types. In a cycle of 2, its index 3 along the first axis is layer 3 * 2 + 1 = 7.
 """
@@ -35,11 +35,18 @@ from models_core.formats.checkpoint import Checkpoint, Format
 from models_core.formats.files import Files, LocalFiles
 from models_core.formats.json_files import read_json
 from models_core.formats.orbax_cells import CellStream, KeyValues, cell_key, is_stream
+from models_core.formats.orbax_trees import (
+  AGGREGATE,
+  DATABASE,
+  METADATA,
+  UNFINISHED,
+  find_tree,
+  has_file,
+  is_map,
+)
 from models_core.formats.reader import OnBytes
 from models_core.formats.tensors import Index, TensorInfo, cells_of
 from models_core.threads import THREADS
-
-DATABASE, METADATA, AGGREGATE = "manifest.ocdbt", "_METADATA", "checkpoint"
 
 # Bytes to read at a time: enough to outweigh the cost of a request, but few enough for a core's cache.
 _CHUNK = 4 << 20
@@ -61,58 +68,14 @@ _BESIDE = ("PLACEHOLDER://", "AGGREGATED://")
 # How `_METADATA` marks leaves that are not arrays.
 _EMPTY = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
 _STACKED = re.compile(r"(?P<head>.*?)stacked_layers/attention_type_(?P<position>\d+)(?P<tail>/.*)")
-_WRAPPING = "params."
-
-
-def find_orbax(files: Files) -> str | None:
-  """Finds the Orbax tree among some files.
-
-  Returns:
-    The folder that holds the tree, with a slash at the end, such as "2b/"; "" if the tree is not in a folder; None if
-    there is no tree.
-
-  Raises:
-    CheckpointError: if several folders hold trees.
-  """
-  names = set(files.names())
-  if os.path.isdir(files.path):
-    # For a directory, `names()` may list the top level alone.
-    folders = sorted(entry.name for entry in os.scandir(files.path) if entry.is_dir())
-    marks = [f"{folder}/{mark}" for folder in folders for mark in (DATABASE, METADATA, AGGREGATE)]
-    names.update(mark for mark in marks if os.path.isfile(os.path.join(files.path, mark)))
-  found = {
-    name.removesuffix(mark)
-    for name in names
-    for mark in (DATABASE, METADATA, AGGREGATE)
-    if _is_mark(name, mark) and (mark != AGGREGATE or _is_map(files, name))
-  }
-  if not found or "" in found:
-    return "" if found else None
-  if len(found) > 1:
-    listed = ", ".join(sorted(folder.rstrip("/") for folder in found))
-    raise CheckpointError(
-      files.path, [f"the directory holds several checkpoints ({listed}): pass the path of one"]
-    )
-  return found.pop()
-
-
-def _is_mark(name: str, mark: str) -> bool:
-  folder, _, last = name.rpartition("/")
-  # A folder `ocdbt.process_*` holds one process's part of a tree, not a tree.
-  return last == mark and "/" not in folder and not folder.startswith("ocdbt.process_")
-
-
-def _is_map(files: Files, name: str) -> bool:
-  """Whether a file is a msgpack map, by its first byte. TensorFlow also writes a file named `checkpoint`."""
-  first = files.read(name, 0, 1)
-  return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
+_WRAPPING = re.compile(r"(params\.)+")
 
 
 def tree_entries(directory: str) -> set[str]:
   """Names of the files and folders in a directory that belong to its Orbax tree; none if it is not a tree."""
   names = set(os.listdir(directory))
   own = names & {DATABASE, METADATA}
-  if AGGREGATE in names and _is_map(LocalFiles(directory), AGGREGATE):
+  if AGGREGATE in names and is_map(LocalFiles(directory), AGGREGATE):
     own.add(AGGREGATE)
   if own:
     patterns = _ACCOUNTS + (_DATABASE_PARTS if DATABASE in own else ())
@@ -154,7 +117,7 @@ class OrbaxCheckpoint(Checkpoint):
 
 
 def read_orbax(files: Files) -> OrbaxCheckpoint:
-  """Reads the metadata of an Orbax tree: of the directory itself, or of the only folder in it that holds one.
+  """Reads the metadata of the Orbax tree among some files, which `find_tree` finds.
 
   Files whose `path` is an address, such as `gs://bucket/tree`, are read in place; all others are fetched first.
 
@@ -162,20 +125,21 @@ def read_orbax(files: Files) -> OrbaxCheckpoint:
     CheckpointError: if there is no tree, several trees, or one that cannot be read.
     MissingExtraError: if TensorStore is not installed.
   """
-  folder = find_orbax(files)
-  if folder is None:
+  tree = find_tree(files)
+  if tree is None:
     raise CheckpointError(
       files.path,
       [f"no Orbax checkpoint: there is no {DATABASE}, no {METADATA} and no {AGGREGATE} file of Orbax"],
     )
+  folder = tree.folder
   own = tuple(name for name in files.names() if name.startswith(folder))
   stays = "://" in files.path
   root = files.path if stays else files.fetch(own)
   where = f"{root.rstrip('/')}/{folder}".rstrip("/")
-  if ".orbax-checkpoint-tmp" in where:
+  if UNFINISHED in where:
     raise CheckpointError(where, ["saving this checkpoint was never finished: use another one"])
   structure = _Structure.read(files, folder)
-  store = _Store(where, is_database=_has(files, folder + DATABASE))
+  store = _Store(where, is_database=has_file(files, folder + DATABASE))
   keys = store.keys()
   drivers = _drivers(keys)
   arrays = store.open(drivers, _CACHE)
@@ -201,16 +165,13 @@ def read_orbax(files: Files) -> OrbaxCheckpoint:
     files,
     tensors,
     problems=tuple(problems),
+    notes=tree.notes,
     shared_files=() if stays else own,
     store=store,
     places=places,
     drivers=drivers,
     keys=frozenset(keys),
   )
-
-
-def _has(files: Files, name: str) -> bool:
-  return name in files.names() or os.path.isfile(os.path.join(files.path, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +191,9 @@ class _Structure:
   @classmethod
   def read(cls, files: Files, folder: str) -> _Structure:
     """Reads the list of the tree in a folder; without a list, the result is empty."""
-    if _has(files, name := folder + METADATA):
+    if has_file(files, name := folder + METADATA):
       return cls(METADATA, _listed(files, name))
-    if _has(files, name := folder + AGGREGATE):
+    if has_file(files, name := folder + AGGREGATE):
       return cls(AGGREGATE, *_aggregated(files, name))
     return cls("", frozenset())
 
@@ -412,16 +373,20 @@ class _Place:
 
 def _places(arrays: Mapping[str, Any]) -> Iterator[tuple[str, _Place]]:
   """Yields the name and the place of each tensor that the arrays hold."""
-  wrapped = any(name.startswith(_WRAPPING) for name in arrays)
   found = {name: _STACKED.fullmatch(name) for name in arrays}
   cycle = max((int(match["position"]) + 1 for match in found.values() if match), default=0)
   for name, match in found.items():
     if match is None:
-      yield name.removeprefix(_WRAPPING) if wrapped else name, _Place(name)
+      yield _unwrapped(name), _Place(name)
       continue
     for layer in range(arrays[name].shape[0]):
       tensor = f"{match['head']}layer_{layer * cycle + int(match['position'])}{match['tail']}"
-      yield tensor.removeprefix(_WRAPPING) if wrapped else tensor, _Place(name, layer)
+      yield _unwrapped(tensor), _Place(name, layer)
+
+
+def _unwrapped(name: str) -> str:
+  wrapping = _WRAPPING.match(name)
+  return name[wrapping.end() :] if wrapping else name
 
 
 @final
@@ -537,10 +502,11 @@ class OrbaxReader:
 ORBAX = Format(
   name="orbax",
   naming="orbax",
+  dialects=("tunix", "maxtext"),
   keeps_own_names=True,
   # No file name shows that a file is Orbax's: files have the names of arrays, or are parts of a database.
   owns=lambda name: False,
-  is_in=lambda files: find_orbax(files) is not None,
+  is_in=lambda files: find_tree(files) is not None,
   read=read_orbax,
   entries=tree_entries,
 )

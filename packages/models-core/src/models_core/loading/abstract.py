@@ -44,10 +44,12 @@ class AbstractModel:
 
   Attributes:
     parameters: the parameters by name, in the model's order.
-    heads: number and dimension of the configuration's heads, by their letters in layouts.
+    config: the configuration that it was built from.
+    heads: the sizes of the configuration by their letters in layouts, as `head_sizes` returns them.
   """
 
   parameters: Mapping[str, AbstractParameter]
+  config: Any
   heads: Mapping[str, int]
   _graphdef: Any
   _state: Any
@@ -111,7 +113,7 @@ def abstract_model(
     )
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh cannot hold these shardings:\n  - " + "\n  - ".join(notes))
-  return AbstractModel(parameters, head_sizes(config), graphdef, state)
+  return AbstractModel(parameters, config, head_sizes(config), graphdef, state)
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

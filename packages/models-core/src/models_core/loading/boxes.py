@@ -109,6 +109,21 @@ def factoring(piece: Piece, shape: Sequence[int]) -> Factoring | None:
   return Factoring(axes, tuple(sizes), tuple(fixed), ours)
 
 
+def taken(piece: Piece) -> tuple[Index, Piece]:
+  """The box of a tensor that holds all that a piece takes, and how that box fills the piece's part of the parameter.
+
+  Example: of a tensor [2048, 32, 5504] that holds 32 layers along its second axis, layer 3 takes [2048, 3:4, 5504].
+  """
+  box, split, select = [slice(0, size) for size in piece.shape], list(piece.split), list(piece.select)
+  for axis, group in enumerate(group_axes(piece.shape, piece.split) or ()):
+    at = piece.select[group[0]]
+    if isinstance(at, int):
+      inner = piece.shape[axis] // piece.split[group[0]]
+      box[axis] = slice(at * inner, (at + 1) * inner)
+      split[group[0]], select[group[0]] = 1, 0
+  return tuple(box), dataclasses.replace(piece, split=tuple(split), select=tuple(select))
+
+
 def _common_factors(theirs: Sequence[int], ours: Sequence[int]) -> list[tuple[int, int, int]] | None:
   """The common factors of two shapes, as triples (axis of theirs, axis of ours, size); None if they have none.
 

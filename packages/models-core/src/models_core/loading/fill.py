@@ -252,8 +252,9 @@ def _fill_box(
 def _fill_whole(
   piece: Piece, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target], reader: TensorReader
 ) -> None:
-  """Fills shards from a whole tensor, which is converted or rearranged in memory: where boxes cannot be copied."""
-  part = arrange(reader.read_box(info, info.everything), piece, shape)
+  """Fills shards from all that a piece takes of a tensor, which is converted or rearranged in memory."""
+  box, within = boxes.taken(piece)
+  part = arrange(reader.read_box(info, box), within, shape)
   for index, target in targets:
     cast_into(target, part[index])
 

@@ -113,9 +113,10 @@ class LoadPlan:
     return misfit_notes(self.model.parameters)
 
   def notes(self) -> list[str]:
-    """Notes on what a user may not expect: axes that are replicated, and tensors that are not loaded."""
+    """Notes on what a user may not expect: axes that are replicated, and files and tensors that are not loaded."""
     left_out = collections.Counter(reason for _, reason in self.ignored)
-    return self.replicated() + [f"{_count(n, 'tensor')} not loaded: {why}" for why, n in left_out.items()]
+    unread = [f"{_count(n, 'tensor')} not loaded: {why}" for why, n in left_out.items()]
+    return [*self.replicated(), *self.checkpoint.notes, *unread]
 
   def __str__(self) -> str:
     devices = collections.Counter(self.bytes_per_device().values())
@@ -169,7 +170,7 @@ def plan_load(
   for parameter in model.parameters.values():
     row, placeholders = table.row_of(parameter.name)
     forms = [pieces(row, form, placeholders, parameter.shape, model.heads) for form in row.forms]
-    found, trouble = _choose(row, forms, parameter, tensors)
+    found, trouble = _choose(row, forms, parameter, tensors, model.config)
     problems += trouble
     if found:
       used.update(piece.tensor for piece in found)
@@ -202,7 +203,11 @@ def plan_load(
 
 
 def _choose(
-  row: Row, forms: list[list[Piece]], parameter: AbstractParameter, tensors: Mapping[str, TensorInfo]
+  row: Row,
+  forms: list[list[Piece]],
+  parameter: AbstractParameter,
+  tensors: Mapping[str, TensorInfo],
+  config: Any,
 ) -> tuple[list[Piece], list[str]]:
   """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems."""
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
@@ -210,16 +215,18 @@ def _choose(
   if len({form[0].tensor for form in complete}) > 1:
     return [], [f"{parameter.name} occurs twice: the checkpoint holds it as {names}; remove one"]
   if len(complete) > 1:
-    # The same tensor in several layouts: its shape decides.
-    fitting = [form for form in complete if all(tensors[p.tensor].shape == p.shape for p in form)]
+    # The same tensor in several layouts: its shape decides, or else the configuration.
+    fitting = [i for i, form in enumerate(forms) if _fits(form, tensors)]
+    if len(stated := row.published(fitting, config)) == 1:
+      fitting = stated
     if len(fitting) > 1:
-      name = fitting[0][0].tensor
-      layouts = " and ".join(row.forms[forms.index(form)].layout for form in fitting)
+      name = forms[fitting[0]][0].tensor
+      layouts = " and ".join(row.forms[i].layout for i in fitting)
       return [], [
         f"{name} {tensors[name].shape} is ambiguous: its shape fits more than one layout ({layouts}); convert the "
         "checkpoint to a format with a single layout, such as safetensors"
       ]
-    complete = fitting or complete[:1]
+    complete = [forms[i] for i in fitting] or complete[:1]
   if not complete:
     nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
     missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
@@ -235,6 +242,10 @@ def _choose(
         f"{piece.tensor} has shape {shape}, but the parameter {parameter.name} {parameter.shape} needs {piece.shape}"
       )
   return ([], wrong) if wrong else (complete[0], [])
+
+
+def _fits(form: Sequence[Piece], tensors: Mapping[str, TensorInfo]) -> bool:
+  return all(piece.tensor in tensors and tensors[piece.tensor].shape == piece.shape for piece in form)
 
 
 def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,8 @@ def save_parameters_to_orbax(
   overwrite: bool = False,
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
+  naming: str = ORBAX.naming,
+  wrapping: str = "",
 ) -> None:
   """Writes an Orbax tree. The write is atomic: `save_dir` is either unchanged or holds the complete checkpoint.
 
@@ -52,10 +55,12 @@ def save_parameters_to_orbax(
     overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
     on_total: called once with the number of bytes that will be written.
     on_bytes: called with the number of bytes of each write.
+    naming: the naming scheme to write: that of the family's weight table of this name.
+    wrapping: what the names of all arrays begin with, such as "params.".
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot express the configuration.
+    ConfigError: if config.json cannot express the configuration, or the family has no table for the naming scheme.
     MissingExtraError: if TensorStore is not installed.
     SaveError: if `save_dir` holds files and `overwrite` is false, or keeps weights that would be loaded instead of the
       tree, or has a backslash in its path; if another process is writing it, a value does not fit `dtype`, the file
@@ -68,9 +73,14 @@ def save_parameters_to_orbax(
       "or run a single process"
     )
   _check_target(os.path.realpath(os.path.expanduser(save_dir)), overwrite)
-  table = family.table_of(ORBAX, {name: shaped.shape for name, shaped in parameters.items()})
+  shapes = {name: shaped.shape for name, shaped in parameters.items()}
+  table = family.table_of(ORBAX, shapes, naming)
   tree = None if base is None else base.in_format(ORBAX)
+  if tree is not None and family.tables_for(ORBAX, tree.tensors, shapes)[0].rows != table.rows:
+    # The names in a tree of another naming scheme say nothing about this one.
+    tree = None
   tensors = plan_save(parameters, table, config=config, base=tree, dtype=as_dtype(dtype))
+  tensors = [dataclasses.replace(tensor, name=wrapping + tensor.name) for tensor in tensors]
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with contextlib.ExitStack() as stack:

@@ -182,9 +182,11 @@ def _forms(
     row, at = table.row_of(name)
     rows[name], forms[name] = row, [pieces(row, form, at, array.shape, heads) for form in row.forms]
     complete = [i for i, form in enumerate(forms[name]) if all(piece.tensor in held for piece in form)]
-    # The same tensor in several layouts: its shape decides.
+    # The same tensor in several layouts: its shape decides, or else the configuration.
     fitting = [i for i in complete if all(held[p.tensor].shape == p.shape for p in forms[name][i])]
     if complete:
+      if len(fitting) > 1:
+        fitting = row.published(fitting, config) or fitting
       chosen[name] = (fitting or complete)[0]
   # Count the chosen forms, per row (the same parameter in all layers) and per number of forms.
   votes: dict[object, collections.Counter[int]] = collections.defaultdict(collections.Counter)
@@ -194,13 +196,9 @@ def _forms(
   for name in parameters:
     if name not in chosen:
       ballot = votes.get(rows[name].ours) or votes.get(len(rows[name].forms))
-      chosen[name] = ballot.most_common(1)[0][0] if ballot else _published(rows[name], config)
+      published = rows[name].published(range(len(forms[name])), config)
+      chosen[name] = ballot.most_common(1)[0][0] if ballot else (published or [0])[0]
   return {name: forms[name][chosen[name]] for name in parameters}
-
-
-def _published(row: Row, config: Any) -> int:
-  """The index of the form that the published checkpoint of a configuration has."""
-  return next((i for i, form in enumerate(row.forms) if form.when is not None and form.when(config)), 0)
 
 
 def _check_filled(tensor: SavedTensor) -> None:

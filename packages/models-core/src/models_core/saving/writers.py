@@ -1,8 +1,9 @@
-"""The formats in which checkpoints are written."""
+"""The formats and naming schemes in which checkpoints are written."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from models_core.formats import ORBAX, SAFETENSORS, Format
@@ -12,7 +13,7 @@ from models_core.saving.parameters import save_parameters_to_safetensors
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-  """How checkpoints are written in one format.
+  """How checkpoints are written in one naming scheme.
 
   Attributes:
     format: the format.
@@ -28,9 +29,10 @@ class Writer:
 
 # The writers, by the naming scheme that they write.
 WRITERS = {
-  writer.format.naming: writer
-  for writer in (
-    Writer(SAFETENSORS, save_parameters_to_safetensors, has_shards=True),
-    Writer(ORBAX, save_parameters_to_orbax),
-  )
+  SAFETENSORS.naming: Writer(SAFETENSORS, save_parameters_to_safetensors, has_shards=True),
+  ORBAX.naming: Writer(ORBAX, save_parameters_to_orbax),
+  # MaxText keeps the parameters of a Flax module in a state of its own.
+  "maxtext": Writer(
+    ORBAX, functools.partial(save_parameters_to_orbax, naming="maxtext", wrapping="params.params.")
+  ),
 }

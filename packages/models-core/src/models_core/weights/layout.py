@@ -74,12 +74,12 @@ class Piece:
 
 
 def head_sizes(config: Any) -> dict[str, int]:
-  """The sizes of the letters n (query heads), k (KV heads) and h (dimension of a head) in layouts.
+  """The sizes of the letters n (query heads), k (KV heads), h (dimension of a head) and l (layers) in layouts.
 
   Args:
     config: configuration of a model; letters whose fields it does not have are left out.
   """
-  fields = {"n": "num_heads", "k": "num_kv_heads", "h": "head_dim"}
+  fields = {"n": "num_heads", "k": "num_kv_heads", "h": "head_dim", "l": "num_layers"}
   return {
     letter: size for letter, field in fields.items() if isinstance(size := getattr(config, field, None), int)
   }
@@ -99,7 +99,7 @@ def pieces(
     form: the one of the row's forms to resolve.
     placeholders: their values in the parameter's name, such as `{"i": "3"}`.
     shape: of the parameter.
-    heads: sizes of letters that share an axis of the parameter, as `head_sizes` returns them.
+    heads: sizes of letters that share an axis of the parameter or are no axis of it, as `head_sizes` returns them.
 
   Raises:
     ValueError: if the layout does not fit the parameter's shape, which is an error in the table.
@@ -116,20 +116,23 @@ def pieces(
   kept = [axis for axis in flat_theirs if "/" not in axis]
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
-  if any(int(axis.split("/")[0]) >= _size(axis, sizes) for axis in flat_theirs if "/" in axis):
+  sizes = {**heads, **sizes}
+  parts = {a: int(placeholders.get(part := a.partition("/")[0], part)) for a in flat_theirs if "/" in a}
+  if any(part >= _size(axis, sizes) for axis, part in parts.items()):
     raise ValueError(
       f"the layout {form.layout!r} selects a part that a fused axis does not have: parts are counted from 0"
     )
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
-  select = tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat_theirs)
+  select = tuple(parts.get(axis, slice(None)) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
   tensor_shape = tuple(math.prod(_size(axis, sizes) for axis in group) for group in theirs)
+  conversion = row.conversion(heads) if callable(row.conversion) else row.conversion
   result = []
   for index in np.ndindex(*(sizes[axis] for axis in stacked)):
     at = dict(zip(stacked, index, strict=True))
     target = tuple(at.get(group[0], slice(None)) for group in ours)
     name = form.name.format(**placeholders, **at)
-    result.append(Piece(name, tensor_shape, split, select, order, target, row.conversion))
+    result.append(Piece(name, tensor_shape, split, select, order, target, conversion))
   return result
 
 
@@ -157,12 +160,9 @@ def _groups(side: str) -> list[list[str]]:
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
-  """The size of an axis: of a letter `n`, a number `2`, or a part such as `1/2`, whose axis has size 2."""
-  if axis.isdigit():
-    return int(axis)
-  if "/" in axis:
-    return int(axis.split("/")[1])
-  return sizes[axis]
+  """The size of an axis: of a letter `n`, a number `2`, or a part such as `1/2`, whose axis has size 2, or `i/l`."""
+  whole = axis.rpartition("/")[2]
+  return int(whole) if whole.isdigit() else sizes[whole]
 
 
 def _sizes(

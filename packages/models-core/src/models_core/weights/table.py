@@ -10,9 +10,10 @@ A layout names axes by a letter each: "v d" if tensor and parameter have the sam
   "(n p 2) d -> (n 2 p) d"   a number is an axis of that size
   "e (0/2 f) d -> e f d"     the parameter is the first half of a fused axis
   "f d -> e f d"             with `{e}` in the tensor's name: tensors [f, d] are stacked to a parameter [e, f, d]
+  "d i/l f -> f d"           the tensor holds all l layers, and the parameter of layer `{i}` is one position of that axis
 
 The sizes of letters follow from the parameter's shape. If an axis of the parameter has several letters, the sizes of n
-(query heads), k (KV heads) and h (dimension of a head) come from the configuration.
+(query heads), k (KV heads) and h (dimension of a head) come from the configuration, as l (layers) always does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Form:
     name: of the tensors, with placeholders.
     layout: of each tensor.
     when: whether the published checkpoint of a configuration has this form. If that is true of no form, it has the
-      row's first one.
+      row's first one. It also decides between layouts of one tensor that have the same shape.
   """
 
   name: str
@@ -68,17 +69,22 @@ class Row:
   Attributes:
     ours: the parameter's name, with placeholders.
     forms: in which a checkpoint may hold the parameter. All tensors of one form must be there.
-    conversion: of the tensors' numbers; None if checkpoint and model store the same numbers.
+    conversion: of the tensors' numbers, or a function that makes it from the sizes of the letters in layouts; None if
+      checkpoint and model store the same numbers.
   """
 
   ours: str
   forms: tuple[Form, ...]
-  conversion: Conversion | None = None
+  conversion: Conversion | Callable[[Mapping[str, int]], Conversion] | None = None
 
   def match(self, name: str) -> dict[str, str] | None:
     """The values of the placeholders in a parameter's name; None if the row does not describe the parameter."""
     found = _name_pattern(self.ours).fullmatch(name)
     return found.groupdict() if found else None
+
+  def published(self, among: Iterable[int], config: Any) -> list[int]:
+    """Those of some forms, by their indices, that the published checkpoint of a configuration has."""
+    return [i for i in among if (when := self.forms[i].when) is not None and when(config)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +150,11 @@ class WeightTable:
       )
     return found[0]
 
+  def known(self, names: Iterable[str]) -> int:
+    """How many names are those of the table's tensors, to tell the naming scheme of a checkpoint."""
+    patterns = {_name_pattern(form.name) for row in self.rows for form in row.forms}
+    return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
+
   def layer_of(self, tensor: str) -> int | None:
     """The number of the layer that a tensor belongs to, which is `{i}` in its name; None if it has no layer."""
     for form in (form for row in self.rows for form in row.forms if "{i}" in form.name):
@@ -180,9 +191,12 @@ def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
     shapes: of the model's parameters, by name.
   """
   layouts = {_numbers_open(name): " ".join(string.ascii_letters[: len(s)]) for name, s in shapes.items()}
-  # If a Flax state is saved with its variables, each name has the additional key `value`.
-  rows = [(name, [Form(name, layout), Form(f"{name}.value", layout)]) for name, layout in layouts.items()]
-  return WeightTable(*rows, ignored=TRAINING)
+  return WeightTable(*((n, variable_forms(n, layout)) for n, layout in layouts.items()), ignored=TRAINING)
+
+
+def variable_forms(name: str, *layouts: str) -> list[Form]:
+  """The forms of a tensor in the tree of a Flax state: if it is saved with its variables, names end in `.value`."""
+  return [Form(one, layout) for one in (name, f"{name}.value") for layout in layouts]
 
 
 def _numbers_open(name: str) -> str:

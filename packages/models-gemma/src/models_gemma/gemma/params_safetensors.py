@@ -14,13 +14,14 @@ from models_core.config import ConfigKeys, write_rope
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import Tied, WeightTable, gguf_table
+from models_core.weights import Tied, WeightTable, gguf_table, tunix_table
 from models_gemma.attention_types import every
 from models_gemma.config_json import GELU_TANH, read_common, read_types, write_common
 from models_gemma.gemma.model import Gemma, ModelConfig
 from models_gemma.gemma.params import ORBAX
 from models_gemma.gguf_values import FACTOR
 from models_gemma.orbax_rows import fit_config
+from models_gemma.tunix_rows import COMMON
 
 L, M = "layers.{i}", "model.layers.{i}"
 
@@ -45,6 +46,13 @@ HUGGINGFACE = WeightTable(
 )  # fmt: skip
 
 GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
+
+TUNIX = tunix_table(
+  HUGGINGFACE,
+  *COMMON,
+  (f"{L}.post_attn_norm.w", [(f"{L}.post_attn_norm.scale", "d")]),
+  (f"{L}.post_attention_layernorm.w", [(f"{L}.pre_ffw_norm.scale", "d")]),
+)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -126,7 +134,7 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX, "tunix": TUNIX},
   fit_config=fit_config,
 )
 

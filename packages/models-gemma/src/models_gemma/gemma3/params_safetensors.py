@@ -15,7 +15,7 @@ from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.rope_scaling import RopeScaling
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import Form, Tied, WeightTable, gguf_table
+from models_core.weights import Form, Tied, WeightTable, gguf_table, tunix_table
 from models_gemma import vision_tower
 from models_gemma.attention_types import AttentionType, every
 from models_gemma.config_json import read_common, read_types, write_common
@@ -23,6 +23,7 @@ from models_gemma.gemma3.model import Gemma3, ModelConfig
 from models_gemma.gemma3.params import ORBAX
 from models_gemma.gguf_values import FACTOR
 from models_gemma.orbax_rows import fit_config
+from models_gemma.tunix_rows import COMMON
 
 L, M = "layers.{i}", "layers.{i}"
 
@@ -57,6 +58,15 @@ HUGGINGFACE = WeightTable(
 )  # fmt: skip
 
 GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)
+
+TUNIX = tunix_table(
+  HUGGINGFACE,
+  *COMMON,
+  (f"{L}.attn.q_norm.w", [(f"{L}.attn._query_norm.scale", "h")]),
+  (f"{L}.attn.k_norm.w", [(f"{L}.attn._key_norm.scale", "h")]),
+  (f"{L}.post_attn_norm.w", [(f"{L}.post_attention_norm.scale", "d")]),
+  ignored=vision_tower.ORBAX,
+)
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -139,7 +149,7 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX, "tunix": TUNIX},
   fit_config=fit_config,
 )
 

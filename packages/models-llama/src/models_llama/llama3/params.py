@@ -13,7 +13,15 @@ from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.family import Family
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import Ignored, Tied, WeightTable, gguf_table
+from models_core.weights import (
+  Ignored,
+  Tied,
+  WeightTable,
+  divided_by_root_of_head_dim,
+  gguf_table,
+  maxtext_table,
+  tunix_table,
+)
 from models_llama.llama3.model import Llama3, ModelConfig
 
 L, M = "layers.{i}", "model.layers.{i}"
@@ -42,6 +50,22 @@ GGUF = gguf_table(
   (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n p 2) d -> (n 2 p) d"),
   (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k p 2) d -> (k 2 p) d"),
   ignored=[Ignored("rope_freqs.weight", "the configuration holds these RoPE factors")],
+)
+
+TUNIX = tunix_table(HUGGINGFACE)
+
+# Under the names llama3.1, MaxText pairs neighbouring numbers of a head for RoPE, as GGUF files do. It always scales
+# queries beforehand.
+MAXTEXT = maxtext_table(
+  HUGGINGFACE,
+  layouts={
+    f"{L}.attn.{part}_proj.w": [
+      (f"d {heads} h -> ({heads} h) d", lambda config: config.rope_scaling is None),
+      (f"d {heads} (p 2) -> ({heads} 2 p) d", lambda config: config.rope_scaling is not None),
+    ]
+    for part, heads in (("q", "n"), ("k", "k"))
+  },
+  conversions={f"{L}.attn.q_proj.w": divided_by_root_of_head_dim},
 )
 
 
@@ -88,7 +112,7 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "tunix": TUNIX, "maxtext": MAXTEXT},
 )
 
 

@@ -13,7 +13,7 @@ from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.family import Family
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import Ignored, Tied, WeightTable, gguf_table
+from models_core.weights import Ignored, Tied, WeightTable, gguf_table, maxtext_table, tunix_table
 from models_qwen import windows
 from models_qwen.qwen2.model import ModelConfig, Qwen2
 
@@ -41,6 +41,10 @@ HUGGINGFACE = WeightTable(
 )  # fmt: skip
 
 GGUF = gguf_table(HUGGINGFACE)
+
+TUNIX = tunix_table(HUGGINGFACE)
+
+MAXTEXT = maxtext_table(HUGGINGFACE)
 
 # transformers ignores dual_chunk_attention_config, too, and computes full attention.
 HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
@@ -92,7 +96,7 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "tunix": TUNIX, "maxtext": MAXTEXT},
 )
 
 

@@ -14,7 +14,7 @@ from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.safetensors_loader import load_and_create_model
-from models_core.weights import Form, Ignored, Tied, WeightTable, gguf_table
+from models_core.weights import Form, Ignored, Tied, WeightTable, gguf_table, maxtext_table, tunix_table
 from models_qwen import windows
 from models_qwen.qwen3.model import ModelConfig, Qwen3
 
@@ -54,6 +54,10 @@ GGUF = gguf_table(
   (f"{L}.mlp.experts.up_proj", "blk.{i}.ffn_up_exps.weight", "e f d"),
   (f"{L}.mlp.experts.down_proj", "blk.{i}.ffn_down_exps.weight", "e d f"),
 )
+
+TUNIX = tunix_table(HUGGINGFACE)
+
+MAXTEXT = maxtext_table(HUGGINGFACE)
 
 # The auxiliary loss of the router matters only for training.
 HARMLESS = ("router_aux_loss_coef", "output_router_logits", *windows.KEYS)
@@ -150,7 +154,7 @@ FAMILY = Family(
   config_class=ModelConfig,
   read_config=read_config,
   write_config=write_config,
-  weights={"huggingface": HUGGINGFACE, "gguf": GGUF},
+  weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "tunix": TUNIX, "maxtext": MAXTEXT},
 )
 
 
