@@ -50,6 +50,7 @@ def main(task: dict) -> dict:
     "logits": _call(model, mesh) if task["call"] else None,
     "digest": str(digest(model)) if task["call"] else None,
     "merged": str(_merge(model, task)) if task["merge"] else None,
+    "handed": _hand_over(model, plan, mesh) if task["hand"] else None,
   }
 
 
@@ -71,6 +72,28 @@ def _merge(model, task):
   add_factors(model)
   save_lora_merged_model_as_safetensors(task["path"], task["merge"], model, 2, 3.0)
   return digest(merge_lora(model, FAMILY, alpha=3.0))
+
+
+def _hand_over(model, plan, mesh):
+  """Digests of a model that got the weights as arrays on the devices, and as arrays in the memory of each process."""
+  from models_automodel import from_checkpoint, lazy_checkpoint
+  from models_core.digest import digest
+  from models_core.dummy_model_creator import create_dummy_model
+
+  digests = []
+  on_host = {
+    piece.tensor: np.frombuffer(
+      plan.checkpoint.files.read(info.file, info.start, info.stop), info.dtype
+    ).reshape(info.shape)
+    for planned in plan.parameters
+    for piece in planned.pieces
+    for info in [plan.checkpoint.tensors[piece.tensor]]
+  }
+  for seed, arrays in enumerate((lazy_checkpoint(model), on_host)):
+    other = create_dummy_model(type(model), model.config, mesh, dtype="bfloat16", random_seed=seed)
+    from_checkpoint(other, arrays)
+    digests.append(str(digest(other)))
+  return digests
 
 
 def add_factors(model):

@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory):
   return directory
 
 
-def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, merge=None):
+def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, merge=None, hand=False):
   """Starts a process for each path. Returns their reports."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, m
     task = {
       "port": port, "process": process, "processes": len(paths), "devices": devices,
       "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify, "call": call,
-      "merge": merge and str(merge),
+      "merge": merge and str(merge), "hand": hand,
     }  # fmt: skip
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -111,13 +111,23 @@ def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, 
       assert (merged / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
+SPARSE = Qwen3Config(
+  num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=32, num_heads=4, head_dim=8, num_kv_heads=2,
+  rope_theta=1e4, norm_eps=1e-6, num_experts=4, num_experts_per_tok=2, moe_hidden_dim=16,
+  norm_topk_prob=True, decoder_sparse_step=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["explicit", "auto"])
+def test_weights_are_handed_over_by_all_processes_together(tmp_path, auto):
+  model = create_dummy_model(Qwen3, SPARSE, dtype=jnp.bfloat16)
+  write_checkpoint(tmp_path, qwen3.FAMILY, SPARSE, model)
+  reports = run([tmp_path] * 2, (2, 2), ("tp", "fsdp"), devices=2, auto=auto, verify=False, hand=True)
+  assert [r["handed"] for r in reports] == [[str(digest(model))] * 2] * 2
+
+
 def test_a_process_needs_the_files_of_its_own_experts_alone(tmp_path):
-  config = Qwen3Config(
-    num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=32, num_heads=4, head_dim=8, num_kv_heads=2,
-    rope_theta=1e4, norm_eps=1e-6, num_experts=4, num_experts_per_tok=2, moe_hidden_dim=16,
-    norm_topk_prob=True, decoder_sparse_step=1,
-  )  # fmt: skip
-  tensors = to_tensors(create_dummy_model(Qwen3, config), qwen3.FAMILY.weights["huggingface"])
+  tensors = to_tensors(create_dummy_model(Qwen3, SPARSE), qwen3.FAMILY.weights["huggingface"])
   parts = {"rest": {}, "first": {}, "second": {}}
   for name, tensor in tensors.items():
     part = "rest" if ".experts." not in name else "second" if int(name.split(".")[5]) >= 2 else "first"
@@ -126,7 +136,7 @@ def test_a_process_needs_the_files_of_its_own_experts_alone(tmp_path):
     save_file(own, tmp_path / f"{part}.safetensors")
   weight_map = {name: f"{part}.safetensors" for part, own in parts.items() for name in own}
   (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-  (tmp_path / "config.json").write_text(json.dumps(qwen3.FAMILY.write_config(config)))
+  (tmp_path / "config.json").write_text(json.dumps(qwen3.FAMILY.write_config(SPARSE)))
   reports = run([tmp_path] * 2, (2,), ("tp",))
   assert [r.get("wrong") for r in reports] == [[]] * 2, reports
   assert [r["files"] for r in reports] == [

@@ -12,6 +12,7 @@ from .errors import (
   SourceFilesError,
 )
 from .presets import ModelModule, call_model_config, get_model_module
+from .rollout import from_checkpoint, iter_checkpoint, lazy_checkpoint, to_checkpoint
 from .where import ModelSource, Where
 
 __all__ = [
@@ -32,5 +33,9 @@ __all__ = [
   "Where",
   "call_model_config",
   "digest",
+  "from_checkpoint",
   "get_model_module",
+  "iter_checkpoint",
+  "lazy_checkpoint",
+  "to_checkpoint",
 ]

@@ -38,7 +38,7 @@ def cast_into(target: np.ndarray, source: np.ndarray) -> None:
   elif not np.can_cast(source.dtype, target.dtype, "unsafe"):
     # ml_dtypes has no cast between float8_e8m0fnu and other types of 8 bits; float32 holds both.
     cast_into(target, source.astype(np.float32))
-  elif _holds(target.dtype, source.dtype):
+  elif holds(target.dtype, source.dtype):
     np.copyto(target, source, casting="unsafe")
   else:
     with np.errstate(over="ignore", invalid="ignore"):
@@ -50,7 +50,7 @@ def cast_into(target: np.ndarray, source: np.ndarray) -> None:
 
 
 @functools.cache
-def _holds(target: np.dtype, source: np.dtype) -> bool:
+def holds(target: np.dtype, source: np.dtype) -> bool:
   """Whether a type's range includes that of another."""
   (low, high), (least, most) = _range(source), _range(target)
   return least <= low and high <= most

@@ -35,6 +35,7 @@ from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensor
 from models_core.hlo import Program, Use
 from models_core.layers import Cache, RematConfig, mean_cross_entropy
 from models_core.loading import abstract_model, load, plan_load
+from models_core.rollout import LazyCheckpoint, from_checkpoint, to_checkpoint
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
@@ -345,6 +346,33 @@ class FamilyContract:
       ), name
     raw = json.loads((base / "again" / "config.json").read_text())
     assert self.family.read_config(raw) == config
+
+  def test_arrays_of_a_checkpoint_are_the_saved_tensors_and_fill_a_model(
+    self, model: Any, sharded: Any, mesh: Mesh
+  ) -> None:
+    arrays, expected = to_checkpoint(sharded, self.family), to_tensors(model, self.family.huggingface)
+    assert arrays.keys() == expected.keys()
+    for name, tensor in expected.items():
+      assert np.asarray(arrays[name]).tobytes() == tensor.tobytes(), name
+      assert arrays[name].shape == tensor.shape, name
+      assert arrays[name].sharding.device_set == set(mesh.devices.flat), name
+    other = create_dummy_model(self.family.model_class, self.config, mesh, random_seed=1)
+    from_checkpoint(other, self.family, LazyCheckpoint(sharded, self.family))
+    for ours, theirs in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (sharded, other)), strict=True):
+      ours, theirs = ours[1].get_value(), theirs[1].get_value()
+      np.testing.assert_array_equal(ours, theirs)
+      assert ours.sharding == theirs.sharding
+
+  def test_mappings_for_samplers_have_an_entry_for_each_axis(self, model: Any) -> None:
+    arrays = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    shapes = {".".join(map(str, path)): variable.get_value().shape for path, variable in arrays.items()}
+    for backend in model.BACKEND_MAPPINGS:
+      orders, hooks = model.to_hf_transpose_keys(backend), model.to_hf_hook_fns(backend)
+      for pattern, (_, spec) in model.BACKEND_MAPPINGS[backend]["to_hf_mappings"].items():
+        for name in (pattern.replace("*", str(i)) for i in range(self.config.num_layers)):
+          if name in shapes:
+            array = np.empty(shapes[name]).transpose(orders.get(pattern))
+            assert hooks.get(name, np.asarray)(array).ndim == len(spec), name
 
   # Configuration
 

@@ -14,13 +14,14 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import visible_keys
+from models_core.layers.backends import SamplerMappings
 from models_core.layers.cache import Cache, LayerCache
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
 from models_core.sharding import axis_names
 
 
-class CausalLM(nnx.Module):
+class CausalLM(SamplerMappings, nnx.Module):
   """The calling convention of all models, and the run of tokens through their layers.
 
   A subclass sets the attributes below and implements `_rotary` and `_logits`. It overrides `windows` if layers have a

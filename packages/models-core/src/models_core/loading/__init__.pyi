@@ -1,18 +1,21 @@
 from .abstract import AbstractModel, AbstractParameter, abstract_model
 from .loader import load, load_arrays
 from .opened import OpenedPlan
-from .plan import LoadPlan, loaded_dtype, plan_load
+from .plan import LoadPlan, Match, loaded_dtype, match_tensors, plan_load, shorten
 from .planned import PlannedParameter
 
 __all__ = [
   "AbstractModel",
   "AbstractParameter",
   "LoadPlan",
+  "Match",
   "OpenedPlan",
   "PlannedParameter",
   "abstract_model",
   "load",
   "load_arrays",
   "loaded_dtype",
+  "match_tensors",
   "plan_load",
+  "shorten",
 ]

@@ -18,7 +18,7 @@ from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family
 from models_core.formats import Checkpoint, OnBytes, TensorInfo
-from models_core.loading.abstract import AbstractModel, AbstractParameter, misfit_notes
+from models_core.loading.abstract import AbstractModel, misfit_notes
 from models_core.loading.opened import OpenedPlan
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process
@@ -164,23 +164,78 @@ def plan_load(
     TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
   tensors = checkpoint.tensors
-  problems = list(checkpoint.problems)
-  planned: list[PlannedParameter] = []
+  found = match_tensors(
+    {name: info.shape for name, info in tensors.items()},
+    {name: parameter.shape for name, parameter in model.parameters.items()},
+    table,
+    model.heads,
+    config=model.config,
+    layers=layers,
+  )
+  if problems := [*checkpoint.problems, *found.problems]:
+    raise CheckpointError(checkpoint.files.path, shorten(problems))
+  planned = [
+    PlannedParameter(
+      model.parameters[name], loaded_dtype({tensors[piece.tensor].dtype for piece in pieces}, dtype), pieces
+    )
+    for name, pieces in found.pieces.items()
+  ]
+  return LoadPlan(checkpoint, model, tuple(planned), found.ignored, found.ties)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """Which tensors fill which parameters.
+
+  Attributes:
+    pieces: by parameter, in the model's order. Parameters with a problem are missing.
+    ignored: tensors that no parameter needs, each with the reason.
+    ties: pairs of tensors that must be equal.
+    problems: one sentence for each missing, unexpected, duplicate or mis-shaped tensor.
+  """
+
+  pieces: Mapping[str, tuple[Piece, ...]]
+  ignored: tuple[tuple[str, str], ...]
+  ties: tuple[Tied, ...]
+  problems: tuple[str, ...]
+
+
+def match_tensors(
+  tensors: Mapping[str, tuple[int, ...]],
+  parameters: Mapping[str, tuple[int, ...]],
+  table: WeightTable,
+  heads: Mapping[str, int],
+  *,
+  config: Any = None,
+  layers: int | None = None,
+) -> Match:
+  """Finds the tensors that fill each parameter, from names and shapes alone.
+
+  Args:
+    tensors: shapes of all tensors, by name.
+    parameters: shapes of all parameters, by name.
+    table: weight table of the tensors' naming scheme.
+    heads: number and dimension of the configuration's heads, as `head_sizes` returns them.
+    config: of the model; it decides between layouts of the same shape.
+    layers: the number of layers that the model is cut to; tensors of later layers are ignored. None is no cut.
+
+  Raises:
+    TypeError: if the table does not have exactly one row for a parameter.
+  """
+  problems: list[str] = []
+  filled: dict[str, tuple[Piece, ...]] = {}
   used: set[str] = set()
-  for parameter in model.parameters.values():
-    row, placeholders = table.row_of(parameter.name)
-    forms = [pieces(row, form, placeholders, parameter.shape, model.heads) for form in row.forms]
-    found, trouble = _choose(row, forms, parameter, tensors, model.config)
+  for name, shape in parameters.items():
+    row, placeholders = table.row_of(name)
+    forms = [pieces(row, form, placeholders, shape, heads) for form in row.forms]
+    found, trouble = _choose(row, forms, name, shape, tensors, config)
     problems += trouble
     if found:
-      used.update(piece.tensor for piece in found)
-      stored = {tensors[piece.tensor].dtype for piece in found}
-      planned.append(PlannedParameter(parameter, loaded_dtype(stored, dtype), tuple(found)))
-    else:
-      # Tensors of an incomplete form are part of this problem: do not report them as unexpected too.
-      used.update(piece.tensor for form in forms for piece in form)
+      filled[name] = tuple(found)
+    # Tensors of an incomplete form are part of its problem: do not report them as unexpected too.
+    used.update(piece.tensor for form in ([found] if found else forms) for piece in form)
   left = [name for name in tensors if name not in used]
-  ties = [tie for tie in table.tied if tie.tensor in left and tie.twin in tensors]
+  ties = tuple(tie for tie in table.tied if tie.tensor in left and tie.twin in tensors)
   ignored, unexpected = [], []
   for name in left:
     if any(name == tie.tensor for tie in ties):
@@ -194,26 +249,34 @@ def plan_load(
       unexpected.append(name)
   # Only the first few get a suggestion: comparing all names with all others takes minutes.
   problems += [
-    f"{name} {tensors[name].shape} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
+    f"{name} {tensors[name]} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
     for i, name in enumerate(unexpected)
   ]
-  if problems:
-    raise CheckpointError(checkpoint.files.path, _shorten(problems))
-  return LoadPlan(checkpoint, model, tuple(planned), tuple(ignored), tuple(ties))
+  return Match(filled, tuple(ignored), ties, tuple(problems))
 
 
 def _choose(
   row: Row,
-  forms: list[list[Piece]],
-  parameter: AbstractParameter,
-  tensors: Mapping[str, TensorInfo],
+  forms: Sequence[list[Piece]],
+  parameter: str,
+  size: tuple[int, ...],
+  tensors: Mapping[str, tuple[int, ...]],
   config: Any,
 ) -> tuple[list[Piece], list[str]]:
-  """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems."""
+  """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems.
+
+  Args:
+    row: that describes the parameter.
+    forms: the pieces of each of the row's forms.
+    parameter: its name.
+    size: shape of the parameter.
+    tensors: shapes of all tensors, by name.
+    config: of the model.
+  """
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
   if len({form[0].tensor for form in complete}) > 1:
-    return [], [f"{parameter.name} occurs twice: the checkpoint holds it as {names}; remove one"]
+    return [], [f"{parameter} occurs twice: the checkpoint holds it as {names}; remove one"]
   if len(complete) > 1:
     # The same tensor in several layouts: its shape decides, or else the configuration.
     fitting = [i for i, form in enumerate(forms) if _fits(form, tensors)]
@@ -223,29 +286,27 @@ def _choose(
       name = forms[fitting[0]][0].tensor
       layouts = " and ".join(row.forms[i].layout for i in fitting)
       return [], [
-        f"{name} {tensors[name].shape} is ambiguous: its shape fits more than one layout ({layouts}); convert the "
+        f"{name} {tensors[name]} is ambiguous: its shape fits more than one layout ({layouts}); convert the "
         "checkpoint to a format with a single layout, such as safetensors"
       ]
     complete = [forms[i] for i in fitting] or complete[:1]
   if not complete:
     nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
     missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
-    needed_by = f"the parameter {parameter.name} {parameter.shape} needs"
+    needed_by = f"the parameter {parameter} {size} needs"
     if len(missing) == 1:
       return [], [f"{missing[0]} is missing: {needed_by} it"]
     return [], [f"{missing[0]} and {len(missing) - 1} more are missing: {needed_by} them"]
-  wrong = []
-  for piece in complete[0]:
-    shape = tensors[piece.tensor].shape
-    if shape != piece.shape:
-      wrong.append(
-        f"{piece.tensor} has shape {shape}, but the parameter {parameter.name} {parameter.shape} needs {piece.shape}"
-      )
+  wrong = [
+    f"{piece.tensor} has shape {tensors[piece.tensor]}, but the parameter {parameter} {size} needs {piece.shape}"
+    for piece in complete[0]
+    if tensors[piece.tensor] != piece.shape
+  ]
   return ([], wrong) if wrong else (complete[0], [])
 
 
-def _fits(form: Sequence[Piece], tensors: Mapping[str, TensorInfo]) -> bool:
-  return all(piece.tensor in tensors and tensors[piece.tensor].shape == piece.shape for piece in form)
+def _fits(form: Sequence[Piece], tensors: Mapping[str, tuple[int, ...]]) -> bool:
+  return all(tensors.get(piece.tensor) == piece.shape for piece in form)
 
 
 def loaded_dtype(stored: Iterable[np.dtype], dtype: np.dtype | None) -> np.dtype:
@@ -276,7 +337,8 @@ def _near(name: str, used: Iterable[str]) -> str:
   return f" (similar to {near[0]})" if near else ""
 
 
-def _shorten(problems: Sequence[str]) -> list[str]:
+def shorten(problems: Sequence[str]) -> list[str]:
+  """The first problems, and the number of the others."""
   shown = list(problems[:_MOST])
   if len(problems) > _MOST:
     shown.append(f"and {len(problems) - _MOST} more")

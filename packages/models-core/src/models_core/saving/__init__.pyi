@@ -5,7 +5,7 @@ from .directory import write_texts
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
 from .parameters import flatten, save_parameters_to_safetensors
-from .plan import SavedFile, Shaped, parse_size, plan_state
+from .plan import SavedFile, Shaped, parse_size, plan_save, plan_state
 from .safetensors_writer import write_files
 from .writers import WRITERS, Writer
 
@@ -19,6 +19,7 @@ __all__ = [
   "flatten",
   "is_companion",
   "parse_size",
+  "plan_save",
   "plan_state",
   "recover",
   "replace_directory",

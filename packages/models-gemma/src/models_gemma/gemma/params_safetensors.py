@@ -13,6 +13,7 @@ from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, write_rope
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.rollout import SGLANG_GEMMA, backend_mappings
 from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import Tied, WeightTable, gguf_table, tunix_table
 from models_gemma.attention_types import every
@@ -137,6 +138,9 @@ FAMILY = Family(
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "orbax": ORBAX, "tunix": TUNIX},
   fit_config=fit_config,
 )
+
+# What tunix' samplers need to take the weights.
+Gemma.BACKEND_MAPPINGS = BACKEND_MAPPINGS = backend_mappings(HUGGINGFACE, sglang_jax=SGLANG_GEMMA)
 
 
 def create_model_from_safe_tensors(

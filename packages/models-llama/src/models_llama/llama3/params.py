@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.family import Family
+from models_core.rollout import VLLM_FLAX, backend_mappings
 from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import (
   Ignored,
@@ -114,6 +115,9 @@ FAMILY = Family(
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "tunix": TUNIX, "maxtext": MAXTEXT},
 )
+
+# What tunix' samplers need to take the weights.
+Llama3.BACKEND_MAPPINGS = BACKEND_MAPPINGS = backend_mappings(HUGGINGFACE, vllm_jax=VLLM_FLAX)
 
 
 def create_model_from_safe_tensors(

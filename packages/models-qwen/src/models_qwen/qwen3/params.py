@@ -13,6 +13,7 @@ from models_core.adapters import save_lora_merged
 from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.errors import ConfigError
 from models_core.family import Family
+from models_core.rollout import SGLANG_EXPERTS, backend_mappings
 from models_core.safetensors_loader import load_and_create_model
 from models_core.weights import Form, Ignored, Tied, WeightTable, gguf_table, maxtext_table, tunix_table
 from models_qwen import windows
@@ -156,6 +157,9 @@ FAMILY = Family(
   write_config=write_config,
   weights={"huggingface": HUGGINGFACE, "gguf": GGUF, "tunix": TUNIX, "maxtext": MAXTEXT},
 )
+
+# What tunix' samplers need to take the weights.
+Qwen3.BACKEND_MAPPINGS = BACKEND_MAPPINGS = backend_mappings(HUGGINGFACE, sglang_jax=SGLANG_EXPERTS)
 
 
 def create_model_from_safe_tensors(
