@@ -28,6 +28,9 @@ with warnings.catch_warnings(action="ignore"):
   )
   from tunix.sft.checkpoint_manager import CheckpointManager
 
+# The clients use older names of jax and flax.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 V, D, F, N, K, H = 64, 32, 48, 4, 2, 8
 SIZES = {"num_layers": 2, "embed_dim": D, "hidden_dim": F, "num_heads": N, "head_dim": H, "num_kv_heads": K}
 VOCABULARY = {"vocab_size": V, "norm_eps": 1e-5}
