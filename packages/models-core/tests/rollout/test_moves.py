@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.rollout import moves
-from models_core.rollout.moves import Move, put, take, tensor_sharding
+from models_core.rollout.moves import Move, finished, put, take, tensor_sharding
 from models_core.sharding import default_sharding, fit
 from models_core.weights import Conversion, WeightTable, arrange, part_shape, pieces, put_back
 
@@ -91,6 +91,7 @@ def test_tensors_are_taken_from_parameters_and_put_back_bit_by_bit(move, mesh, d
         assert taken.sharding.is_equivalent_to(tensor_sharding(Move.of(piece, shape), sharding), taken.ndim)
         again[i] = put(again[i], taken, piece, like)
   for value, array in zip(values, again, strict=True):
+    array = finished(array, jax.ShapeDtypeStruct(shape, value.dtype, sharding=sharding))
     np.testing.assert_array_equal(bits(array), bits(value))
     assert array.sharding.is_equivalent_to(sharding, array.ndim)
 
@@ -150,6 +151,37 @@ def test_parameters_of_two_dtypes_meet_in_one_that_holds_both():
   taken = take([(jnp.asarray(wide), one), (jnp.asarray(narrow), two)])
   np.testing.assert_array_equal(taken, np.concatenate([wide, narrow.astype(np.float32)]))
   assert taken.dtype == np.float32
+
+
+@pytest.mark.parametrize("move", [name for name in MOVES if "stacked" in name])
+def test_other_devices_than_cpus_keep_the_parameters_dtype_meanwhile(move, mesh, monkeypatch):
+  monkeypatch.setattr(moves, "_held", lambda like: like.dtype)
+  names, layouts, shape, spec = MOVES[move]
+  value, sharding = numbers(shape, "float32", 0), sharding_of(shape, spec, mesh)
+  like, array = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding), None
+  for piece in resolved(names[:1], layouts[:1], shape)[0]:
+    tensor = np.zeros(piece.shape, np.float32)
+    put_back(value[piece.target], piece, tensor)
+    array = put(array, jax.device_put(tensor, tensor_sharding(Move.of(piece, shape), sharding)), piece, like)
+    assert array.dtype == np.float32
+  assert finished(array, like) is array
+  np.testing.assert_array_equal(bits(array), bits(value))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_an_expert_is_written_alone(meshes, kind):
+  """Each of 64 experts costs as much as itself, not as much as all of them."""
+  mesh, shape = meshes(kind, (2, 2), ("fsdp", "tp")), (64, 32, 16)
+  sharding = NamedSharding(mesh, P("tp", "fsdp"))
+  ((first, *_),) = resolved(["w.{e}"], ["f d -> e f d"], shape)
+  move = Move.of(first, shape)
+  array = jax.device_put(np.zeros(shape, np.uint16), sharding)
+  tensor = jax.device_put(np.zeros(shape[1:], jnp.bfloat16), tensor_sharding(move, sharding))
+  program = moves._putter(move, shape, np.dtype(jnp.bfloat16), sharding)
+  compiled = program.lower(array, tensor, np.int32([3])).compile()
+  item = 32 * 16 * 2
+  assert compiled.memory_analysis().temp_size_in_bytes <= 2 * item
+  assert compiled.cost_analysis()["bytes accessed"] <= 8 * item
 
 
 @pytest.mark.parametrize("kind", ["explicit", "auto"])

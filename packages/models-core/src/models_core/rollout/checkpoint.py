@@ -18,7 +18,7 @@ from models_core.errors import CheckpointError, ModelsError
 from models_core.family import Family
 from models_core.layers import dotted
 from models_core.loading import match_tensors, shorten
-from models_core.rollout.moves import Move, put, same_bits, take, tensor_sharding
+from models_core.rollout.moves import Move, finished, put, same_bits, take, tensor_sharding
 from models_core.rollout.parameters import parameters_of, quantised_owner
 from models_core.saving import Shaped, plan_save
 from models_core.weights import Piece, Tied, head_sizes
@@ -110,6 +110,7 @@ def from_checkpoint(
 
   All problems are found before anything changes. Then one parameter after the other is set, so that beside the model
   and the given arrays there is only one parameter in memory, and an array that comes from other devices or the host.
+  On CPUs a parameter of several arrays is in memory twice.
   The model shares no memory with the arrays.
 
   Args:
@@ -262,7 +263,7 @@ def _assembled(arrays: Mapping[str, Any], pieces: Sequence[Piece], like: jax.Sha
   for piece in pieces:
     parameter = _with_part(parameter, arrays[piece.tensor], piece, like)
   assert parameter is not None
-  return parameter
+  return finished(parameter, like)
 
 
 def _with_part(

@@ -181,20 +181,47 @@ def _part(array: jax.Array, at: jax.Array, stacked: tuple[int, ...], sharding: S
     return array
   if not isinstance(sharding, NamedSharding):
     return _slice(array, at, stacked)
-  entries = [*sharding.spec, *(None,) * (array.ndim - len(sharding.spec))]
+  entries = _entries(sharding, array.ndim)
   names = [axis_names(entries[axis]) for axis in stacked]
   senders = tuple(name for group in names for name in group)
 
   def local(shard: jax.Array, at: jax.Array) -> jax.Array:
-    sizes = np.array([shard.shape[axis] for axis in stacked], np.int32)
-    within = at - jnp.stack([lax.axis_index(group) if group else jnp.int32(0) for group in names]) * sizes
-    part = _slice(shard, jnp.clip(within, 0, sizes - 1), stacked)
-    here = jnp.all((within >= 0) & (within < sizes))
+    within, here = _within(shard, at, stacked, names)
+    part = _slice(shard, within, stacked)
     return lax.psum(jnp.where(here, part, jnp.zeros_like(part)), senders) if senders else part
 
-  out = PartitionSpec(*(entry for axis, entry in enumerate(entries) if axis not in stacked))
+  out = _part_sharding(sharding, array.ndim, stacked).spec
   specs = (PartitionSpec(*entries), PartitionSpec())
   return jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=out)(array, at)
+
+
+def _entries(sharding: NamedSharding, ndim: int) -> list[AxisNames]:
+  """An entry of the sharding's spec for each axis."""
+  return [*sharding.spec, *(None,) * (ndim - len(sharding.spec))]
+
+
+def _part_sharding(sharding: Sharding, ndim: int, stacked: tuple[int, ...]) -> Any:
+  """The sharding of a part of a parameter: that of the axes which are not stacked."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  kept = (entry for axis, entry in enumerate(_entries(sharding, ndim)) if axis not in stacked)
+  return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+
+def _within(
+  shard: jax.Array, at: jax.Array, stacked: tuple[int, ...], names: Sequence[tuple[str, ...]]
+) -> tuple[jax.Array, jax.Array]:
+  """A position along the stacked axes as one in a shard, and whether the shard has it; the nearest one if it has not.
+
+  Args:
+    shard: of a parameter, inside shard_map.
+    at: the position in the parameter.
+    stacked: axes of the parameter along which tensors are stacked.
+    names: the mesh axes that shard each of them.
+  """
+  sizes = np.array([shard.shape[axis] for axis in stacked], np.int32)
+  within = at - jnp.stack([lax.axis_index(group) if group else jnp.int32(0) for group in names]) * sizes
+  return jnp.clip(within, 0, sizes - 1), jnp.all((within >= 0) & (within < sizes))
 
 
 def _slice(array: jax.Array, at: jax.Array, stacked: tuple[int, ...]) -> jax.Array:
@@ -210,38 +237,82 @@ def _box(shape: Sequence[int], at: jax.Array, stacked: tuple[int, ...]) -> tuple
 
 
 def put(array: jax.Array | None, tensor: jax.Array, piece: Piece, like: jax.ShapeDtypeStruct) -> jax.Array:
-  """A parameter into which a part is written.
+  """A parameter into which a part is written; `finished` makes it one of numbers.
 
   Args:
-    array: the parameter, whose memory is reused; None if the tensor fills all of it, or is the first to fill a part.
+    array: what this returned for the parameter's last part, whose memory is reused; None for the first one.
     tensor: in `tensor_sharding`.
     piece: that describes the tensor.
     like: shape, dtype and sharding of the parameter.
 
   Returns:
-    The parameter; it may share memory with the tensor.
+    An array that shares no memory with the tensor.
   """
   move = Move.of(piece, like.shape)
   if move.stacked and array is None:
-    array = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    array = jnp.zeros(like.shape, _held(like), device=like.sharding)
   program = _putter(move, like.shape, np.dtype(like.dtype), like.sharding)
   return program(array, tensor, _positions(piece))
+
+
+def _held(like: jax.ShapeDtypeStruct) -> np.dtype:
+  """The dtype of a parameter while it is being filled.
+
+  On CPUs these are unsigned integers: there the compiler would widen all of a bfloat16 array to write a part of it.
+  """
+  platform = next(iter(like.sharding.device_set)).platform
+  return np.dtype(f"uint{_width(like.dtype)}" if platform == "cpu" else like.dtype)
+
+
+def finished(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+  """A parameter into which all parts are written."""
+  return array if array.dtype == like.dtype else _viewer(np.dtype(like.dtype), like.sharding)(array)
+
+
+@functools.lru_cache(256)
+def _viewer(dtype: np.dtype, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda bits: _numbers(bits, dtype), out_shardings=sharding)
 
 
 @functools.lru_cache(1024)
 def _putter(
   move: Move, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
 ) -> Callable[..., jax.Array]:
-  def run(array: jax.Array | None, tensor: jax.Array, at: jax.Array) -> jax.Array:
+  def arrange(tensor: jax.Array) -> jax.Array:
     kept = _bits(tensor).reshape(move.split)[move.index].transpose(move.order).reshape(move.part)
-    part = _converted(_numbers(kept, tensor.dtype), move.conversion and move.conversion.load).astype(dtype)
-    if array is None:
-      return part
-    starts, sizes = _box(shape, at, move.stacked)
-    written = lax.dynamic_update_slice(_bits(array), _bits(part).reshape(sizes), starts)
-    return _numbers(written, dtype)
+    part = _numbers(kept, tensor.dtype)
+    return _converted(part, move.conversion and move.conversion.load).astype(dtype)
 
-  return jax.jit(_on_auto_axes(run, sharding), out_shardings=sharding, donate_argnums=0)
+  def run(array: jax.Array | None, tensor: jax.Array, at: jax.Array) -> jax.Array:
+    part = _on_auto_axes(arrange, _part_sharding(sharding, len(shape), move.stacked))(tensor)
+    return part if array is None else _with_part(array, part, at, move.stacked, sharding)
+
+  return jax.jit(run, out_shardings=sharding, donate_argnums=0)
+
+
+def _with_part(
+  array: jax.Array, part: jax.Array, at: jax.Array, stacked: tuple[int, ...], sharding: Sharding
+) -> jax.Array:
+  """A parameter with a part written at a position along its stacked axes.
+
+  If these axes are sharded, only the devices that hold the position write. The compiler would write all of each shard.
+  """
+
+  def local(shard: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
+    within, here = _within(shard, at, stacked, names)
+    starts, sizes = _box(shard.shape, within, stacked)
+    old = lax.dynamic_slice(shard, starts, sizes)
+    new = lax.bitcast_convert_type(part, shard.dtype).reshape(sizes)
+    return lax.dynamic_update_slice(shard, jnp.where(here, new, old), starts)
+
+  if not isinstance(sharding, NamedSharding):
+    names: list[tuple[str, ...]] = [() for _ in stacked]
+    return local(array, part, at)
+  entries = _entries(sharding, array.ndim)
+  names = [axis_names(entries[axis]) for axis in stacked]
+  own, rest = PartitionSpec(*entries), _part_sharding(sharding, array.ndim, stacked).spec
+  write = jax.shard_map(local, mesh=sharding.mesh, in_specs=(own, rest, PartitionSpec()), out_specs=own)
+  return write(array, part, at)
 
 
 def _converted(part: jax.Array, conversion: Any) -> jax.Array:
