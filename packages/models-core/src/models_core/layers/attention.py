@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models_core.layers import cache as cache_lib
+from models_core.layers.linear import products_are_replaced
 
 
 def attend(
@@ -33,13 +34,22 @@ def attend(
   B, T, N, H = q.shape
   K = k.shape[2]
   q = q.reshape(B, T, K, N // K, H)
-  k, v = k.astype(q.dtype), v.astype(q.dtype)
+  # For the backward pass only q, k and v are kept: products and weights are larger by a factor of S / H. A library that
+  # replaces products may keep statistics of them, which must not come from inside of a transformation.
+  run = _attend if products_are_replaced() else jax.checkpoint(_attend, static_argnums=(4, 5))
+  return run(q, k.astype(q.dtype), v.astype(q.dtype), mask, scale, soft_cap).reshape(B, T, N, H)
+
+
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None
+) -> jax.Array:
+  """Attention of q [B, T, K, N // K, H] to k and v [B, S, K, H], all of one dtype -> [B, T, K, N // K, H]."""
   products = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
   weights = _softmax(products, mask[:, None, None], scale, soft_cap, v.dtype)
-  return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v)
 
 
-# For the backward pass only the products and the weights are kept: what lies between is cheap to recompute.
+# Where the products are kept, what lies between them and the weights is not: it is cheap to recompute.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def _softmax(
   products: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None, dtype: DTypeLike

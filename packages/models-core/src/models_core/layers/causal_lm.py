@@ -66,8 +66,8 @@ class CausalLM(SamplerMappings, nnx.Module):
   ) -> tuple[jax.Array, Cache | None]:
     """Computes, for each token, the logits of the token that follows it.
 
-    On a mesh with Explicit axes the result is sharded along B as the tokens are; tokens without a sharding take that of
-    `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
+    On a mesh with Explicit axes the result is sharded along B as the tokens are; without a cache, tokens that have no
+    sharding take that of `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
     slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
     them.
 
@@ -99,8 +99,8 @@ class CausalLM(SamplerMappings, nnx.Module):
     if cache is not None:
       cache_lib.check_rows(cache, inputs.shape[0])
       cache_lib.check_room(cache, inputs.shape[1])
-    batch = self._batch_spec(inputs)
-    result = batch if skip_lm_head else self._logits_spec(inputs)
+    batch = self._batch_spec(inputs, cache)
+    result = batch if skip_lm_head else self._logits_spec(inputs, cache)
     out_specs = (result, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
 
     def run(
@@ -140,16 +140,19 @@ class CausalLM(SamplerMappings, nnx.Module):
     logits, shd = self._logits(hidden), self.config.shd_config
     return logits if shd.act_btv is None else shard(logits, shd.spec("act_btv", "b t v"))
 
-  def _batch_spec(self, inputs: jax.Array) -> PartitionSpec:
-    """Sharding of a result [B, ...] on Explicit axes: that of the inputs [B, ...], or else that of `act_btd`."""
+  def _batch_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
+    """Sharding of a result [B, ...] on Explicit axes: that of the inputs [B, ...], or else that of `act_btd`.
+
+    With a cache it is that of the inputs alone, since samplers write the results to buffers beside these.
+    """
     batch = PartitionSpec(*spec_of(inputs)[:1])
-    if batch != PartitionSpec(None):
+    if batch != PartitionSpec(None) or cache is not None:
       return batch
     return fit_explicit(inputs.shape[:1], self.config.shd_config.spec("act_btd", "b"), self._mesh())
 
-  def _logits_spec(self, inputs: jax.Array) -> PartitionSpec:
+  def _logits_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
     """Sharding of logits [B, T, V] on Explicit axes."""
-    (batch,) = self._batch_spec(inputs)
+    (batch,) = self._batch_spec(inputs, cache)
     if self.config.shd_config.act_btv is None:
       return PartitionSpec(batch)
     (vocab,) = fit_explicit((self.num_embed,), self.config.shd_config.spec("act_btv", "v"), self._mesh())

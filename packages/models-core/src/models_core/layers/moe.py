@@ -75,20 +75,21 @@ class Experts(nnx.Module):
     Its products have the parameters themselves as operands, which a library for quantisation or LoRA needs. It costs
     E / n times as much.
     """
-    E, M = self.gate_proj.shape[0], x.shape[0] * x.shape[1]
-    rows = jnp.broadcast_to(x.reshape(1, M, -1), (E, M, x.shape[-1]))
+    E = self.gate_proj.shape[0]
+    # Not as [E, B * T, D], the shape of a parameter by chance, by which qwix would take the rows for one.
+    rows = jnp.broadcast_to(x, (E, *x.shape))
     gate, up = (_batched(rows, w[...]) for w in (self.gate_proj, self.up_proj))
     out = _batched(gated(gate, up, self.activation), self.down_proj[...]).astype(jnp.float32)
-    chosen = jax.nn.one_hot(experts.reshape(M, -1), E, dtype=jnp.float32)
-    share = jnp.sum(chosen * weights.reshape(M, -1, 1), axis=1)
-    return jnp.sum(out * share.T[:, :, None], axis=0).reshape(x.shape).astype(x.dtype)
+    chosen = jax.nn.one_hot(experts, E, axis=0, dtype=jnp.float32)  # [E, B, T, n]
+    share = jnp.sum(chosen * weights, axis=-1, keepdims=True)
+    return jnp.sum(out * share, axis=0).astype(x.dtype)
 
 
 def _batched(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [E, M, in] times w [E, out, in] -> [E, M, out] in the dtype of x."""
+  """x [E, B, T, in] times w [E, out, in] -> [E, B, T, out] in the dtype of x."""
   dtype = common_dtype(w.dtype, x.dtype)
   w = w if w.dtype == dtype else w.astype(dtype)
-  return jax.lax.dot_general(x.astype(dtype), w, (((2,), (2,)), ((0,), (0,)))).astype(x.dtype)
+  return jax.lax.dot_general(x.astype(dtype), w, (((3,), (2,)), ((0,), (0,)))).astype(x.dtype)
 
 
 Names = tuple[str, ...]
