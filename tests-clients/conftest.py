@@ -13,6 +13,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 
 
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.parent == pathlib.Path(__file__).parent:
+      # The clients use older names of jax and flax.
+      item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
   report = yield

@@ -142,8 +142,6 @@ def cells(case: str, *pairs: tuple[str, str]) -> Callable[[Callable], Callable]:
           raise TheirFault(fault.reason) from error
         raise
 
-    # The clients use older names of jax and flax.
-    run = pytest.mark.filterwarnings("ignore")(run)
     return pytest.mark.parametrize("subject", [parameter(subject) for subject in subjects])(run)
 
   return decorate
@@ -154,11 +152,12 @@ def every_cell(case: str) -> Callable[[Callable], Callable]:
   return cells(case, *itertools.product(FAMILIES, PLACEMENTS))
 
 
-def some_cells(case: str, shift: int = 0) -> Callable[[Callable], Callable]:
-  """Runs an expensive test for every family and every placement once; `shift` decides who meets whom."""
-  families = list(FAMILIES)
+def some_cells(case: str, *shifts: int) -> Callable[[Callable], Callable]:
+  """Runs an expensive test for every family and every placement once for each shift, which decides who meets whom."""
+  families, placements = list(FAMILIES), list(PLACEMENTS)
+  size = len(families)
   return cells(
-    case, *((families[(i + shift) % len(families)], placement) for i, placement in enumerate(PLACEMENTS))
+    case, *((families[(i + shift) % size], placements[i]) for shift in shifts for i in range(size))
   )
 
 

@@ -39,13 +39,13 @@ def distill(subject, make_strategy, rate=1e-2):
   return before.changed(after)
 
 
-@some_cells("distillation, logits", shift=2)
+@some_cells("distillation, logits", 2)
 def test_logits(subject):
   changed = distill(subject, lambda layer: strategies.LogitStrategy(forward, forward, labels))
   assert "embedder.input_embedding" in changed
 
 
-@some_cells("distillation, features", shift=3)
+@some_cells("distillation, features", 3)
 def test_features(subject):
   # No part of the loss but the features.
   changed = distill(

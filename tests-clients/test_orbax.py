@@ -42,7 +42,7 @@ def restore(path, subject):
   return model, optimizer
 
 
-@some_cells("Orbax", shift=1)
+@some_cells("Orbax", 1)
 def test_saving_and_resuming(subject, tmp_path):
   with subject.context():
     model, optimizer = make(subject, 0)

@@ -11,7 +11,7 @@ from .subjects import TOKENS, Snapshot, some_cells, with_lora
 STEPS = 3
 
 
-@some_cells("DPO", shift=1)
+@some_cells("DPO", 1)
 def test_dpo(subject):
   policy, reference = subject.model(), subject.model()
   config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=100, max_steps=STEPS, beta=0.5)

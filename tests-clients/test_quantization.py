@@ -78,22 +78,22 @@ def check_ptq(subject, kind):
   assert 0 < far < tolerance
 
 
-@some_cells("PTQ, int8")
+@some_cells("PTQ, int8", 0)
 def test_int8(subject):
   check_ptq(subject, "int8")
 
 
-@some_cells("PTQ, fp8", shift=1)
+@some_cells("PTQ, fp8", 1)
 def test_fp8(subject):
   check_ptq(subject, "fp8")
 
 
-@some_cells("PTQ, int4", shift=2)
+@some_cells("PTQ, int4", 2)
 def test_int4(subject):
   check_ptq(subject, "int4")
 
 
-@some_cells("PTQ, nf4", shift=3)
+@some_cells("PTQ, nf4", 3)
 def test_nf4(subject):
   check_ptq(subject, "nf4")
 
@@ -105,7 +105,7 @@ def test_nf4_weights_stay_where_they_lie(subject):
     assert_same_places(quantised(quantise(model, "nf4")), Snapshot.of(model))
 
 
-@some_cells("QAT", shift=1)
+@some_cells("QAT", 1)
 def test_quantisation_aware_training(subject):
   model = subject.model()
   with subject.context():
@@ -120,7 +120,7 @@ def test_quantisation_aware_training(subject):
   before.assert_same_places(after)
 
 
-@some_cells("QLoRA", shift=2)
+@some_cells("QLoRA", 2)
 def test_qlora(subject):
   model = subject.model()
   names = matrices(Snapshot.of(model).values, PROJECTIONS)

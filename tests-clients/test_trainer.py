@@ -31,7 +31,7 @@ def train(trainer):
   return trainer.metrics_logger.get_metric_history("", "loss", "train")
 
 
-@every_cell("full fine-tuning")
+@some_cells("full fine-tuning", 0, 2)
 def test_full_fine_tuning(subject):
   model = subject.model()
   with subject.context():
@@ -74,13 +74,13 @@ def resume(make, root):
   expected.assert_same_places(resumed)
 
 
-@some_cells("resuming full fine-tuning")
+@some_cells("resuming full fine-tuning", 0)
 def test_resuming_full_fine_tuning(subject, tmp_path):
   with subject.context():
     resume(subject.model, tmp_path / "checkpoints")
 
 
-@some_cells("resuming LoRA", shift=2)
+@some_cells("resuming LoRA", 2)
 def test_resuming_lora(subject, tmp_path):
   # The checkpoint holds the factors alone.
   with subject.context():
