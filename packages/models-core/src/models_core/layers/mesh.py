@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -115,6 +117,10 @@ def _to_explicit(leaf: Leaf, mesh: Mesh | AbstractMesh) -> Any:
     spec = x.sharding.spec
   else:
     spec, _ = fit(x.shape, declared(leaf.metadata, x.ndim), mesh, leaf.metadata.get("heads", ()))
+  here = not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+  if here and isinstance(mesh, Mesh) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    # Older versions of JAX cannot cast an array and cut it into shards at once.
+    return jax.device_put(np.asarray(x), NamedSharding(mesh, spec))
   return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
