@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from models_core.dtypes import as_dtype
-from models_core.layers import INITIALIZERS, SCALE, explicit_axes
+from models_core.layers import INITIALIZERS, SCALE, on_auto_axes
 from models_core.loading import AbstractParameter, abstract_model
 
 M = TypeVar("M", bound=nnx.Module)
@@ -74,7 +74,5 @@ def _maker(
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:
     return INITIALIZERS[init](jax.random.fold_in(seed, name), shape, dtype, scale)
 
-  if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
-    # Without this, each device would generate the whole array and keep only its shard.
-    make = jax.sharding.auto_axes(make, axes=axes, out_sharding=sharding)
-  return jax.jit(make, out_shardings=sharding)
+  # On Explicit axes, each device would generate the whole array and keep only its shard.
+  return jax.jit(on_auto_axes(make, sharding), out_shardings=sharding)

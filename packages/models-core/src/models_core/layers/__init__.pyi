@@ -4,7 +4,7 @@ from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection
 from .logits import cross_entropy, log_probs, mean_cross_entropy, top_k
-from .mesh import explicit_axes, shard
+from .mesh import explicit_axes, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
@@ -40,6 +40,7 @@ __all__ = [
   "log_probs",
   "make_causal_attn_mask",
   "mean_cross_entropy",
+  "on_auto_axes",
   "parameter",
   "rotary",
   "rotate",

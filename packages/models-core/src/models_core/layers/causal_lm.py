@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from models_core.layers import cache as cache_lib
 from models_core.layers.attention import visible_keys
-from models_core.layers.backends import SamplerMappings
 from models_core.layers.cache import Cache, LayerCache
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
+from models_core.layers.sampler_mappings import SamplerMappings
 from models_core.sharding import axis_names
 
 

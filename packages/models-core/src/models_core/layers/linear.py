@@ -50,8 +50,8 @@ class Projection(nnx.Module):
     return product(x.astype(dtype), w, dtype).astype(x.dtype)
 
 
-class BiasedProjection(nnx.Module):
-  """A linear map with the parameters `w` [out, in] and `b` [out].
+class BiasedProjection(Projection):
+  """A linear map with a bias: a `Projection` with a parameter `b` [out] as well.
 
   Product and bias are added in float32, and the sum is rounded once.
   """
@@ -66,17 +66,8 @@ class BiasedProjection(nnx.Module):
     rngs: nnx.Rngs,
     heads: Sequence[int | None] = (),
   ):
-    """Makes the parameters.
-
-    Args:
-      out_dim: size of the result.
-      in_dim: size of the input.
-      spec: mesh axes of `w`.
-      bias_spec: mesh axes of `b`.
-      rngs: source of random keys.
-      heads: number of heads that the result and the input consist of, or None for each.
-    """
-    self.w = parameter((out_dim, in_dim), spec, heads=heads, rngs=rngs)
+    """Makes the parameters: `bias_spec` are the mesh axes of `b`, all else is as for `Projection`."""
+    super().__init__(out_dim, in_dim, spec, heads=heads, rngs=rngs)
     self.b = parameter((out_dim,), bias_spec, heads=heads[:1], rngs=rngs, init="zeros")
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from models_core.layers.stand_in import Leaf, StandIn, map_state
 from models_core.sharding import axis_names, fit
@@ -63,6 +61,13 @@ def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
     with jax.sharding.use_abstract_mesh(abstract):
       return function(*trees)
   return function(*trees)
+
+
+def on_auto_axes(function: Callable[..., jax.Array], sharding: Sharding) -> Callable[..., jax.Array]:
+  """The function, for which the axes of an Explicit mesh are Auto; its result gets the given sharding."""
+  if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)
+  return function
 
 
 def call_module(
@@ -117,11 +122,9 @@ def _to_explicit(leaf: Leaf, mesh: Mesh | AbstractMesh) -> Any:
     spec = x.sharding.spec
   else:
     spec, _ = fit(x.shape, declared(leaf.metadata, x.ndim), mesh, leaf.metadata.get("heads", ()))
-  here = not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-  if here and isinstance(mesh, Mesh) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
-    # Older versions of JAX cannot cast an array and cut it into shards at once.
-    return jax.device_put(np.asarray(x), NamedSharding(mesh, spec))
-  return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+  # Older versions of JAX do not reshard an array that lies on one device without a mesh in context.
+  concrete = isinstance(mesh, Mesh) and not isinstance(x, jax.core.Tracer)
+  return (jax.device_put if concrete else jax.sharding.reshard)(x, NamedSharding(mesh, spec))
 
 
 def _held(x: Any, metadata: Mapping[str, Any]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from models_core.dtypes import common_dtype
-from models_core.layers import explicit_axes
+from models_core.layers import on_auto_axes
 from models_core.sharding import AxisNames, axis_names, fit
-from models_core.weights import Conversion, Piece, part_shape
+from models_core.weights import Conversion, Piece, group_axes, part_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,31 +83,19 @@ class Move:
   def spec(self, spec: PartitionSpec) -> PartitionSpec:
     """The spec of the tensor in which an axis is sharded as the parameter's axis that it comes from.
 
-    Example: with the layout "(n h) d -> n h d", a parameter with ("tp", None, "fsdp") gives ("tp", "fsdp").
+    Example: with the layout "d f -> f d", a parameter with ("tp", "fsdp") gives ("fsdp", "tp").
     """
     entries = [*spec, *(None,) * (len(self.part) + len(self.stacked) - len(spec))]
     of_part = [entry for axis, entry in enumerate(entries) if axis not in self.stacked]
     ours = [self.kept[axis] for axis in self.order]
     of_kept: dict[int, AxisNames] = {}
-    for entry, axes in zip(of_part, _groups(ours, self.part), strict=True):
+    for entry, axes in zip(of_part, group_axes(self.part, ours) or (), strict=True):
       largest = [axis for axis in axes if ours[axis] > 1] or axes
       of_kept |= {self.order[axis]: entry for axis in largest[:1]}
     kept = iter(range(len(self.kept)))
     of_split = [None if at is not None else of_kept.get(next(kept)) for at in self.select]
-    found = ([of_split[axis] for axis in axes] for axes in _groups(self.split, self.shape))
+    found = ([of_split[axis] for axis in axes] for axes in group_axes(self.shape, self.split) or ())
     return PartitionSpec(*(next((entry for entry in group if entry is not None), None) for group in found))
-
-
-def _groups(sizes: Sequence[int], shape: Sequence[int]) -> list[list[int]]:
-  """For each axis of a shape, the axes that it is split into: `_groups((2, 3, 5), (6, 5))` is `[[0, 1], [2]]`."""
-  groups, axis = [], 0
-  for size in shape:
-    group: list[int] = []
-    while axis < len(sizes) and (not group or math.prod(sizes[at] for at in group) < size):
-      group.append(axis)
-      axis += 1
-    groups.append(group)
-  return groups
 
 
 def tensor_sharding(move: Move, sharding: Sharding) -> Sharding:
@@ -166,7 +153,7 @@ def _taker(
     for array, at, move, sharding in zip(arrays, positions, moves, shardings, strict=True):
       part = _numbers(_part(_bits(array), at, move.stacked, sharding), array.dtype)
       parts.append(_bits(_converted(part, move.conversion and move.conversion.save).astype(dtype)))
-    return _numbers(_on_auto_axes(join, out)(*parts), dtype)
+    return _numbers(on_auto_axes(join, out)(*parts), dtype)
 
   return jax.jit(run, out_shardings=out)
 
@@ -284,7 +271,7 @@ def _putter(
     return _converted(part, move.conversion and move.conversion.load).astype(dtype)
 
   def run(array: jax.Array | None, tensor: jax.Array, at: jax.Array) -> jax.Array:
-    part = _on_auto_axes(arrange, _part_sharding(sharding, len(shape), move.stacked))(tensor)
+    part = on_auto_axes(arrange, _part_sharding(sharding, len(shape), move.stacked))(tensor)
     return part if array is None else _with_part(array, part, at, move.stacked, sharding)
 
   return jax.jit(run, out_shardings=sharding, donate_argnums=0)
@@ -318,13 +305,6 @@ def _with_part(
 def _converted(part: jax.Array, conversion: Any) -> jax.Array:
   # Conversions are arithmetic, which arrays of NumPy and of JAX share.
   return part if conversion is None else conversion(part)
-
-
-def _on_auto_axes(function: Callable[..., jax.Array], sharding: Sharding) -> Callable[..., jax.Array]:
-  """The function, for which the axes of an Explicit mesh are Auto; the result gets the given sharding."""
-  if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=sharding)
-  return function
 
 
 @jax.jit

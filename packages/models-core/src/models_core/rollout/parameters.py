@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 
 from models_core.adapters import Adapter, Roles, adapter_of, check_factors, merge_parameter
 from models_core.errors import AdapterError, ModelsError
-from models_core.layers import dotted, explicit_axes
+from models_core.layers import dotted, on_auto_axes
 from models_core.quantised import Quantised
 from models_core.weights import WeightTable
 
@@ -205,6 +205,4 @@ def _dequantiser(sharding: Sharding, is_nf4: bool, dtype: np.dtype) -> Callable[
   def run(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
     return Quantised(qvalue, scale, zero_point, is_nf4).numbers(dtype)
 
-  if isinstance(sharding, NamedSharding) and (axes := explicit_axes(sharding.mesh)):
-    run = jax.sharding.auto_axes(run, axes=axes, out_sharding=sharding)
-  return jax.jit(run, out_shardings=sharding)
+  return jax.jit(on_auto_axes(run, sharding), out_shardings=sharding)
