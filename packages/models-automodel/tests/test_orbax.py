@@ -14,7 +14,7 @@ from models_automodel import AutoModel, CheckpointError, ConfigError, ModelSourc
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.formats import LocalFiles, read_orbax
 from models_core.loading import abstract_model
-from models_core.weights import head_sizes, pieces, put_back
+from models_core.weights import letter_sizes, pieces, put_back
 from models_gemma.gemma import FAMILY
 from models_gemma.gemma.model import AttentionType, Gemma, ModelConfig
 from models_gemma.gemma3 import FAMILY as FAMILY_3
@@ -51,7 +51,7 @@ def tensors_of(model_class, config, table):
   found = {}
   for name, parameter in abstract_model(model_class, config).parameters.items():
     ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
-    for piece in pieces(row, row.forms[0], at, parameter.shape, head_sizes(config)):
+    for piece in pieces(row, row.forms[0], at, parameter.shape, letter_sizes(config)):
       found.setdefault(piece.tensor, (piece.shape, []))[1].append((name, piece))
   return found
 

@@ -15,7 +15,7 @@ from models_core.loading import abstract_model
 from models_core.saving import flatten, save_parameters_to_orbax
 from models_core.saving.plan import plan_save
 from models_core.testing import MESHES, POSITIONS, TOKENS
-from models_core.weights import head_sizes, pieces, put_back
+from models_core.weights import letter_sizes, pieces, put_back
 from models_gemma import gemma, gemma3
 from models_gemma.gemma import params as gemma_params
 from models_gemma.gemma.model import AttentionType, Gemma, ModelConfig
@@ -79,7 +79,7 @@ def google_tensors(model, table, choice):
     ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
     flat = [form for form in row.forms if form.name.startswith("transformer/")]
     chosen = [f for f in flat if f.layout in choice or any(f.name.endswith(c) for c in choice)]
-    for piece in pieces(row, (chosen or flat)[0], at, value.shape, head_sizes(model.config)):
+    for piece in pieces(row, (chosen or flat)[0], at, value.shape, letter_sizes(model.config)):
       put_back(
         value[piece.target], piece, tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
       )

@@ -27,7 +27,7 @@ from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
-from models_core.weights import head_sizes
+from models_core.weights import letter_sizes
 
 
 class AutoModel:
@@ -225,7 +225,7 @@ class AutoModel:
     family = family_of(found.family, checkpoint)
     model = abstract_model(family.model_class, final, mesh, strict=strict_sharding)
     # A tensor that holds all layers still holds those that were cut.
-    model = dataclasses.replace(model, heads=head_sizes(whole))
+    model = dataclasses.replace(model, letters=letter_sizes(whole))
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
     plan = plan_load(
       checkpoint,

@@ -39,7 +39,7 @@ from models_core.rollout import LazyCheckpoint, from_checkpoint, to_checkpoint
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
-from models_core.weights import WeightTable, head_sizes, pieces, put_back
+from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 # Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
@@ -82,7 +82,7 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
     ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
-    for piece in pieces(row, row.forms[0], at, value.shape, head_sizes(getattr(model, "config", None))):
+    for piece in pieces(row, row.forms[0], at, value.shape, letter_sizes(getattr(model, "config", None))):
       tensor = tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
       put_back(value[piece.target], piece, tensor)
   return tensors

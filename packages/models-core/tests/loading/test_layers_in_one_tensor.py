@@ -48,7 +48,7 @@ def load(toy, save_sharded):
   def run(table, parameters=PARAMETERS, tensors=TENSORS, mesh=None, **sizes):
     checkpoint = read_safetensors(LocalFiles(str(save_sharded({"model.safetensors": tensors}))))
     model = abstract_model(toy, parameters, mesh)
-    model = dataclasses.replace(model, heads={"n": N, "h": H, "l": LAYERS} | sizes)
+    model = dataclasses.replace(model, letters={"n": N, "h": H, "l": LAYERS} | sizes)
     return load_arrays(plan_load(checkpoint, model, table))
 
   return run

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from models_core.weights.layout import arrange, head_sizes, pieces, put_back
+from models_core.weights.layout import arrange, letter_sizes, pieces, put_back
 from models_core.weights.maxtext import divided_by_root_of_head_dim, maxtext_table
 from models_core.weights.table import Conversion, Form, Row, WeightTable, own_names
 from models_core.weights.tunix import tunix_table
@@ -61,7 +61,7 @@ def test_a_layer_that_the_axis_does_not_have():
 
 def test_sizes_come_from_the_configuration():
   config = dataclasses.make_dataclass("Config", ["num_layers", "num_heads", "head_dim"])(4, 2, None)
-  assert head_sizes(config) == {"l": 4, "n": 2}
+  assert letter_sizes(config) == {"l": 4, "n": 2}
 
 
 def test_a_conversion_may_depend_on_sizes():

@@ -87,7 +87,7 @@ def _adapter(
   for name, parameter in model.parameters.items():
     row, at = find_row(table, name)
     for form in row.forms:
-      piece = pieces(row, form, at, parameter.shape, model.heads)[0]
+      piece = pieces(row, form, at, parameter.shape, model.letters)[0]
       sides = [piece.tensor + side for side in (A, B)]
       if found := {side: arrays[side] for side in sides if side in arrays}:
         if absent := [side for side in sides if side not in found]:

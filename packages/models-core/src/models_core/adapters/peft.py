@@ -26,7 +26,7 @@ from models_core.family import Family
 from models_core.formats import Files, as_files, read_json, read_safetensors_file
 from models_core.loading import abstract_model
 from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
-from models_core.weights import Form, Piece, WeightTable, head_sizes, pieces
+from models_core.weights import Form, Piece, WeightTable, letter_sizes, pieces
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -118,7 +118,7 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
       if (own := _roles(table, name, form)) is None:
         continue
       if not _is_split(form, placeholders, own):
-        fused = pieces(row, form, placeholders, shape, head_sizes(config))[0]
+        fused = pieces(row, form, placeholders, shape, letter_sizes(config))[0]
         if module := _module_of_fused(arrays, fused, rank):
           wanted = [module + side for side in _SIDES]
           used.update(wanted)

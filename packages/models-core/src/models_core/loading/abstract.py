@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from models_core.errors import ShardingError
 from models_core.layers import dotted, shapes_only
 from models_core.sharding import Misfit, check_mesh, fit, named
-from models_core.weights import head_sizes
+from models_core.weights import letter_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ class AbstractModel:
   Attributes:
     parameters: the parameters by name, in the model's order.
     config: the configuration that it was built from.
-    heads: the sizes of the configuration by their letters in layouts, as `head_sizes` returns them.
+    letters: sizes of letters in layouts that the configuration tells, as `letter_sizes` returns them.
   """
 
   parameters: Mapping[str, AbstractParameter]
   config: Any
-  heads: Mapping[str, int]
+  letters: Mapping[str, int]
   _graphdef: Any
   _state: Any
 
@@ -113,7 +113,7 @@ def abstract_model(
     )
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh cannot hold these shardings:\n  - " + "\n  - ".join(notes))
-  return AbstractModel(parameters, config, head_sizes(config), graphdef, state)
+  return AbstractModel(parameters, config, letter_sizes(config), graphdef, state)
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

@@ -168,7 +168,7 @@ def plan_load(
     {name: info.shape for name, info in tensors.items()},
     {name: parameter.shape for name, parameter in model.parameters.items()},
     table,
-    model.heads,
+    model.letters,
     config=model.config,
     layers=layers,
   )
@@ -204,7 +204,7 @@ def match_tensors(
   tensors: Mapping[str, tuple[int, ...]],
   parameters: Mapping[str, tuple[int, ...]],
   table: WeightTable,
-  heads: Mapping[str, int],
+  letters: Mapping[str, int],
   *,
   config: Any = None,
   layers: int | None = None,
@@ -215,7 +215,7 @@ def match_tensors(
     tensors: shapes of all tensors, by name.
     parameters: shapes of all parameters, by name.
     table: weight table of the tensors' naming scheme.
-    heads: number and dimension of the configuration's heads, as `head_sizes` returns them.
+    letters: sizes of letters in layouts that the configuration tells, as `letter_sizes` returns them.
     config: of the model; it decides between layouts of the same shape.
     layers: the number of layers that the model is cut to; tensors of later layers are ignored. None is no cut.
 
@@ -227,7 +227,7 @@ def match_tensors(
   used: set[str] = set()
   for name, shape in parameters.items():
     row, placeholders = table.row_of(name)
-    forms = [pieces(row, form, placeholders, shape, heads) for form in row.forms]
+    forms = [pieces(row, form, placeholders, shape, letters) for form in row.forms]
     found, trouble = _choose(row, forms, name, shape, tensors, config)
     problems += trouble
     if found:

@@ -21,7 +21,7 @@ from models_core.loading import match_tensors, shorten
 from models_core.rollout.moves import Move, finished, put, same_bits, take, tensor_sharding
 from models_core.rollout.parameters import parameters_of, quantised_owner
 from models_core.saving import Shaped, plan_save
-from models_core.weights import Piece, Tied, head_sizes
+from models_core.weights import Piece, Tied, letter_sizes
 
 # Where the arrays come from, in errors.
 _WHERE = "the given arrays"
@@ -138,7 +138,7 @@ def from_checkpoint(
     {name: tuple(one.shape) for name, one in given.items()},
     {name: one.shape for name, one in parameters.items()},
     family.huggingface,
-    head_sizes(config := getattr(model, "config", None)),
+    letter_sizes(config := getattr(model, "config", None)),
     config=config,
   )
   if problems := [*problems, *found.problems]:

@@ -23,7 +23,7 @@ import numpy as np
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.formats import CODES, INDEX, SINGLE, Checkpoint, TensorInfo, file_layout, shard_name
-from models_core.weights import Piece, Row, WeightTable, head_sizes, matches, pieces
+from models_core.weights import Piece, Row, WeightTable, letter_sizes, matches, pieces
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def plan_save(
   Args:
     parameters: shapes and dtypes of the model's parameters, by name.
     table: weight table of the naming scheme.
-    config: configuration of the model; it decides the forms of parameters if `base` does not, and the sizes of heads.
+    config: configuration of the model; it decides the forms of parameters if `base` does not, and the sizes of letters.
     base: headers of a checkpoint in the same naming scheme. Parameters are written in its forms, tied tensors that it
       holds are written as well, and tensors that the table ignores are copied. None takes the forms of the published
       checkpoint of `config`.
@@ -174,13 +174,13 @@ def _forms(
   A parameter that the base does not hold takes the form of the same parameter in most other layers, or else that of
   most parameters with as many forms; without a base, the form of the published checkpoint.
   """
-  heads = head_sizes(config)
+  letters = letter_sizes(config)
   forms: dict[str, list[list[Piece]]] = {}
   rows: dict[str, Row] = {}
   chosen: dict[str, int] = {}
   for name, array in parameters.items():
     row, at = table.row_of(name)
-    rows[name], forms[name] = row, [pieces(row, form, at, array.shape, heads) for form in row.forms]
+    rows[name], forms[name] = row, [pieces(row, form, at, array.shape, letters) for form in row.forms]
     complete = [i for i, form in enumerate(forms[name]) if all(piece.tensor in held for piece in form)]
     # The same tensor in several layouts: its shape decides, or else the configuration.
     fitting = [i for i in complete if all(held[p.tensor].shape == p.shape for p in forms[name][i])]

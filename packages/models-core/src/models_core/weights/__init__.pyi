@@ -1,5 +1,5 @@
 from .gguf import gguf_table
-from .layout import Piece, arrange, group_axes, head_sizes, parse_layout, part_shape, pieces, put_back
+from .layout import Piece, arrange, group_axes, letter_sizes, parse_layout, part_shape, pieces, put_back
 from .maxtext import divided_by_root_of_head_dim, maxtext_table
 from .table import TRAINING, Conversion, Form, Ignored, Row, Tied, WeightTable, matches, own_names
 from .tunix import tunix_table
@@ -17,7 +17,7 @@ __all__ = [
   "divided_by_root_of_head_dim",
   "gguf_table",
   "group_axes",
-  "head_sizes",
+  "letter_sizes",
   "matches",
   "maxtext_table",
   "own_names",

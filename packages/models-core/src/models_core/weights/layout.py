@@ -73,7 +73,7 @@ class Piece:
     )
 
 
-def head_sizes(config: Any) -> dict[str, int]:
+def letter_sizes(config: Any) -> dict[str, int]:
   """The sizes of the letters n (query heads), k (KV heads), h (dimension of a head) and l (layers) in layouts.
 
   Args:
@@ -90,7 +90,7 @@ def pieces(
   form: Form,
   placeholders: Mapping[str, str],
   shape: Sequence[int],
-  heads: Mapping[str, int] = MappingProxyType({}),
+  letters: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Piece]:
   """The pieces that make up a parameter: one, or one for each tensor that is stacked.
 
@@ -99,7 +99,7 @@ def pieces(
     form: the one of the row's forms to resolve.
     placeholders: their values in the parameter's name, such as `{"i": "3"}`.
     shape: of the parameter.
-    heads: sizes of letters that share an axis of the parameter or are no axis of it, as `head_sizes` returns them.
+    letters: sizes of those that share an axis of the parameter or are no axis of it, as `letter_sizes` returns them.
 
   Raises:
     ValueError: if the layout does not fit the parameter's shape, which is an error in the table.
@@ -109,14 +109,14 @@ def pieces(
     raise ValueError(
       f"the layout {form.layout!r} has {len(ours)} axes, but the parameter has shape {tuple(shape)}"
     )
-  sizes = _sizes(ours, shape, form.layout, heads)
+  sizes = _sizes(ours, shape, form.layout, letters)
   stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
   flat_ours = [axis for group in ours for axis in group]
   flat_theirs = [axis for group in theirs for axis in group]
   kept = [axis for axis in flat_theirs if "/" not in axis]
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
-  sizes = {**heads, **sizes}
+  sizes = {**letters, **sizes}
   parts = {a: int(placeholders.get(part := a.partition("/")[0], part)) for a in flat_theirs if "/" in a}
   if any(part >= _size(axis, sizes) for axis, part in parts.items()):
     raise ValueError(
@@ -126,7 +126,7 @@ def pieces(
   select = tuple(parts.get(axis, slice(None)) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
   tensor_shape = tuple(math.prod(_size(axis, sizes) for axis in group) for group in theirs)
-  conversion = row.conversion(heads) if callable(row.conversion) else row.conversion
+  conversion = row.conversion(letters) if callable(row.conversion) else row.conversion
   result = []
   for index in np.ndindex(*(sizes[axis] for axis in stacked)):
     at = dict(zip(stacked, index, strict=True))
@@ -166,14 +166,14 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int:
 
 
 def _sizes(
-  ours: list[list[str]], shape: Sequence[int], layout: str, heads: Mapping[str, int]
+  ours: list[list[str]], shape: Sequence[int], layout: str, given: Mapping[str, int]
 ) -> dict[str, int]:
-  """The sizes of all letters, which follow from the parameter's shape and, for letters that share an axis, `heads`."""
+  """The sizes of all letters: from the parameter's shape and, for letters that share an axis, from `given`."""
   sizes: dict[str, int] = {}
   # Axes of one letter come first, since they decide that letter for all other axes.
   for group, size in sorted(zip(ours, shape, strict=True), key=lambda pair: len(pair[0])):
     letters = [axis for axis in group if not axis.isdigit()]
-    found = sizes if len(letters) == 1 else {**heads, **sizes}
+    found = sizes if len(letters) == 1 else {**given, **sizes}
     unknown = [axis for axis in letters if axis not in found]
     known = math.prod(int(axis) if axis.isdigit() else found.get(axis, 1) for axis in group)
     if len(unknown) > 1:
