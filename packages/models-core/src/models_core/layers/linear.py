@@ -95,7 +95,10 @@ def product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
   """Multiplies x [..., in] by the matrix w [out, in] -> [..., out] in a dtype, computed in the dtype of x."""
   if w.dtype != x.dtype:
     w = w.astype(x.dtype)
-  # Otherwise the parameter itself is the operand: libraries for quantisation and LoRA find it by its identity.
+  if x.ndim > 2 and x.shape[-2] == 1:
+    # For one row of three axes, XLA's CPU backend of jaxlib 0.9 copies the weight.
+    return jnp.expand_dims(product(jnp.squeeze(x, -2), w, dtype), -2)
+  # The parameter itself is the operand: libraries for quantisation and LoRA find it by its identity.
   return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
