@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Collection
 from typing import Any
 
 from flax import nnx
@@ -69,6 +70,8 @@ class AutoModel:
       **kwargs: one of the following, or a field of the model's configuration.
         dtype: of the floating-point parameters, such as "bfloat16"; None keeps each as it is stored.
         config: a configuration to use instead of the checkpoint's.
+        ignore_config_keys: keys of config.json to leave out, where one is refused although the model's numbers do not
+          depend on it: `["residual_multiplier"]`, or `["rope_scaling.factor"]` for a key of an object.
         layers: `range(n)` loads only the first n layers and reads nothing of the others, to debug a large model.
         strict_sharding: whether an axis that the mesh cannot shard is an error; otherwise it is replicated.
 
@@ -187,6 +190,7 @@ class AutoModel:
     progress: bool = True,
     dtype: Any = None,
     config: Any = None,
+    ignore_config_keys: Collection[str] = (),
     layers: range | None = None,
     strict_sharding: bool = False,
     **fields: Any,
@@ -205,9 +209,9 @@ class AutoModel:
       token=token,
       progress=progress,
     )
-    where = agree_on_revision(mesh, where, lambda: find(where, config).files)
+    where = agree_on_revision(mesh, where, lambda: find(where, config, ignore_config_keys).files)
     with together(mesh):
-      return cls._plan(find(where, config), mesh, dtype, layers, strict_sharding, fields)
+      return cls._plan(find(where, config, ignore_config_keys), mesh, dtype, layers, strict_sharding, fields)
 
   @staticmethod
   def _plan(

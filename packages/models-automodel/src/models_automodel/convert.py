@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def convert(
   to: str = SAFETENSORS.naming,
   dtype: Any = None,
   max_shard_size: int | str | None = None,
+  ignore_config_keys: Collection[str] = (),
   overwrite: bool = False,
   progress: bool = True,
 ) -> None:
@@ -40,6 +42,7 @@ def convert(
       that MaxText loads, of Llama and Qwen.
     dtype: of the written floating-point parameters; None keeps each as it is stored.
     max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". Must be None for an Orbax tree.
+    ignore_config_keys: keys of config.json to leave out, as `from_pretrained` takes them.
     overwrite: whether `target` may hold files. Weights and files of the same names are replaced, others stay.
     progress: whether progress bars are shown on a terminal.
 
@@ -57,7 +60,7 @@ def convert(
       )
     options["max_shard_size"] = max_shard_size
   where = source if isinstance(source, Where) else Where.of(source, progress=progress)
-  plan = AutoModel.plan(where, dtype=dtype)
+  plan = AutoModel.plan(where, dtype=dtype, ignore_config_keys=ignore_config_keys)
   files = plan.checkpoint.files
   # In the same format, tensors that the model does not need are copied.
   notes = plan.checkpoint.notes if writer.format is plan.checkpoint.format else plan.notes()

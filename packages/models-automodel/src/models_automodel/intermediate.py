@@ -60,9 +60,15 @@ def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The arguments of a call as JSON values, which can be compared with those of another call."""
   place = {"model_id": where.model_id, "model_source": where.source, "model_path": where.path}
   arguments = {**arguments, "revision": where.revision}
-  asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
+  asked = {
+    key: str(value)
+    for key, value in arguments.items()
+    if key not in _NO_MATTER and value not in (None, [], ())
+  }
   if "dtype" in asked:
     asked["dtype"] = str(as_dtype(arguments["dtype"]))
+  if keys := arguments.get("ignore_config_keys"):
+    asked["ignore_config_keys"] = ", ".join(sorted(keys))
   return place | dict(sorted(asked.items()))
 
 

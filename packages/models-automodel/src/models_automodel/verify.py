@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,15 @@ from models_core.formats import TensorInfo, TensorReader, checkpoint_entries
 from models_core.loading import LoadPlan
 
 
-def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
+def verify(
+  path: str | os.PathLike, *, values: bool = False, ignore_config_keys: Collection[str] = ()
+) -> LoadPlan:
   """Checks a checkpoint on this machine without loading it as a model.
 
   Args:
     path: a directory or a GGUF file.
     values: whether all weights are read, too, and NaN and infinity refused.
+    ignore_config_keys: keys of config.json to leave out, as `AutoModel.from_pretrained` takes them.
 
   Returns:
     The load plan.
@@ -33,7 +36,8 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
       of a shape that config.json does not imply, and with `values` every tensor that holds NaN or infinity.
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
-  plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False))
+  where = Where(os.fspath(path), ModelSource.LOCAL.value, progress=False)
+  plan = AutoModel.plan(where, ignore_config_keys=ignore_config_keys)
   if values:
     with plan.open() as opened:
       problems = [

@@ -32,8 +32,20 @@ def model_arguments() -> argparse.ArgumentParser:
     "--download-path",
     help="directory that downloads are kept in (default: the source's cache; object stores are read in place)",
   )
+  add_ignored_keys(parser)
   parser.add_argument("--dtype", help="dtype of the parameters, such as bfloat16 (default: as stored)")
   return parser
+
+
+def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
+  """Adds `--ignore-config-key`."""
+  parser.add_argument(
+    "--ignore-config-key",
+    metavar="KEY",
+    action="append",
+    default=[],
+    help="a key of config.json to leave out, such as residual_multiplier or rope_scaling.factor; may be repeated",
+  )
 
 
 def where_of(options: argparse.Namespace) -> Where:

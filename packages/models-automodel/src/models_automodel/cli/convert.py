@@ -49,5 +49,6 @@ def _convert(options: argparse.Namespace) -> None:
     to=options.to,
     dtype=options.dtype,
     max_shard_size=options.max_shard_size,
+    ignore_config_keys=options.ignore_config_key,
     overwrite=options.overwrite,
   )

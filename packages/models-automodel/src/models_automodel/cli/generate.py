@@ -54,7 +54,12 @@ def _generate(options: argparse.Namespace) -> None:
   from models_automodel.automodel import AutoModel
 
   prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-  model, path = AutoModel.from_pretrained(where_of(options), make_mesh(options.mesh), dtype=options.dtype)
+  model, path = AutoModel.from_pretrained(
+    where_of(options),
+    make_mesh(options.mesh),
+    dtype=options.dtype,
+    ignore_config_keys=options.ignore_config_key,
+  )
   _print_stream(
     _continue(
       model,

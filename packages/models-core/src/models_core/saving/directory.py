@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -14,15 +13,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from models_core.errors import ConfigError, SaveError
+from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
 from models_core.saving.atomic import replace_directory, save_errors
 from models_core.saving.companions import CONFIG, companions_of
+from models_core.saving.config_json import config_json
 from models_core.saving.plan import SavedTensor, Shaped
-
-# Fields that describe how a process runs the model, not the checkpoint.
-_NOT_IN_CONFIG_JSON = ("shd_config", "remat_config")
 
 
 @contextlib.contextmanager
@@ -110,7 +107,7 @@ def config_text(
   parameters: Mapping[str, Shaped],
   tensors: Sequence[SavedTensor],
 ) -> bytes:
-  """The text of config.json: the base's fields, overridden by those of the configuration and by the saved dtype.
+  """The text of config.json: the base's keys, those that the configuration changes, and the saved dtype.
 
   Args:
     family: family of the model.
@@ -122,23 +119,8 @@ def config_text(
   Raises:
     ConfigError: if reading the text would give a different configuration.
   """
-  dtype = _main_dtype(parameters, tensors)
-  own = family.write_config(config)
-  names = {"torch_dtype": dtype.name, "dtype": dtype.name}
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
-  if isinstance(text := former.get("text_config"), Mapping):
-    # A multimodal configuration keeps its own type; the fields of the language model are in text_config.
-    inner = dict(text) | {k: v for k, v in own.items() if k != "architectures"}
-    inner |= {key: name for key, name in names.items() if key in text}
-    raw = former | {"text_config": inner} | names
-  else:
-    raw = former | own | names
-  again = family.read_config(raw)
-  fields = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_CONFIG_JSON]
-  if differing := [name for name in fields if getattr(again, name) != getattr(config, name)]:
-    raise ConfigError(
-      f"config.json cannot express this configuration: {', '.join(differing)} would be read back with another value"
-    )
+  raw = config_json(family, config, former, _main_dtype(parameters, tensors).name)
   return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
