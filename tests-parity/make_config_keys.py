@@ -72,16 +72,16 @@ def _neutral(key: str, default: object) -> bool:
 def keys() -> dict[str, list]:
   """What the file holds for the installed version."""
   generic = {name for name, _ in _fields(PretrainedConfig)}
-  found: dict[str, tuple[str, dict[str, object]]] = {}
+  found: dict[str, tuple[str, set[str]]] = {}
   for one in sorted(_classes(), key=lambda one: (one.model_type or "~", one.__name__)):
     for key, default in _fields(one):
       if key not in generic:
-        counted = {"0": 0} if COUNT.search(key) else {}
-        _, neutral = found.setdefault(key, (one.model_type or one.__name__, counted))
-        if _neutral(key, default):
-          neutral.setdefault(json.dumps(default), default)
+        _, neutral = found.setdefault(key, (one.model_type or one.__name__, set()))
+        values = (default, 0) if COUNT.search(key) else (default,)
+        neutral |= {json.dumps(value) for value in values if _neutral(key, value)}
   return {
-    key: [who, *(neutral[text] for text in sorted(neutral))] for key, (who, neutral) in sorted(found.items())
+    key: [who, *(json.loads(text) for text in sorted(neutral))]
+    for key, (who, neutral) in sorted(found.items())
   }
 
 

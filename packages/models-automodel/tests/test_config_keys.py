@@ -57,7 +57,10 @@ def test_a_refused_key_may_be_ignored(edit_config, tmp_path, caplog, capsys):
   convert(path, tmp_path / "converted", ignore_config_keys=keys, progress=False)
   verify(path, ignore_config_keys=keys)
   for directory in (tmp_path / "saved", tmp_path / "converted"):
-    assert config_of(directory).keys() == config_of(path).keys() - {"residual_multiplier"} | {"dtype", "torch_dtype"}
+    assert config_of(directory).keys() == config_of(path).keys() - {"residual_multiplier"} | {
+      "dtype",
+      "torch_dtype",
+    }
     assert load(directory)[0].config == model.config
   assert main(["plan", str(path)]) == 1
   assert "ignore_config_keys=['residual_multiplier']" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # Why no logit depends on them -> keys.
 _WRITTEN = {
@@ -83,12 +84,18 @@ UNIMPLEMENTED: Mapping[str, tuple[object, ...]] = {
 }
 
 
+def transformers_keys() -> dict[str, dict[str, list[Any]]]:
+  """For versions of transformers: key -> [an architecture that has it, its neutral values...]."""
+  text = importlib.resources.files(__package__).joinpath("transformers_keys.json").read_text("utf-8")
+  found: dict[str, dict[str, list[Any]]] = json.loads(text)
+  return found
+
+
 @functools.cache
 def other_architectures() -> Mapping[str, tuple[str, tuple[object, ...]]]:
   """Keys that an architecture of transformers reads -> such an architecture, and the values that switch it off."""
-  text = importlib.resources.files(__package__).joinpath("transformers_keys.json").read_text("utf-8")
   found: dict[str, tuple[str, tuple[object, ...]]] = {}
-  for version in json.loads(text).values():
+  for version in transformers_keys().values():
     for key, (architecture, *neutral) in version.items():
       found[key] = (architecture, (*neutral, *found.get(key, ("", ()))[1]))
   return found
