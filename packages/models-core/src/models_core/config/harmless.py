@@ -84,6 +84,14 @@ UNIMPLEMENTED: Mapping[str, tuple[object, ...]] = {
 }
 
 
+# Lists with an entry for each layer, and the entry that all layers have here.
+_OF_LAYERS: Mapping[str, object] = {
+  "layer_types": "full_attention",
+  "mlp_layer_types": "dense",
+  "no_rope_layers": 1,
+}
+
+
 def transformers_keys() -> dict[str, dict[str, list[Any]]]:
   """For versions of transformers: key -> [an architecture that has it, its neutral values...]."""
   text = importlib.resources.files(__package__).joinpath("transformers_keys.json").read_text("utf-8")
@@ -106,6 +114,8 @@ def refusal(key: str, value: object) -> str | None:
   if key in UNIMPLEMENTED:
     return None if value in UNIMPLEMENTED[key] else "read for every model"
   if key in WRITTEN or key in ADDED or ADDED_NAMES.search(key):
+    return None
+  if key in _OF_LAYERS and isinstance(value, list) and all(one == _OF_LAYERS[key] for one in value):
     return None
   architecture, neutral = other_architectures().get(key, ("", (value,)))
   return None if value in neutral else f"a key of {architecture}"

@@ -47,9 +47,6 @@ TUNIX = tunix_table(HUGGINGFACE)
 
 MAXTEXT = maxtext_table(HUGGINGFACE)
 
-# transformers ignores dual_chunk_attention_config, too, and computes full attention.
-HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
-
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   """Reads a config.json whose `model_type` is "qwen2".
@@ -78,7 +75,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     sliding_window=sliding_window,
     max_window_layers=max_window_layers,
   )
-  keys.done(HARMLESS)
+  keys.done(windows.KEYS)
   return config
 
 
