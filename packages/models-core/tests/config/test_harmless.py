@@ -94,6 +94,40 @@ def test_what_changes_none_is_noted(key):
   assert notes == noted
 
 
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [("n_embd", 16), ("n_layer", 2), ("layer_norm_eps", 1e-5), ("activation_function", "silu")],
+)
+def test_another_name_may_repeat_a_value(key, value):
+  own = {"hidden_size": 16, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+  ConfigKeys(own | {key: value}).done(own)
+  with pytest.raises(ConfigError, match=f"{key}="):
+    ConfigKeys(own | {key: "other"}).done(own)
+  with pytest.raises(ConfigError, match=f"{key}="):
+    ConfigKeys({key: value}).done()
+
+
+@pytest.mark.parametrize(
+  ("key", "neutral", "other"),
+  [
+    ("attention_softmax_in_fp32", True, False),
+    ("decoder_sparse_step", 1, 2),
+    ("no_bias", True, False),
+    ("no_rope_layers", [1, 1], [1, 0]),
+    ("layer_types", ["full_attention"], ["full_attention", "sliding_attention"]),
+    ("parallel_attn", False, True),
+    ("rotary_pct", 1.0, 0.25),
+    ("scale_attn_weights", True, False),
+    ("scale_emb", 1, 12),
+    ("shared_expert_intermediate_size", 0, 24),
+  ],
+)
+def test_what_another_architecture_may_say_without_effect(key, neutral, other):
+  ConfigKeys({key: neutral}).done()
+  with pytest.raises(ConfigError, match=rf"{key}=.* \(a key of "):
+    ConfigKeys({key: other}).done()
+
+
 def test_the_table_of_other_architectures_is_whole():
   table = other_architectures()
   assert len(table) > 2000

@@ -48,7 +48,11 @@ _ADDED = {
     deterministic_flash_attn disable_custom_kernels init_device reference_compile use_mamba_kernels
     use_memory_efficient_attention
   """,
-  "of trainers": "apply_spec_augment dataset learning_rate num_labels output_router_logits truncation verbose",
+  "of trainers, and of encoders of images and sound": """
+    apply_spec_augment architecture dataset learning_rate mode num_labels output_router_logits reduction seed seq_len
+    truncation trust_remote_code verbose
+  """,
+  "without effect unless use_sliding_window is true": "max_window_layers",
   "generation has a file of its own": "guidance_scale max_new_tokens",
 }
 _ADDED_NAMES = {
@@ -84,6 +88,34 @@ UNIMPLEMENTED: Mapping[str, tuple[object, ...]] = {
 }
 
 
+# Other architectures' names of keys that are read here: to repeat a value says nothing new.
+_SAME_AS = {
+  same: key
+  for key, names in {
+    "head_dim": "kv_channels",
+    "hidden_act": "activation activation_function hidden_activation",
+    "hidden_size": "d_model embed_dim n_embd",
+    "intermediate_size": "ffn_dim ffn_hidden_size hidden_dim n_inner",
+    "num_attention_heads": "n_head n_heads num_heads",
+    "num_hidden_layers": "n_layer n_layers num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "layer_norm_eps layer_norm_epsilon norm_eps",
+  }.items()
+  for same in names.split()
+}
+# Values that say what is computed here, but are not the default of an architecture that has the key, or are true.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+  "attention_softmax_in_fp32": (True,),
+  "causal": (True,),
+  "decoder_sparse_step": (1,),
+  "moe_intermediate_size": (0,),
+  "no_bias": (True,),
+  "parallel_attn": (False,),
+  "rotary_pct": (1,),
+  "scale_attn_weights": (True,),
+  "scale_emb": (1,),
+  "shared_expert_intermediate_size": (0,),
+}
 # Lists with an entry for each layer, and the entry that all layers have here.
 _OF_LAYERS: Mapping[str, object] = {
   "layer_types": "full_attention",
@@ -109,16 +141,19 @@ def other_architectures() -> Mapping[str, tuple[str, tuple[object, ...]]]:
   return found
 
 
-def refusal(key: str, value: object) -> str | None:
-  """Why a key that was not read cannot be ignored; None if it can."""
+def refusal(key: str, raw: Mapping[str, Any]) -> str | None:
+  """Why a key of a configuration that was not read cannot be ignored; None if it can."""
+  value = raw[key]
   if key in UNIMPLEMENTED:
     return None if value in UNIMPLEMENTED[key] else "read for every model"
   if key in WRITTEN or key in ADDED or ADDED_NAMES.search(key):
     return None
   if key in _OF_LAYERS and isinstance(value, list) and all(one == _OF_LAYERS[key] for one in value):
     return None
+  if key in _SAME_AS and value == raw.get(_SAME_AS[key]):
+    return None
   architecture, neutral = other_architectures().get(key, ("", (value,)))
-  return None if value in neutral else f"a key of {architecture}"
+  return None if value in neutral or value in _NEUTRAL.get(key, ()) else f"a key of {architecture}"
 
 
 def is_silent(key: str) -> bool:

@@ -184,7 +184,7 @@ class ConfigKeys:
     """
     known = self._read | set(harmless)
     left = sorted(key for key, value in self._raw.items() if key not in known and value is not None)
-    refused = {key: why for key in left if (why := refusal(key, self._raw[key])) is not None}
+    refused = {key: why for key in left if (why := refusal(key, self._raw)) is not None}
     if refused:
       keys = ", ".join(f"{key}={_short(self._raw[key])} ({why})" for key, why in refused.items())
       raise ConfigError(

@@ -18,6 +18,8 @@ _NOT_IN_CONFIG_JSON = ("shd_config", "remat_config")
 # Keys that say what is saved, and not what it computes: reading the base does not tell whether they have changed.
 _OF_THE_MODEL = ("architectures", "num_labels")
 _TEXT = "text_config"
+# What a family's read_config raises on a base that is not its own.
+_UNREADABLE = (LookupError, TypeError, ValueError)
 
 
 def config_json(family: Family, config: Any, base: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def config_json(family: Family, config: Any, base: Mapping[str, Any], dtype: str
     for part in (raw, raw[_TEXT]) if nested else (raw,):
       names = ("torch_dtype", "dtype")
       part.update({key: dtype for key in names if part is raw or key in part})
+    family.read_config(raw)  # its own error says more
     if differing := _differing(family, config, raw):
       raise ConfigError(
         f"config.json cannot express this configuration: {', '.join(differing)} would be read back with another value"
@@ -83,7 +86,7 @@ def _rewritten(family: Family, base: Mapping[str, Any]) -> Mapping[str, Any]:
   """What would be written for the configuration of the base; empty if the family cannot read it."""
   try:
     return family.write_config(family.read_config(base))
-  except ConfigError:
+  except _UNREADABLE:
     return {}
 
 
@@ -92,6 +95,6 @@ def _differing(family: Family, config: Any, raw: Mapping[str, Any]) -> list[str]
   fields = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_CONFIG_JSON]
   try:
     again = family.read_config(raw)
-  except ConfigError:
+  except _UNREADABLE:
     return fields
   return [name for name in fields if getattr(again, name) != getattr(config, name)]
