@@ -154,7 +154,6 @@ def test_numbers_of_kv_heads_that_are_null_or_missing(name):
 @pytest.mark.parametrize(
   ("name", "key", "value"),
   [
-    ("qwen2", "use_mrope", True),
     ("qwen2", "num_experts", 8),
     ("qwen2", "use_qk_norm", True),
     ("qwen3", "attention_bias", True),
@@ -177,6 +176,8 @@ def test_what_is_not_implemented_is_refused_by_name(name, key, value):
     ("qwen2", "attention_bias", True),
     ("qwen2", "qkv_bias", True),
     ("qwen2", "head_dim", None),
+    ("qwen2", "use_mrope", True),
+    ("qwen2", "dual_chunk_attention_config", {"chunk_size": 262144}),
     ("qwen3", "use_qk_norm", True),
     ("qwen3", "qkv_bias", False),
     ("qwen3", "max_sequence_length", 4096),

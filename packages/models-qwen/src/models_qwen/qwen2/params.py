@@ -59,7 +59,6 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
   )
   keys.expect("hidden_act", "silu", "swish")
-  keys.expect("use_mrope", False)
   # The projections have biases, whatever these keys say: the tensors tell.
   for bias in ("attention_bias", "qkv_bias"):
     keys.expect(bias, True, False)
