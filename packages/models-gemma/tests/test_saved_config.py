@@ -57,6 +57,14 @@ def test_only_the_language_model_of_a_multimodal_base_changes():
   assert gemma3.FAMILY.read_config(saved) == config
 
 
+def test_keys_that_repeat_text_config_change_with_it():
+  base = WRITTEN["gemma3", "4.57.1"] | {"rms_norm_eps": 1e-3, "vocab_size": 101, "tie_word_embeddings": True}
+  config = dataclasses.replace(gemma3.FAMILY.read_config(base), norm_eps=0.5)
+  saved = config_json(gemma3.FAMILY, config, base, "float32")
+  assert saved["rms_norm_eps"] == saved["text_config"]["rms_norm_eps"] == 0.5
+  assert (saved["vocab_size"], saved["tie_word_embeddings"], saved["model_type"]) == (101, True, "gemma3")
+
+
 def test_a_pattern_that_no_longer_holds_is_left_out(caplog):
   base = WRITTEN["gemma3_text", "4.51.3"]
   assert base["sliding_window_pattern"] == 6

@@ -189,7 +189,7 @@ class ConfigKeys:
       keys = ", ".join(f"{key}={_short(self._raw[key])} ({why})" for key, why in refused.items())
       raise ConfigError(
         f"{self._where}: {keys}: not known to this architecture, and the model's numbers may depend on it. If they do "
-        f"not, pass ignore_config_keys={list(refused)} to AutoModel, or remove these keys"
+        f"not, pass ignore_config_keys={list(refused)} to AutoModel, or remove them"
       )
     if noted := [key for key in left if not is_silent(key)] + sorted(set(self._unread)):
       note(f"{self._where}: not read by this architecture: {', '.join(noted)}")

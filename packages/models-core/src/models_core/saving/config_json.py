@@ -52,20 +52,24 @@ def config_json(family: Family, config: Any, base: Mapping[str, Any], dtype: str
       own.pop("architectures", None)
     alone = {key: outer[key] for key in ("model_type",) if key in outer}
     wrong = [
-      *(k for k in outer if _differing(family, config, place(own, {**alone, k: outer[k]}))),
+      *(k for k in outer if k not in own and _differing(family, config, place(own, {**alone, k: outer[k]}))),
       *(k for k in inner if k not in own and _differing(family, config, place({**own, k: inner[k]}, alone))),
     ]
-    inner, outer = ({k: v for k, v in part.items() if k not in wrong} for part in (inner, outer))
+    inner = {key: value for key, value in inner.items() if key not in wrong}
+    outer = {key: value for key, value in outer.items() if key not in wrong}
     former = _rewritten(family, place(inner, outer))
     changed = {
       key: value
       for key, value in own.items()
       if key in _OF_THE_MODEL or key not in inner or value != former.get(key, ...)
     }
-    raw = place({**inner, **changed}, outer)
-    if _differing(family, config, raw):
-      # Values that read the same in the base, but not beside those that have changed.
-      raw = place({**inner, **own}, outer)
+    # Where all that has changed is not enough, values of the base read otherwise beside it.
+    for new in (changed, own):
+      # Keys beside text_config that repeat those in it change with them.
+      repeated = {key: value for key, value in new.items() if key in outer and key != "model_type"}
+      raw = place({**inner, **new}, {**outer, **repeated})
+      if not _differing(family, config, raw):
+        break
     for part in (raw, raw[_TEXT]) if nested else (raw,):
       names = ("torch_dtype", "dtype")
       part.update({key: dtype for key in names if part is raw or key in part})
