@@ -1,0 +1,269 @@
+"""Processes that render templates: started when they are needed, kept for the next template, replaced when they end.
+
+A template is a program of somebody else's. The process that runs it has bounds on time and memory, which the operating
+system enforces (`template_worker.py`). Where it has none on memory, as on macOS, this process watches that one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import importlib.util
+import marshal
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import spawn
+from typing import IO
+
+from models_automodel.text import template_worker as worker
+from models_core.errors import ConfigError
+from models_core.extras import require
+
+_NEEDS = ("models-automodel[generate]", "A chat template")
+# Bounds for a template with few variables. Each megabyte of variables adds to them.
+_SECONDS, _SECONDS_PER_MB = 1.0, 1.0
+_MEGABYTES, _MEGABYTES_PER_MB = 128, 24
+_START_SECONDS = 20.0
+# What is watched from outside may grow a little beyond the bound, from a process of this size.
+_WATCH_SECONDS, _WATCH_SLACK = 0.005, 32 << 20
+# Processes that are kept for the next templates.
+_KEPT = 4
+# Variables of the environment by which a Python finds its libraries.
+_ENVIRONMENT = re.compile(r"(DY)?LD_.*|LC_.*|LANG", re.IGNORECASE)
+
+
+class Stopped(Exception):
+  """A template exceeded a bound. The text says which."""
+
+
+class Refused(Exception):
+  """A template is malformed, or refuses the variables with this text."""
+
+
+class Failed(Exception):
+  """A template failed with this error of Python."""
+
+
+def render_in_process(source: str, variables: bytes) -> str:
+  """Renders a template in another process.
+
+  Args:
+    source: Jinja source.
+    variables: a dict of plain data, as `marshal.dumps` writes it.
+
+  Raises:
+    Stopped, Refused, Failed: as their names say.
+    ConfigError: if no process can be started.
+    MissingExtraError: if jinja2 is not installed.
+  """
+  folders = _folders()
+  now = datetime.datetime.now()
+  moment = (now.year, now.month, now.day, now.hour, now.minute, now.second, now.microsecond)
+  seconds = _SECONDS + _SECONDS_PER_MB * len(variables) / 1e6
+  memory = (_MEGABYTES << 20) + _MEGABYTES_PER_MB * len(variables)
+  request = marshal.dumps((source, variables, moment, seconds, memory))
+  process = _take(folders)
+  try:
+    kind, text = _ask(process, request, seconds, memory)
+  except BaseException:
+    _end(process)
+    raise
+  if kind in (worker.TEXT, worker.REFUSAL, worker.FAILURE) and len(_idle) < _KEPT:
+    _idle.append(process)
+  else:
+    _end(process)
+  match kind:
+    case worker.TEXT:
+      return text.decode(errors="surrogatepass")
+    case worker.REFUSAL:
+      raise Refused(text.decode())
+    case worker.FAILURE:
+      raise Failed(text.decode())
+    case worker.MEMORY:
+      raise Stopped(f"it needs more than {memory >> 20} MB of memory")
+    case worker.DEPTH:
+      raise Stopped("it is nested, or calls itself, too deeply")
+    case worker.OUTPUT:
+      raise Stopped(f"its text has more than {memory >> 22} million characters")
+  raise AssertionError(kind)
+
+
+def _ask(process: subprocess.Popen, request: bytes, seconds: float, memory: int) -> tuple[int, bytes]:
+  """Sends a request and waits for the answer."""
+  requests, answers = _pipes(process)
+  with _watched(process, seconds * worker.PATIENCE, memory) as stopped:
+    with contextlib.suppress(BrokenPipeError):
+      requests.write(len(request).to_bytes(8, "big") + request)
+      requests.flush()
+    answer = _read_answer(answers)
+  if answer is not None:
+    return answer
+  status = process.wait()
+  if stopped or status in (-signal.SIGPROF, -signal.SIGALRM):
+    raise Stopped(stopped[0] if stopped else _too_slow(seconds))
+  raise Stopped(f"the process that rendered it ended with status {status}")
+
+
+def _too_slow(seconds: float) -> str:
+  return f"it takes longer than {seconds:.3g} s"
+
+
+def _read_answer(answers: IO[bytes]) -> tuple[int, bytes] | None:
+  header = answers.read(9)
+  if len(header) < 9:
+    return None
+  size = int.from_bytes(header[1:], "big")
+  text = answers.read(size)
+  return (header[0], text) if len(text) == size else None
+
+
+# Processes that wait for a template.
+_idle: list[subprocess.Popen] = []
+
+
+def _take(folders: list[str]) -> subprocess.Popen:
+  while True:
+    try:
+      process = _idle.pop()
+    except IndexError:
+      return _start(folders)
+    if process.poll() is None:
+      return process
+    _end(process)
+
+
+def _start(folders: list[str]) -> subprocess.Popen:
+  executable = os.fsdecode(spawn.get_executable() or "")
+  try:
+    # A frozen program would run itself once more.
+    if not executable or (getattr(sys, "frozen", False) and executable == sys.executable):
+      raise OSError("this program is no Python interpreter")
+    process = subprocess.Popen(
+      # Without the site's packages, the user's paths and the variables that change Python.
+      [executable, "-I", "-S", *(["-B"] if sys.dont_write_bytecode else []), worker.__file__, *folders],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      env={name: value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name)},
+    )
+  except OSError as error:
+    raise _no_python(executable, str(error)) from error
+  try:
+    with _watched(process, _START_SECONDS, None) as stopped:
+      answer = _read_answer(_pipes(process)[1])
+    if answer is None or answer[0] != worker.READY:
+      reason = answer[1].decode(errors="replace") if answer else "".join(stopped) or "it ended at once"
+      raise _no_python(executable, reason)
+  except BaseException:
+    _end(process)
+    raise
+  return process
+
+
+def _no_python(executable: str, reason: str) -> ConfigError:
+  return ConfigError(
+    f"a chat template is rendered by a Python process of its own, but {executable!r} did not become one ({reason}): "
+    "name a Python interpreter by multiprocessing.set_executable(path)"
+  )
+
+
+def _folders() -> list[str]:
+  """The folders from which Jinja is imported."""
+  found = {}
+  for name in ("jinja2", "markupsafe"):
+    spec = importlib.util.find_spec(name)
+    # This process needs no Jinja itself.
+    origin = spec.origin if spec is not None and spec.origin else require(name, *_NEEDS).__file__
+    found[os.path.dirname(os.path.dirname(origin))] = name
+  return list(found)
+
+
+def _end(process: subprocess.Popen) -> None:
+  process.kill()
+  for pipe in _pipes(process):
+    with contextlib.suppress(OSError):
+      pipe.close()
+  process.wait()
+
+
+def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
+  assert process.stdin is not None and process.stdout is not None
+  return process.stdin, process.stdout
+
+
+@contextlib.contextmanager
+def _watched(process: subprocess.Popen, seconds: float, memory: int | None) -> Iterator[list[str]]:
+  """Ends the process from outside if it takes too long or grows too large meanwhile, and yields a list of the reason.
+
+  On Linux a process that renders ends by itself, and only its start is watched.
+  """
+  stopped: list[str] = []
+  if memory is not None and sys.platform == "linux":
+    yield stopped
+    return
+  done = threading.Event()
+  thread = threading.Thread(target=_watch, args=(process, seconds, memory, done, stopped), daemon=True)
+  thread.start()
+  try:
+    yield stopped
+  finally:
+    done.set()
+    thread.join()
+
+
+def _watch(
+  process: subprocess.Popen, seconds: float, memory: int | None, done: threading.Event, stopped: list[str]
+) -> None:
+  bound = None if memory is None else memory + _WATCH_SLACK
+  for _ in range(int(seconds / _WATCH_SECONDS) + 1):
+    if done.wait(_WATCH_SECONDS):
+      return
+    if bound is not None and (resident_bytes(process.pid) or 0) > bound:
+      stopped.append(f"it needs more than {bound >> 20} MB of memory")
+      break
+  else:
+    stopped.append(_too_slow(seconds))
+  process.kill()
+
+
+def resident_bytes(pid: int) -> int | None:
+  """The memory that a process occupies; None where the system does not tell."""
+  if sys.platform == "linux":
+    with contextlib.suppress(OSError):
+      with open(f"/proc/{pid}/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  elif sys.platform == "darwin":
+    import ctypes
+
+    # struct proc_taskinfo begins with the virtual and the resident size.
+    info = (ctypes.c_uint64 * 12)()
+    if ctypes.CDLL(None).proc_pidinfo(pid, 4, ctypes.c_uint64(0), info, ctypes.sizeof(info)) > 0:
+      return info[1]
+  return None
+
+
+def _forget() -> None:
+  """Leaves the processes to the one that started them."""
+  for process in _idle:
+    for pipe in _pipes(process):
+      with contextlib.suppress(OSError):
+        pipe.close()
+    # It is nobody's child here: there is nothing to wait for.
+    process.returncode = 0
+  _idle.clear()
+
+
+@atexit.register
+def _end_all() -> None:
+  while _idle:
+    _end(_idle.pop())
+
+
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=_forget)
