@@ -18,11 +18,12 @@ from models_automodel.finding import Found, find
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
+from models_automodel.text import with_tokenizer
 from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import ModelsError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, RangeFiles
+from models_core.formats import SAFETENSORS, RangeFiles, as_files
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
@@ -160,7 +161,7 @@ class AutoModel:
       )
     arrays = flatten(nnx.state(model, nnx.Param))
     family = _family_of_model(model)
-    came_from = None if base is None else Base.of(base, SAFETENSORS)
+    came_from = None if base is None else Base.of(with_tokenizer(as_files(base)), SAFETENSORS)
     with weights_bar(progress) as bar:
       save_parameters_to_safetensors(
         arrays,

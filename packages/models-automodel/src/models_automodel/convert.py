@@ -12,6 +12,7 @@ import jax
 from models_automodel.automodel import AutoModel
 from models_automodel.errors import source_errors
 from models_automodel.progress import weights_bar
+from models_automodel.text import with_tokenizer
 from models_automodel.where import Where
 from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS
@@ -79,7 +80,7 @@ def convert(
       family=plan.family,
       config=plan.config,
       # Tensors that the model has no parameter for are copied from here.
-      base=Base(files, plan.checkpoint, lambda: opened.reader),
+      base=Base(with_tokenizer(files, plan.checkpoint), plan.checkpoint, lambda: opened.reader),
       overwrite=overwrite,
       on_total=bar.reset,
       on_bytes=bar.update,

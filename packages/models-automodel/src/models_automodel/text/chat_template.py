@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models_automodel.text.template_process import Failed, Refused, Stopped, render_in_process
+from models_automodel.text.template_process import render_in_process
 from models_core.errors import ConfigError
 
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -84,14 +84,7 @@ def render(template: str, variables: Mapping[str, Any], *, origin: str = "") -> 
     data = marshal.dumps({key: _plain(value) for key, value in variables.items()})
   except (RecursionError, ValueError) as error:
     raise ConfigError(f"the variables of {name} are nested too deeply, or contain themselves") from error
-  try:
-    return render_in_process(template, data)
-  except Refused as error:
-    raise ConfigError(f"{name} refuses these messages: {error}") from None
-  except Failed as error:
-    raise ConfigError(f"{name} fails with these messages: {error}") from None
-  except Stopped as error:
-    raise ConfigError(f"{name} was stopped: {error}; pass another as chat_template=") from None
+  return render_in_process(template, data, name)
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
@@ -131,13 +124,15 @@ def render_unfinished(
     ConfigError: if there is no text to continue, or the template leaves it out; and as `render`.
   """
   final = messages[-1].get(field) if messages else None
-  fields = [name for name in _REASONING if messages[-1].get(name) == final] if field in _REASONING else [field]
+  fields = (
+    [name for name in _REASONING if messages[-1].get(name) == final] if field in _REASONING else [field]
+  )
   if final is None or not any(name in template.source for name in fields):
     raise ConfigError(
       f"continue_final_message: the last message has no {field!r}, or the chat template {template.origin} does not read it"
     )
   if isinstance(final, str):
-    marked: dict[str, Any] = {name: final + _TAG for name in fields}
+    marked: dict[str, Any] = dict.fromkeys(fields, final + _TAG)
   else:
     blocks = [dict(block) if isinstance(block, dict) else block for block in final]
     last = next((b for b in reversed(blocks) if isinstance(b, dict) and isinstance(b.get("text"), str)), None)

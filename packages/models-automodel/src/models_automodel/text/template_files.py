@@ -12,7 +12,9 @@ from models_core.formats import Files
 
 _log = logging.getLogger(__name__)
 
-_FILE, _FOLDER, _SUFFIX = "chat_template.jinja", "additional_chat_templates/", ".jinja"
+# The folder of the templates besides the default one.
+TEMPLATES = "additional_chat_templates"
+_FILE, _SUFFIX = "chat_template.jinja", ".jinja"
 _CONFIG, _PROCESSOR = "tokenizer_config.json", "chat_template.json"
 
 
@@ -47,15 +49,17 @@ def read_templates(
 def _of_files(files: Files, names: frozenset[str]) -> dict[str, ChatTemplate]:
   found = {DEFAULT: _FILE} if _FILE in names else {}
   for name in sorted(names):
-    stem = name.removeprefix(_FOLDER).removesuffix(_SUFFIX)
-    if name == f"{_FOLDER}{stem}{_SUFFIX}" and "/" not in stem:
-      found[stem] = name
+    folder, _, file = name.rpartition("/")
+    if folder == TEMPLATES and file.endswith(_SUFFIX):
+      found[file.removesuffix(_SUFFIX)] = name
   return {name: ChatTemplate(_read(files, file), file) for name, file in found.items()}
 
 
 def _read(files: Files, name: str) -> str:
   if (size := files.size(name)) > MAX_BYTES:
-    raise CheckpointError(files.path, [f"{name} has {size:,} bytes, more than the {MAX_BYTES:,} that are read"])
+    raise CheckpointError(
+      files.path, [f"{name} has {size:,} bytes, more than the {MAX_BYTES:,} that are read"]
+    )
   try:
     return files.read(name, 0, size).decode()
   except UnicodeDecodeError as error:

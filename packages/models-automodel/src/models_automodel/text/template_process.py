@@ -38,28 +38,17 @@ _KEPT = 4
 _ENVIRONMENT = re.compile(r"(DY)?LD_.*|LC_.*|LANG", re.IGNORECASE)
 
 
-class Stopped(Exception):
-  """A template exceeded a bound. The text says which."""
-
-
-class Refused(Exception):
-  """A template is malformed, or refuses the variables with this text."""
-
-
-class Failed(Exception):
-  """A template failed with this error of Python."""
-
-
-def render_in_process(source: str, variables: bytes) -> str:
+def render_in_process(source: str, variables: bytes, name: str) -> str:
   """Renders a template in another process.
 
   Args:
     source: Jinja source.
     variables: a dict of plain data, as `marshal.dumps` writes it.
+    name: of the template, for messages.
 
   Raises:
-    Stopped, Refused, Failed: as their names say.
-    ConfigError: if no process can be started.
+    ConfigError: if the template is malformed, fails, exceeds a bound or refuses the variables, or no process can be
+      started.
     MissingExtraError: if jinja2 is not installed.
   """
   folders = _folders()
@@ -74,7 +63,7 @@ def render_in_process(source: str, variables: bytes) -> str:
   except BaseException:
     _end(process)
     raise
-  if kind in (worker.TEXT, worker.REFUSAL, worker.FAILURE) and len(_idle) < _KEPT:
+  if kind in worker.GOING_ON and len(_idle) < _KEPT:
     _idle.append(process)
   else:
     _end(process)
@@ -82,22 +71,24 @@ def render_in_process(source: str, variables: bytes) -> str:
     case worker.TEXT:
       return text.decode(errors="surrogatepass")
     case worker.REFUSAL:
-      raise Refused(text.decode())
+      raise ConfigError(f"{name} refuses these messages: {text.decode()}")
     case worker.FAILURE:
-      raise Failed(text.decode())
+      raise ConfigError(f"{name} fails with these messages: {text.decode()}")
     case worker.MEMORY:
-      raise Stopped(f"it needs more than {memory >> 20} MB of memory")
+      reason = f"it needs more than {memory >> 20} MB of memory"
     case worker.DEPTH:
-      raise Stopped("it is nested, or calls itself, too deeply")
+      reason = "it is nested, or calls itself, too deeply"
     case worker.OUTPUT:
-      raise Stopped(f"its text has more than {memory >> 22} million characters")
-  raise AssertionError(kind)
+      reason = f"its text has more than {memory >> 22} million characters"
+    case _:
+      reason = text.decode()
+  raise ConfigError(f"{name} was stopped: {reason}; pass another as chat_template=")
 
 
 def _ask(process: subprocess.Popen, request: bytes, seconds: float, memory: int) -> tuple[int, bytes]:
-  """Sends a request and waits for the answer."""
+  """Sends a request and waits for the answer, whose kind is STOPPED if the process ended instead."""
   requests, answers = _pipes(process)
-  with _watched(process, seconds * worker.PATIENCE, memory) as stopped:
+  with _watched(process, seconds * worker.PATIENCE, memory) as reasons:
     with contextlib.suppress(BrokenPipeError):
       requests.write(len(request).to_bytes(8, "big") + request)
       requests.flush()
@@ -105,9 +96,10 @@ def _ask(process: subprocess.Popen, request: bytes, seconds: float, memory: int)
   if answer is not None:
     return answer
   status = process.wait()
-  if stopped or status in (-signal.SIGPROF, -signal.SIGALRM):
-    raise Stopped(stopped[0] if stopped else _too_slow(seconds))
-  raise Stopped(f"the process that rendered it ended with status {status}")
+  if not reasons:
+    slow = status in (-signal.SIGPROF, -signal.SIGALRM)
+    reasons = [_too_slow(seconds) if slow else f"the process that rendered it ended with status {status}"]
+  return worker.STOPPED, reasons[0].encode()
 
 
 def _too_slow(seconds: float) -> str:
@@ -155,10 +147,10 @@ def _start(folders: list[str]) -> subprocess.Popen:
   except OSError as error:
     raise _no_python(executable, str(error)) from error
   try:
-    with _watched(process, _START_SECONDS, None) as stopped:
+    with _watched(process, _START_SECONDS, None) as reasons:
       answer = _read_answer(_pipes(process)[1])
     if answer is None or answer[0] != worker.READY:
-      reason = answer[1].decode(errors="replace") if answer else "".join(stopped) or "it ended at once"
+      reason = answer[1].decode(errors="replace") if answer else "".join(reasons) or "it ended at once"
       raise _no_python(executable, reason)
   except BaseException:
     _end(process)
@@ -175,13 +167,13 @@ def _no_python(executable: str, reason: str) -> ConfigError:
 
 def _folders() -> list[str]:
   """The folders from which Jinja is imported."""
-  found = {}
+  found = []
   for name in ("jinja2", "markupsafe"):
-    spec = importlib.util.find_spec(name)
     # This process needs no Jinja itself.
-    origin = spec.origin if spec is not None and spec.origin else require(name, *_NEEDS).__file__
-    found[os.path.dirname(os.path.dirname(origin))] = name
-  return list(found)
+    spec = importlib.util.find_spec(name)
+    origin = require(name, *_NEEDS).__file__ if spec is None else spec.origin
+    found.append(os.path.dirname(os.path.dirname(str(origin))))
+  return list(dict.fromkeys(found))
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -193,7 +185,8 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
-  assert process.stdin is not None and process.stdout is not None
+  assert process.stdin is not None
+  assert process.stdout is not None
   return process.stdin, process.stdout
 
 
@@ -203,41 +196,40 @@ def _watched(process: subprocess.Popen, seconds: float, memory: int | None) -> I
 
   On Linux a process that renders ends by itself, and only its start is watched.
   """
-  stopped: list[str] = []
+  reasons: list[str] = []
   if memory is not None and sys.platform == "linux":
-    yield stopped
+    yield reasons
     return
   done = threading.Event()
-  thread = threading.Thread(target=_watch, args=(process, seconds, memory, done, stopped), daemon=True)
+  thread = threading.Thread(target=_watch, args=(process, seconds, memory, done, reasons), daemon=True)
   thread.start()
   try:
-    yield stopped
+    yield reasons
   finally:
     done.set()
     thread.join()
 
 
 def _watch(
-  process: subprocess.Popen, seconds: float, memory: int | None, done: threading.Event, stopped: list[str]
+  process: subprocess.Popen, seconds: float, memory: int | None, done: threading.Event, reasons: list[str]
 ) -> None:
   bound = None if memory is None else memory + _WATCH_SLACK
   for _ in range(int(seconds / _WATCH_SECONDS) + 1):
     if done.wait(_WATCH_SECONDS):
       return
     if bound is not None and (resident_bytes(process.pid) or 0) > bound:
-      stopped.append(f"it needs more than {bound >> 20} MB of memory")
+      reasons.append(f"it needs more than {bound >> 20} MB of memory")
       break
   else:
-    stopped.append(_too_slow(seconds))
+    reasons.append(_too_slow(seconds))
   process.kill()
 
 
 def resident_bytes(pid: int) -> int | None:
   """The memory that a process occupies; None where the system does not tell."""
   if sys.platform == "linux":
-    with contextlib.suppress(OSError):
-      with open(f"/proc/{pid}/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb") as file:
+      return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
   elif sys.platform == "darwin":
     import ctypes
 

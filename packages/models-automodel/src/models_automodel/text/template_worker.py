@@ -3,12 +3,12 @@
 `template_process.py` runs this file as a script, with an interpreter that sees the standard library and Jinja alone. It
 reads requests from its standard input and writes one answer to each to its standard output:
 
-- At the start: "ready", or "broken" and the reason.
+- At the start: an answer of kind READY, or BROKEN with the reason.
 - A request: eight bytes of length, then the tuple (source, variables, now, seconds, memory) as `marshal` writes it;
   the variables are bytes that `marshal` wrote.
-- An answer: the byte of a kind, eight bytes of length, then a text in UTF-8.
+- An answer: the byte of a kind, eight bytes of length, then a text in UTF-8. STOPPED is never sent.
 
-An answer of kind MEMORY, DEPTH or OUTPUT is the last one. If a bound on time is exceeded, a signal ends the process.
+An answer that says that a bound was exceeded is the last one. If a bound on time is exceeded, a signal ends the process.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import datetime
 import functools
 import json
 import marshal
-import os
 import signal
 import sys
 from typing import Any, BinaryIO
 
 # Kinds of answers.
-TEXT, REFUSAL, FAILURE, MEMORY, DEPTH, OUTPUT = b"trfmdo"
-_LAST = (MEMORY, DEPTH, OUTPUT)
-READY, BROKEN = b"rb"
+TEXT, REFUSAL, FAILURE, MEMORY, DEPTH, OUTPUT, STOPPED, READY, BROKEN = range(9)
+# Those after which the process renders the next template.
+GOING_ON = (TEXT, REFUSAL, FAILURE)
 # A template's time on the clock may be so many times its time on the processor.
 PATIENCE = 1.25
 # What a process that renders needs no more of.
@@ -53,7 +52,7 @@ def main(folders: list[str]) -> None:
     kind, text = _answer(compiled, source, variables, now, memory)
     limit(0, 0)
     _send(answers, kind, text)
-    if kind in _LAST:
+    if kind not in GOING_ON:
       return
 
 

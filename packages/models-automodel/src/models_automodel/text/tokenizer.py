@@ -18,16 +18,16 @@ from models_automodel.text.chat_template import (
   render,
   render_unfinished,
 )
+from models_automodel.text.gguf_files import ROLES, TOKENIZER
 from models_automodel.text.gguf_tokenizer import read_gguf_tokenizer
 from models_automodel.text.special_tokens import framing, read_special_tokens, tokenizer_class
-from models_automodel.text.template_files import read_templates
+from models_automodel.text.template_files import TEMPLATES, read_templates
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json
+from models_core.formats import GGUF, Checkpoint, Files, as_files, names_in, read_json
 
 _log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.json"
 # Special tokens that end a turn or a text, even if the configuration does not list them.
 _ENDS = frozenset(
   (
@@ -198,7 +198,9 @@ class Tokenizer:
     """
     for name in _NOT_IMPLEMENTED:
       if variables.pop(name, None):
-        raise ConfigError(f"apply_chat_template({name}=...) is not implemented: it gives a text or a list of ids")
+        raise ConfigError(
+          f"apply_chat_template({name}=...) is not implemented: it gives a text or a list of ids"
+        )
     return self.chat(messages, **variables) if tokenize else self.render(messages, **variables)
 
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -248,7 +250,7 @@ def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
       return _from_gguf(place)
     place = place.files
   files = as_files(place)
-  names = frozenset(files.names())
+  names = frozenset(files.names()) | frozenset(names_in(files, TEMPLATES))
   if TOKENIZER in names:
     return _from_json(files, names)
   if GGUF.is_in(files):
@@ -265,13 +267,12 @@ def _from_gguf(checkpoint: Checkpoint) -> Tokenizer:
   where = checkpoint.files.path
   read = read_gguf_tokenizer(checkpoint.metadata, where)
   engine = _engine(read.json, where)
-  roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
   return Tokenizer(
     engine=engine,
     before=(read.ids["bos"],) if read.add_bos else (),
     after=(read.ids["eos"],) if read.add_eos else (),
     chat_templates=read.chat_templates,
-    special_tokens={name: read.tokens[read.ids[role]] for role, name in roles.items() if role in read.ids},
+    special_tokens={name: read.tokens[read.ids[role]] for role, name in ROLES.items() if role in read.ids},
     stop_ids=frozenset(read.ids[role] for role in ("eos", "eot", "eom") if role in read.ids)
     | _named_ends(engine),
   )
@@ -296,9 +297,7 @@ def _from_json(files: Files, names: frozenset[str]) -> Tokenizer:
     _log.warning("%s: %s", files.path, note)
   stops = {ids["eos_token"]} if ids.get("eos_token") is not None else set()
   stops |= _end_ids(files, "config.json", model)
-  stops |= _end_ids(
-    files, "generation_config.json", _read_json(files, names, "generation_config.json")
-  )
+  stops |= _end_ids(files, "generation_config.json", _read_json(files, names, "generation_config.json"))
   processor = _read_json(files, names, "chat_template.json")
   return Tokenizer(
     engine=engine,

@@ -1,5 +1,5 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files
+from .files import Files, LocalFiles, RangeFiles, as_files, names_in
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
 from .memory import ALIGNMENT, aligned_empty
@@ -53,6 +53,7 @@ __all__ = [
   "checkpoint_entries",
   "file_layout",
   "formats_in",
+  "names_in",
   "read_gguf",
   "read_json",
   "read_orbax",

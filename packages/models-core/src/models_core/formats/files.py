@@ -107,3 +107,12 @@ def open_file(files: Files, name: str) -> Iterator[ReadRange]:
     return
   with open(path, "rb", buffering=0) as file:
     yield lambda start, stop: os.pread(file.fileno(), max(0, stop - start), start)
+
+
+def names_in(files: Files, folder: str) -> list[str]:
+  """Sorted names of the files in a folder, such as "folder/file". `files.names()` may list the top level alone."""
+  found = {name for name in files.names() if name.rpartition("/")[0] == folder}
+  path = os.path.join(files.path, folder)
+  if os.path.isdir(path):
+    found |= {f"{folder}/{entry.name}" for entry in os.scandir(path) if os.path.isfile(entry.path)}
+  return sorted(found)

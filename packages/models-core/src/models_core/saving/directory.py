@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
-from models_core.saving.atomic import replace_directory, save_errors
+from models_core.saving.atomic import replace_directory, save_errors, sync_directory
 from models_core.saving.companions import CONFIG, companions_of
 from models_core.saving.config_json import config_json
 from models_core.saving.plan import SavedTensor, Shaped
@@ -81,16 +81,20 @@ def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
 
   Args:
     directory: directory to write into.
-    texts: contents of the files, by name.
+    texts: contents of the files, by name; a name may have folders, such as "folder/file".
 
   Raises:
     OSError: if a file exists already, or the file system refuses.
   """
   for name, data in texts.items():
-    with open(os.path.join(directory, name), "xb") as file:
+    path = os.path.join(directory, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "xb") as file:
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
+    if os.path.dirname(name):
+      sync_directory(os.path.dirname(path))
 
 
 def copy_companions(directory: str, base: Files | None) -> None:
