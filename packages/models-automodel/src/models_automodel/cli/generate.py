@@ -78,7 +78,7 @@ def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any)
   from models_automodel.text import generate, load_tokenizer
 
   tokenizer = load_tokenizer(path)
-  chat = not raw and tokenizer.chat_template is not None
+  chat = not raw and bool(tokenizer.chat_templates)
   ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
   return tokenizer.stream(generate(model, ids, stop_ids=tokenizer.stop_ids, **sampling))
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models_automodel.text.chat_template import DEFAULT
-from models_automodel.text.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
+from models_automodel.text.gguf_tokenizer import MODEL, GgufTokenizer, read_gguf_tokenizer
 from models_core.errors import CheckpointError
 from models_core.formats import GGUF, SAFETENSORS, Checkpoint, Files
 
@@ -71,7 +71,7 @@ def with_tokenizer(files: Files, checkpoint: Checkpoint | None = None) -> Files:
   try:
     if checkpoint is None and GGUF.is_in(files) and not SAFETENSORS.is_in(files):
       checkpoint = GGUF.read(files)
-    if checkpoint is None or checkpoint.format is not GGUF:
+    if checkpoint is None or checkpoint.format is not GGUF or MODEL not in checkpoint.metadata:
       return files
     read = read_gguf_tokenizer(checkpoint.metadata, files.path)
   except CheckpointError as error:

@@ -14,6 +14,7 @@ from models_automodel.text.chat_template import DEFAULT, ChatTemplate
 from models_core.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
+MODEL = f"{_PREFIX}model"
 _TEMPLATE = "tokenizer.chat_template"
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

@@ -14,7 +14,7 @@ class TokenizerClass:
   """What a tokenizer class of transformers adds to its files.
 
   Attributes:
-    name: without "Fast".
+    name: as the files state it; in `_CLASSES` without "Fast".
     roles: role -> token, for roles that tokenizer_config.json does not name.
     frames: defaults of add_bos_token and add_eos_token, if these overrule the post-processor of tokenizer.json; None if
       the post-processor alone decides.
@@ -72,8 +72,8 @@ def tokenizer_class(tokenizer_config: Mapping[str, Any], config: Mapping[str, An
     named = _BY_MODEL.get(str(config.get("model_type")))
   if named is None:
     return _UNNAMED
-  name = named.removesuffix("Fast")
-  return _CLASSES.get(name) or TokenizerClass(name)
+  known = _CLASSES.get(named.removesuffix("Fast"))
+  return TokenizerClass(named) if known is None else dataclasses.replace(known, name=named)
 
 
 def read_special_tokens(

@@ -57,16 +57,13 @@ def render_in_process(source: str, variables: bytes, name: str) -> str:
   seconds = _SECONDS + _SECONDS_PER_MB * len(variables) / 1e6
   memory = (_MEGABYTES << 20) + _MEGABYTES_PER_MB * len(variables)
   request = marshal.dumps((source, variables, moment, seconds, memory))
-  process = _take(folders)
-  try:
-    kind, text = _ask(process, request, seconds, memory)
-  except BaseException:
-    _end(process)
-    raise
-  if kind in worker.GOING_ON and len(_idle) < _KEPT:
-    _idle.append(process)
-  else:
-    _end(process)
+  answer = None
+  # A process that was kept may have been ended by somebody else since.
+  if (kept := _take()) is not None:
+    answer = _attempt(kept, request, seconds, memory)
+  if answer is None:
+    answer = _attempt(_start(folders), request, seconds, memory)
+  kind, text = answer or (worker.STOPPED, b"it ended the process that rendered it")
   match kind:
     case worker.TEXT:
       return text.decode(errors="surrogatepass")
@@ -85,21 +82,29 @@ def render_in_process(source: str, variables: bytes, name: str) -> str:
   raise ConfigError(f"{name} was stopped: {reason}; pass another as chat_template=")
 
 
-def _ask(process: subprocess.Popen, request: bytes, seconds: float, memory: int) -> tuple[int, bytes]:
-  """Sends a request and waits for the answer, whose kind is STOPPED if the process ended instead."""
+def _attempt(
+  process: subprocess.Popen, request: bytes, seconds: float, memory: int
+) -> tuple[int, bytes] | None:
+  """Sends a request and returns the answer, STOPPED if a bound ended the process, None if something else did.
+
+  The process is kept for the next template, if it can render it.
+  """
   requests, answers = _pipes(process)
-  with _watched(process, seconds * worker.PATIENCE, memory) as reasons:
-    with contextlib.suppress(BrokenPipeError):
-      requests.write(len(request).to_bytes(8, "big") + request)
-      requests.flush()
-    answer = _read_answer(answers)
-  if answer is not None:
-    return answer
-  status = process.wait()
-  if not reasons:
-    slow = status in (-signal.SIGPROF, -signal.SIGALRM)
-    reasons = [_too_slow(seconds) if slow else f"the process that rendered it ended with status {status}"]
-  return worker.STOPPED, reasons[0].encode()
+  answer = None
+  try:
+    with _watched(process, seconds * worker.PATIENCE, memory) as reasons:
+      with contextlib.suppress(BrokenPipeError):
+        requests.write(len(request).to_bytes(8, "big") + request)
+        requests.flush()
+      answer = _read_answer(answers)
+    if answer is None and process.wait() in (-signal.SIGPROF, -signal.SIGALRM):
+      reasons = [_too_slow(seconds)]
+  finally:
+    if answer is not None and answer[0] in worker.GOING_ON and len(_idle) < _KEPT:
+      _idle.append(process)
+    else:
+      _end(process)
+  return answer or ((worker.STOPPED, reasons[0].encode()) if reasons else None)
 
 
 def _too_slow(seconds: float) -> str:
@@ -119,15 +124,11 @@ def _read_answer(answers: IO[bytes]) -> tuple[int, bytes] | None:
 _idle: list[subprocess.Popen] = []
 
 
-def _take(folders: list[str]) -> subprocess.Popen:
-  while True:
-    try:
-      process = _idle.pop()
-    except IndexError:
-      return _start(folders)
-    if process.poll() is None:
-      return process
-    _end(process)
+def _take() -> subprocess.Popen | None:
+  try:
+    return _idle.pop()
+  except IndexError:
+    return None
 
 
 def _start(folders: list[str]) -> subprocess.Popen:
