@@ -163,8 +163,15 @@ def test_templates_find_plain_data_alone():
 def test_variables_that_contain_themselves():
   x: list = []
   x.append(x)
-  with pytest.raises(ConfigError, match="the variables of the chat template are nested too deeply"):
+  with pytest.raises(ConfigError, match="nested too deeply, or contains itself"):
     render("", {"x": x})
+  with pytest.raises(ConfigError, match="nested too deeply, or contains itself"):
+    plain_messages([{"content": x}])
+  deep: list = []
+  for _ in range(900):
+    deep = [deep]
+  with pytest.raises(ConfigError, match=r"nested too deeply|was stopped"):
+    render("{{ x | tojson }}", {"x": deep})
 
 
 def test_messages_are_plain():
@@ -198,6 +205,13 @@ DEFAULT, TOOLS, RAG = (ChatTemplate(source, source) for source in ("d", "t", "r"
 )
 def test_which_template_is_taken(templates, asked, tools, chosen):
   assert choose(templates, asked, tools=tools).source == chosen
+
+
+def test_a_name_that_no_template_has():
+  with pytest.raises(
+    ConfigError, match=r"no chat template 'rga': choose one of default, rag, or pass Jinja source"
+  ):
+    choose({"default": DEFAULT, "rag": RAG}, "rga")
 
 
 def test_several_templates_without_a_default():

@@ -618,9 +618,9 @@ def test_reasoning_is_continued_under_each_of_its_names(engine, tmp_path):
   [
     ({"continue_final_message": True, "add_generation_prompt": True}, "contradict each other"),
     ({"continue_final_message": "name"}, "the last message has no 'name'"),
-    ({"continue_final_message": True, "chat_template": "content"}, "leaves out, or changes"),
+    ({"continue_final_message": True, "chat_template": "{# content #}"}, "leaves out, or changes"),
     (
-      {"continue_final_message": True, "chat_template": "x"},
+      {"continue_final_message": True, "chat_template": "{# x #}"},
       "'content', or the chat template that was passed does not read",
     ),
     (

@@ -16,6 +16,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 MAX_BYTES = 1 << 20
 # Names under which a message holds the reasoning. Templates read the first, older ones the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_TOO_DEEP = "what a chat template is to find is nested too deeply, or contains itself"
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -43,9 +44,13 @@ def choose(
     tools: if it is not None, the template "tool_use" is taken where there is one.
 
   Raises:
-    ConfigError: if there is none, or none of several is called "default".
+    ConfigError: if there is none, none of several is called "default", or none has the name that was asked for.
   """
   if asked is not None:
+    if asked not in templates and "{" not in asked:
+      raise ConfigError(
+        f"there is no chat template {asked!r}: choose one of {', '.join(templates) or 'none'}, or pass Jinja source"
+      )
     return templates.get(asked) or ChatTemplate(asked, "that was passed")
   if tools is not None and TOOL_USE in templates:
     return templates[TOOL_USE]
@@ -80,11 +85,12 @@ def render(template: str, variables: Mapping[str, Any], *, origin: str = "") -> 
   name = f"the chat template {origin}".rstrip()
   if len(template) > MAX_BYTES:
     raise ConfigError(f"{name} has {len(template):,} characters, more than the {MAX_BYTES:,} that are read")
+  data = {key: plain(value) for key, value in variables.items()}
   try:
-    data = marshal.dumps({key: _plain(value) for key, value in variables.items()})
-  except (RecursionError, ValueError) as error:
-    raise ConfigError(f"the variables of {name} are nested too deeply, or contain themselves") from error
-  return render_in_process(template, data, name)
+    request = marshal.dumps(data)
+  except ValueError as error:
+    raise ConfigError(_TOO_DEEP) from error
+  return render_in_process(template, request, name)
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
@@ -95,17 +101,17 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
   """
   found = []
   for i, message in enumerate(messages):
-    plain = _plain(message)
-    if not isinstance(plain, dict):
+    data = plain(message)
+    if not isinstance(data, dict):
       kind = type(message).__name__
       raise ConfigError(
         f"messages[{i}] is a {kind}, expected a dict with 'role' and 'content'; render conversations one by one"
       )
-    plain = {key: value for key, value in plain.items() if value is not None}
-    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+    data = {key: value for key, value in data.items() if value is not None}
+    reasoning = next((data[name] for name in _REASONING if name in data), None)
     if reasoning is not None:
-      plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    found.append(plain)
+      data = {"thinking": reasoning, **data, "reasoning_content": reasoning}
+    found.append(data)
   return found
 
 
@@ -155,8 +161,19 @@ def render_unfinished(
   return text[:at] if text[at : at + len(_TAG)] == _TAG else text[:at].rstrip()
 
 
+def plain(value: Any) -> Any:
+  """The same value out of plain types alone, which have no methods that do more than compute.
+
+  Raises:
+    ConfigError: if it is nested too deeply, or contains itself.
+  """
+  try:
+    return _plain(value)
+  except RecursionError as error:
+    raise ConfigError(_TOO_DEEP) from error
+
+
 def _plain(value: Any) -> Any:
-  """The same value out of plain types alone, which have no methods that do more than compute."""
   if value is None or type(value) in (str, int, float, bool):
     return value
   for kind in (str, int, float):

@@ -108,14 +108,19 @@ def _limiter() -> Any:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, seconds * PATIENCE)
     with contextlib.suppress(OSError, ValueError):
-      with open("/proc/self/statm", "rb") as file:
-        used = int(file.read().split()[0]) * page
-      bound = used + memory if memory else hard
-      if hard != resource.RLIM_INFINITY:
-        bound = min(bound, hard)
-      resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+      bound = _address_space(page) + memory if memory else hard
+      resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))
 
   return limit
+
+
+def _address_space(page: int) -> int:
+  """Bytes of this process's address space, or as many as it may have where the system does not tell."""
+  try:
+    with open("/proc/self/statm", "rb") as file:
+      return int(file.read().split()[0]) * page
+  except OSError:
+    return 64 << 20
 
 
 def make_environment() -> Any:
