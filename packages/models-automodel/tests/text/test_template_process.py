@@ -64,6 +64,20 @@ def run(script, *arguments):
   return done.stdout
 
 
+def test_signals_that_this_process_blocks_or_ignores_end_that_one(no_processes):
+  numbers = {signal.SIGPROF, signal.SIGALRM}
+  handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+  try:
+    render("", {})
+    with pytest.raises(ConfigError, match="takes longer than 1 s"):
+      render(SLOW["loops"], {})
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+
+
 def test_bombs_stay_below_200_megabytes():
   script = """
 import json, pathlib, resource, sys

@@ -8,7 +8,7 @@ reads requests from its standard input and writes one answer to each to its stan
   the variables are bytes that `marshal` wrote.
 - An answer: the byte of a kind, eight bytes of length, then a text in UTF-8. STOPPED is never sent.
 
-An answer that says that a bound was exceeded is the last one. If a bound on time is exceeded, a signal ends the process.
+An answer that says that a bound was exceeded is the last one. If a bound on time is exceeded, a signal ends the process: SIGPROF for the processor's time, SIGALRM for the clock's.
 """
 
 from __future__ import annotations
@@ -99,9 +99,11 @@ def _limiter() -> Any:
     with contextlib.suppress(AttributeError, ValueError, OSError):
       resource.setrlimit(getattr(resource, name), (0, 0))
   _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  # A process that an interrupt handler of the embedding program spares would not end.
-  for name in ("SIGPROF", "SIGALRM"):
-    signal.signal(getattr(signal, name), signal.SIG_DFL)
+  # This process may have been started by one that ignores or blocks the signals of the timers.
+  timers = (signal.SIGPROF, signal.SIGALRM)
+  for number in timers:
+    signal.signal(number, signal.SIG_DFL)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, timers)
   page = resource.getpagesize()
 
   def limit(seconds: float, memory: int) -> None:
