@@ -9,7 +9,7 @@ import torch
 import transformers
 from flax import nnx
 
-from models_automodel import AutoModel
+from models_automodel import AutoModel, load_adapter
 from models_automodel.families import family_of_config
 from models_core.adapters import Adapter, Factors, load_peft_adapter, merge_adapter, save_peft_adapter
 from models_core.layers import dotted
@@ -90,6 +90,185 @@ def test_an_adapter_of_peft_gives_its_logits(base, tmp_path, rslora):
   expected = torch_logits(theirs)
   assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.05 * np.abs(expected).max()
   assert_close(merged_logits(model, family, arrays, adapter), expected)
+
+
+TARGETS = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
+TIED = {"tie_word_embeddings": True}
+# What an adapter is -> (the base's architecture, other values of its configuration, arguments of LoraConfig).
+KINDS = {
+  "DoRA": ("llama", {}, {**TARGETS, "use_dora": True, "target_modules": PROJECTIONS}),
+  "DoRA of embedding and head": (
+    "llama",
+    {"tie_word_embeddings": False},
+    {**TARGETS, "use_dora": True, "target_modules": ["embed_tokens", "lm_head", "o_proj"]},
+  ),
+  "the embedding": (
+    "llama",
+    {"tie_word_embeddings": False},
+    {**TARGETS, "target_modules": ["q_proj", "embed_tokens"]},
+  ),
+  "the embedding alone of a tied pair": ("llama", TIED, {**TARGETS, "target_modules": ["embed_tokens"]}),
+  "the head alone of a tied pair": ("qwen3", TIED, {**TARGETS, "target_modules": ["q_proj", "lm_head"]}),
+  "a tied pair": (
+    "qwen2",
+    TIED,
+    {**TARGETS, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+  ),
+  "whole embedding and head": (
+    "qwen2",
+    {"tie_word_embeddings": False},
+    {**TARGETS, "modules_to_save": ["embed_tokens", "lm_head"]},
+  ),
+  "a whole tied pair, each for itself": (
+    "llama",
+    TIED,
+    {**TARGETS, "modules_to_save": ["embed_tokens", "lm_head"]},
+  ),
+  "a whole tied pair": (
+    "llama",
+    TIED,
+    {**TARGETS, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+  ),
+  "a whole embedding of a tied pair": ("llama", TIED, {**TARGETS, "modules_to_save": ["embed_tokens"]}),
+  "all norms whole": ("qwen3", {}, {**TARGETS, "modules_to_save": ["norm", "layernorm"]}),
+  "a whole block": ("llama", {}, {**TARGETS, "target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+  "tokens": ("llama", {"tie_word_embeddings": False}, {**TARGETS, "trainable_token_indices": [3, 99, 17]}),
+  "tokens of a tied pair": ("qwen3", TIED, {**TARGETS, "trainable_token_indices": {"embed_tokens": [3, 99]}}),
+  "ranks and alphas by pattern": (
+    "llama",
+    {},
+    {
+      **TARGETS,
+      "use_rslora": True,
+      "rank_pattern": {"layers.1.self_attn.q_proj": 5, "down_proj": 2},
+      "alpha_pattern": {"^model.layers.0.mlp.down_proj": 11},
+    },
+  ),
+  "some layers": ("gemma2", {}, {**TARGETS, "layers_to_transform": [1], "layers_pattern": "layers"}),
+  "a regular expression": ("gemma3", {}, {**TARGETS, "target_modules": r".*layers\.0\..*\.(k|v)_proj"}),
+  "all linear layers but some": (
+    "llama",
+    {},
+    {**TARGETS, "target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+  ),
+  "all biases": ("qwen2", {}, {**TARGETS, "bias": "all"}),
+  "biases of adapted modules": ("qwen2", {}, {**TARGETS, "bias": "lora_only"}),
+  "biases of factors": ("qwen2", {}, {**TARGETS, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+  "PiSSA": ("llama", {}, {**TARGETS, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 6}}),
+  "PiSSA with DoRA": ("llama", {}, {**TARGETS, "init_lora_weights": "pissa", "use_dora": True}),
+  "OLoRA": ("gemma2", {}, {**TARGETS, "init_lora_weights": "olora", "use_rslora": True}),
+  "orthogonal": ("llama", {}, {**TARGETS, "r": 4, "init_lora_weights": "orthogonal"}),
+  "MiCA": ("llama", {}, {**TARGETS, "init_lora_weights": "mica"}),
+  "no factors": ("llama", {}, {"target_modules": "dummy-target-modules", "modules_to_save": ["lm_head"]}),
+}
+
+
+def write_base(path, name, **changes):
+  """A random model that transformers wrote."""
+  torch.manual_seed(0)
+  config = CONFIGS[name]()
+  for key, value in changes.items():
+    setattr(config, key, value)
+  transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+  return path
+
+
+def write_adapter(path, model, **arguments):
+  """An adapter of peft in which everything that is trained has moved."""
+  theirs = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **arguments))
+  torch.manual_seed(1)
+  for name, parameter in theirs.named_parameters():
+    if parameter.requires_grad or ("bias" in name and arguments.get("bias", "none") != "none"):
+      parameter.data += 0.2 * torch.randn_like(parameter)
+  theirs.save_pretrained(path)
+  return path
+
+
+def peft_logits(model, adapter):
+  return torch_logits(peft.PeftModel.from_pretrained(model, adapter).eval())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_gives_peft_s_logits(kind, tmp_path):
+  """Loaded by the name of the adapter alone; and written here, it gives them in peft."""
+  name, changes, arguments = KINDS[kind]
+  base = write_base(tmp_path / "base", name, **changes)
+  adapter = write_adapter(tmp_path / "adapter", torch_model(base), **arguments)
+  expected = peft_logits(torch_model(base), adapter)
+  assert np.abs(expected - torch_logits(torch_model(base))).max() > 0.02 * np.abs(expected).max()
+  model, path = AutoModel.from_pretrained(str(adapter))
+  assert path == str(base)
+  assert_close(jax.jit(lambda m: m(TOKENS, POSITIONS)[0])(model), expected)
+  plain, _ = AutoModel.from_pretrained(str(base))
+  loaded = load_adapter(str(adapter), plain)
+  family = family_of_config(plain.config, "model")
+  save_peft_adapter(loaded, tmp_path / "again", family, plain.config, base_model=str(base))
+  assert_close(peft_logits(torch_model(base), tmp_path / "again"), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("size", [120, 90], ids=["more tokens", "fewer tokens"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+  "more", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}], ids=["saved", "trained"]
+)
+def test_a_resized_vocabulary(size, tied, more, tmp_path):
+  """peft stores embedding and head; the model's configuration and its config.json have the new size."""
+  base = write_base(tmp_path / "base", "llama", tie_word_embeddings=tied)
+
+  def resized():
+    model = torch_model(base)
+    torch.manual_seed(2)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    return model
+
+  adapter = write_adapter(tmp_path / "adapter", resized(), **TARGETS, **more)
+  tokens = TOKENS % size
+  with torch.no_grad():
+    theirs = peft.PeftModel.from_pretrained(resized(), adapter).eval()
+    expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+  model, path = AutoModel.from_pretrained(str(adapter))
+  assert (model.config.vocab_size, model.config.weight_tying) == (size, tied and not more)
+  assert_close(model(tokens, POSITIONS)[0], expected)
+  AutoModel.save_pretrained(model, tmp_path / "merged", base=path)
+  with torch.no_grad():
+    merged = torch_model(tmp_path / "merged")(torch.from_numpy(tokens).long()).logits.numpy()
+  assert_close(merged, expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_language_model_of_one_with_a_vision_tower(tmp_path, caplog):
+  """Both are adapted: the tower's factors are left out and named; written again, peft loads the language model's."""
+  torch.manual_seed(0)
+  vision = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+  }
+  text = transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8)
+  config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+  both = transformers.Gemma3ForConditionalGeneration(config).eval()
+  both.save_pretrained(tmp_path / "base")
+  load = lambda: transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+  adapter = write_adapter(
+    tmp_path / "adapter", load(), **{**TARGETS, "target_modules": ["q_proj", "down_proj"]}
+  )
+  expected = peft_logits(load(), adapter)
+  model, _ = AutoModel.from_pretrained(str(adapter))
+  assert "tensors not loaded: the vision tower; only the language model is loaded" in caplog.text
+  assert_close(model(TOKENS, POSITIONS)[0], expected)
+  plain, _ = AutoModel.from_pretrained(str(tmp_path / "base"))
+  family = family_of_config(plain.config, "model")
+  save_peft_adapter(
+    load_adapter(adapter, plain), tmp_path / "again", family, plain.config, base=tmp_path / "base"
+  )
+  again = peft.PeftModel.from_pretrained(load(), tmp_path / "again").eval()
+  assert not any("vision" in name for name, _ in again.named_parameters() if "lora_" in name)
+  assert_close(torch_logits(again), expected)
 
 
 def assert_peft_computes(base, model, family, arrays, adapter, directory):

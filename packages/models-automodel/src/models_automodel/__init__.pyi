@@ -1,3 +1,4 @@
+from .adapters import load_adapter, merge_adapter
 from .automodel import AutoModel, LoadPlan
 from .digest import Digest, digest
 from .errors import (
@@ -37,5 +38,7 @@ __all__ = [
   "get_model_module",
   "iter_checkpoint",
   "lazy_checkpoint",
+  "load_adapter",
+  "merge_adapter",
   "to_checkpoint",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+import logging
 import os
 from collections.abc import Collection
 from typing import Any
@@ -12,24 +15,28 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_automodel import intermediate
-from models_automodel.errors import source_errors
+from models_automodel.adapters import base_error, base_of, merge_adapter
+from models_automodel.errors import ModelNameError, SourceFilesError, source_errors
 from models_automodel.families import family_of_config
-from models_automodel.finding import Found, find
+from models_automodel.finding import AdapterFoundError, Found, find
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
 from models_automodel.text import with_tokenizer
 from models_automodel.where import ModelSource, Where
+from models_core.adapters import Adapter, load_peft_adapter
 from models_core.dtypes import as_dtype
-from models_core.errors import ModelsError
+from models_core.errors import ConfigError, ModelsError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, RangeFiles, as_files
+from models_core.formats import SAFETENSORS, Files, RangeFiles, as_files
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
 from models_core.weights import letter_sizes
+
+_log = logging.getLogger(__name__)
 
 
 class AutoModel:
@@ -56,7 +63,8 @@ class AutoModel:
     Args:
       model_id: a repository id on the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
         object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. A
-        `Where` holds this and all other arguments up to `progress`.
+        `Where` holds this and all other arguments up to `progress`. A LoRA adapter of peft is merged into the base that
+        it names.
       mesh: a `jax.sharding.Mesh` with auto or explicit axes; None is one device.
       model_source: the source of the checkpoint. Local paths and addresses in object stores do not need it.
       model_path: a local directory or GGUF file, or an address in the source, to load instead of `model_id`.
@@ -77,9 +85,12 @@ class AutoModel:
         strict_sharding: whether an axis that the mesh cannot shard is an error; otherwise it is replicated.
 
     Returns:
-      The model, and the path of its files: a directory, or the address in an object store.
+      The model, and the path of its files: a directory, or the address in an object store. For an adapter, it is the
+      path of its base.
 
     Raises:
+      AdapterError: if an adapter does not fit its base, is of a kind that is not supported, or its tensors are not those
+        that its configuration names.
       CheckpointError: lists all tensors that are missing, unexpected, duplicate or mis-shaped, before weights are read.
       ConfigError: if the configuration is incomplete, contradicts itself or asks for what is not implemented; if
         `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
@@ -105,7 +116,7 @@ class AutoModel:
       if intermediate.is_kept(kept, origin):
         local = Where(kept, ModelSource.LOCAL.value, progress=where.progress)
         return cls.from_pretrained(local, mesh, **kwargs)
-    plan = cls.plan(where, mesh, **kwargs)
+    plan, adapter = cls._plan_or_adapter(where, mesh, **kwargs)
     files = plan.checkpoint.files
     with source_errors():
       with together(mesh):
@@ -115,6 +126,8 @@ class AutoModel:
       with weights_bar(where.progress) as bar:
         bar.reset(plan.stored_nbytes)
         model: Any = load(plan, on_bytes=bar.update)
+    if adapter is not None:
+      model = merge_adapter(model, adapter)
     if intermediate_ckpt_dir is not None:
       intermediate.keep(kept, model, _family_of_model(model), model.config, origin)
     return model, files.path
@@ -210,9 +223,39 @@ class AutoModel:
       token=token,
       progress=progress,
     )
-    where = agree_on_revision(mesh, where, lambda: find(where, config, ignore_config_keys).files)
+    where = agree_on_revision(mesh, where, functools.partial(_open, where))
     with together(mesh):
       return cls._plan(find(where, config, ignore_config_keys), mesh, dtype, layers, strict_sharding, fields)
+
+  @classmethod
+  def _plan_or_adapter(
+    cls, where: Where, mesh: Mesh | None, **kwargs: Any
+  ) -> tuple[LoadPlan, Adapter | None]:
+    """The plan of a model; or that of an adapter's base, and the adapter, which is read.
+
+    Raises:
+      CheckpointError: if the base is not stated or cannot be found.
+      ConfigError: if only some layers are asked for.
+    """
+    with contextlib.suppress(AdapterFoundError):
+      return cls.plan(where, mesh, **kwargs), None
+    where = agree_on_revision(mesh, where, functools.partial(_open, where))
+    with together(mesh):
+      files = _open(where)
+      base = base_of(where, files)
+      if kwargs.get("layers") is not None:
+        raise ConfigError(
+          f"{files.path} is a LoRA adapter: layers= is for models; load {base.model_id} alone"
+        )
+    try:
+      plan = cls.plan(base, mesh, **kwargs)
+    except (ConfigError, ModelNameError, SourceFilesError) as error:
+      raise base_error(files, base.model_id, error) from error
+    assert plan.family is not None
+    with together(mesh), source_errors():
+      adapter = load_peft_adapter(files, plan.family, plan.config)
+    _log.warning("%s: a LoRA adapter, merged into its base %s", files.path, plan.checkpoint.files.path)
+    return plan, adapter
 
   @staticmethod
   def _plan(
@@ -245,6 +288,12 @@ class AutoModel:
 def _family_of_model(model: Any) -> Family:
   family = family_of_config(model.config, type(model).__name__)
   return score_family(family, model.score.w.shape[0]) if isinstance(model, ScoreModel) else family
+
+
+def _open(where: Where) -> Files:
+  """The files at a place."""
+  with source_errors():
+    return where.open_files()
 
 
 def _keywords() -> tuple[str, ...]:

@@ -159,19 +159,24 @@ def _read(format: Format, files: Files) -> Checkpoint:
   return checkpoint
 
 
+class AdapterFoundError(CheckpointError):
+  """A directory holds an adapter of peft, where a model is expected."""
+
+
 def refuse_adapter(files: Files, names: set[str]) -> None:
   """Refuses a directory that holds an adapter of peft and no model.
 
   Raises:
-    CheckpointError: the message says how to load the adapter.
+    AdapterFoundError: the message says how to load the adapter.
   """
   if ADAPTER_CONFIG not in names or set(weight_files(files)) - {ADAPTER_WEIGHTS}:
     return
   base = read_json(files, ADAPTER_CONFIG).get("base_model_name_or_path") or "another model"
-  raise CheckpointError(
+  raise AdapterFoundError(
     files.path,
     [
-      f"it is a LoRA adapter of {base}, not a model: load {base}, read the adapter with "
-      "models_core.adapters.load_peft_adapter, and merge the two with models_core.adapters.merge_into"
+      f"it is a LoRA adapter of {base}, not a model: AutoModel.from_pretrained merges it into this base; for another one, "
+      "load the base, read the adapter with models_automodel.load_adapter and merge it with "
+      "models_automodel.merge_adapter"
     ],
   )

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): the low-rank factors of a model, and weights that they are merged into.
+"""LoRA (arXiv:2106.09685): the low-rank factors of a model, and what else an adapter changes.
 
 The factors of a parameter `w` are stored next to it, under the names that qwix and Flax use: `w_lora_a` [in, r] and
 `w_lora_b` [r, out]. Which axis of `w` is in and which is out follows from its row of the weight table, since a matrix
@@ -11,24 +11,17 @@ Example: the query projection has the layout "(n h) d", so d is in, and the head
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import AdapterError
-from models_core.family import Family
-from models_core.formats import as_files, read_safetensors
 from models_core.layers import dotted
-from models_core.loading import abstract_model, plan_load
-from models_core.saving import Base, save_parameters_to_safetensors, whole
 from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
@@ -41,10 +34,18 @@ class Factors:
   Attributes:
     a: [experts, in, r].
     b: [experts, r, out]; without the experts if all of them share it.
+    alpha: LoRA's scale alpha of these factors; None is that of the adapter.
+    magnitude: DoRA's magnitudes (arXiv:2402.09353), which replace the norms of the merged parameter over those axes that
+      have size 1 here, such as [out, 1]; None without DoRA.
+    initial: the initialisation that took a part out of the weight that the factors belong to, a key of `INITIAL`; None
+      if it left the weight as it was.
   """
 
   a: Any
   b: Any
+  alpha: float | None = None
+  magnitude: Any = None
+  initial: str | None = None
 
   @property
   def rank(self) -> int:
@@ -53,30 +54,80 @@ class Factors:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+  """Some rows of a parameter.
+
+  Attributes:
+    indices: of the rows.
+    values: [rows, ...].
+  """
+
+  indices: Sequence[int]
+  values: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
-  """Low-rank changes of a model's parameters, each of them `a @ b * alpha / rank`.
+  """Changes of a model's parameters: low-rank ones, each of them `a @ b * alpha / rank`, and parameters that are replaced.
 
   Attributes:
     factors: the factors, by the name of the parameter that they change.
-    alpha: LoRA's scale alpha.
-    rank: the rank of all factors.
+    alpha: LoRA's scale alpha, of all factors that have none of their own.
+    rank: the rank of most factors.
+    whole: parameters that the adapter replaces, by name.
+    rows: rows that it replaces, by the name of the parameter.
+    shifts: what it adds to biases, with the scale, by the name of the parameter.
+    vocab_size: the number of rows of the embedding that `whole` holds, if the model has another one; otherwise None.
+    unties: whether only one of embedding and head changes, which the model holds as one parameter.
   """
 
   factors: Mapping[str, Factors]
   alpha: float
   rank: int
+  whole: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
+  shifts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  vocab_size: int | None = None
+  unties: bool = False
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Names of all parameters that change."""
+    return tuple(dict.fromkeys([*self.factors, *self.whole, *self.rows, *self.shifts]))
+
+  @property
+  def alphas(self) -> dict[str, float]:
+    """LoRA's scale alpha of each parameter that has factors, by name."""
+    return {
+      name: self.alpha if factors.alpha is None else factors.alpha for name, factors in self.factors.items()
+    }
+
+  def scale_of(self, name: str) -> float:
+    """What a parameter's product of factors is multiplied by."""
+    factors = self.factors[name]
+    return (self.alpha if factors.alpha is None else factors.alpha) / factors.rank
+
+  def factors_alone(self) -> Adapter:
+    """The factors without what else the adapter changes: what a trainer of LoRA goes on with."""
+    return Adapter(self.factors, self.alpha, self.rank)
+
+  def without_factors(self) -> Adapter:
+    """What the adapter changes besides its factors: what is merged into the base of a model that is trained on."""
+    return dataclasses.replace(self, factors={})
 
 
-def adapter_of(model: nnx.Module, *, alpha: float, rank: int | None = None) -> Adapter:
+def adapter_of(model: nnx.Module, *, alpha: float | Mapping[str, float], rank: int | None = None) -> Adapter:
   """The adapter that a model carries in its `nnx.LoRAParam`s.
 
   Args:
     model: a model to which qwix, or code of yours, added factors.
-    alpha: the alpha of the training; the model does not store it.
+    alpha: the alpha of the training; the model does not store it. If it is not the same everywhere, that of each
+      parameter by name, such as `Adapter.alphas`.
     rank: the rank that the factors must have; None accepts any.
 
   Raises:
-    AdapterError: if there are no factors, only one of a pair exists, or the ranks differ.
+    AdapterError: if there are no factors, only one of a pair exists, the ranks are not the given one, or `alpha` lacks a
+      parameter.
   """
   found: dict[str, dict[str, Any]] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
@@ -91,14 +142,35 @@ def adapter_of(model: nnx.Module, *, alpha: float, rank: int | None = None) -> A
     raise AdapterError("the model has no nnx.LoRAParam: apply LoRA to it first, for example with qwix")
   if alone := [f"{name}{side}" for name, sides in found.items() for side in (A, B) if side not in sides]:
     raise AdapterError(f"each LoRA parameter needs both factors, but these are missing: {', '.join(alone)}")
-  factors = {name: Factors(sides[A], sides[B]) for name, sides in found.items()}
+  own = alpha if isinstance(alpha, Mapping) else dict.fromkeys(found, alpha)
+  if unknown := sorted(found.keys() - own.keys()):
+    raise AdapterError(f"alpha= lacks the alpha of {_few(unknown)}: give that of each parameter with factors")
+  factors = {name: Factors(sides[A], sides[B], own[name]) for name, sides in found.items()}
   ranks = {one.rank for one in factors.values()}
-  if len(ranks | ({rank} if rank is not None else set())) > 1:
-    stated = "" if rank is None else f", and rank={rank} is given"
+  if rank is not None and ranks != {rank}:
     raise AdapterError(
-      f"all LoRA factors must have one rank, but they have the ranks {sorted(ranks)}{stated}"
+      f"all LoRA factors must have one rank, but they have the ranks {sorted(ranks)}, and rank={rank} is given"
     )
-  return Adapter(factors, alpha, ranks.pop())
+  return with_defaults(Adapter(factors, 0.0, 0))
+
+
+def with_defaults(adapter: Adapter) -> Adapter:
+  """The same adapter, whose alpha and rank are those that most factors have. Each of its factors must have an alpha."""
+  if not adapter.factors:
+    return adapter
+  alphas = collections.Counter(adapter.alphas.values())
+  ranks = collections.Counter(factors.rank for factors in adapter.factors.values())
+  alpha = alphas.most_common(1)[0][0]
+  factors = {
+    name: dataclasses.replace(one, alpha=None) if one.alpha == alpha else one
+    for name, one in adapter.factors.items()
+  }
+  return dataclasses.replace(adapter, factors=factors, alpha=alpha, rank=ranks.most_common(1)[0][0])
+
+
+def _few(names: Sequence[str]) -> str:
+  """The first names of a list, and dots for the others."""
+  return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,18 +258,15 @@ def check_factors(
     AdapterError: with all parameters that the model does not have, and all factors whose shapes do not fit.
   """
   found, problems = {}, []
-  for name, factors in adapter.factors.items():
+  for name in adapter.names:
     try:
       row, _ = find_row(table, name)
-      found[name] = own = roles(row, row.forms[0])
+      own = roles(row, row.forms[0]) if name in adapter.factors else None
       if name not in parameters:
         raise AdapterError(f"the adapter changes {name}, which the model does not have")
-      sizes = dict(zip(own.axes, parameters[name], strict=True)) | {"r": adapter.rank}
-      for side, axes, factor in ((A, own.a, factors.a), (B, own.b_of(factors.b), factors.b)):
-        if tuple(factor.shape) != (shape := tuple(sizes[axis] for axis in axes)):
-          raise AdapterError(
-            f"{name}{side} has shape {tuple(factor.shape)}, but {name} {parameters[name]} needs {shape}"
-          )
+      _check_shapes(adapter, name, own, tuple(parameters[name]))
+      if own is not None:
+        found[name] = own
     except AdapterError as error:
       problems.append(str(error))
   if problems:
@@ -205,134 +274,86 @@ def check_factors(
   return found
 
 
-@functools.lru_cache(256)
-def _merger(equation: str, sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
-  """A compiled `w + scale * (a @ b)`, in float32 and rounded once, for all parameters of the same axes and sharding."""
-
-  def merge(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    wide, a, b = (x.astype(jnp.float32) for x in (w, a, b))
-    return (wide + scale * jnp.einsum(equation, a, b, precision="highest")).astype(w.dtype)
-
-  return jax.jit(merge, out_shardings=sharding)
-
-
-def merge_parameter(w: jax.Array, adapter: Adapter, name: str, own: Roles) -> jax.Array:
-  """Merges an adapter into one parameter. The sum is computed in float32 and rounded once.
+def _check_shapes(adapter: Adapter, name: str, own: Roles | None, shape: tuple[int, ...]) -> None:
+  """Checks that what an adapter does to one parameter has the right shapes.
 
   Args:
-    w: the parameter.
-    adapter: an adapter that changes the parameter.
-    name: name of the parameter.
-    own: roles of the parameter's axes.
-
-  Returns:
-    The merged parameter, in the dtype and sharding of `w`.
-  """
-  factors, sharding = adapter.factors[name], w.sharding
-  equation = f"{own.a},{own.b_of(factors.b)}->{own.axes}"
-  # The factors may come from other meshes: replicate them on that of the parameter.
-  replicated = (
-    NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-  )
-  a, b = (_spread(factor, replicated) for factor in (factors.a, factors.b))
-  scale = np.float32(adapter.alpha / adapter.rank)
-  return _merger(equation, sharding)(w, a, b, scale)
-
-
-def _spread(factor: Any, replicated: jax.sharding.Sharding) -> jax.Array:
-  """Copies a factor to all devices of a sharding. All processes that hold a part of the factor must call this."""
-  here = not isinstance(factor, jax.Array) or factor.is_fully_addressable
-  if here and replicated.is_fully_addressable:
-    return jax.device_put(factor, replicated)
-  values = whole(factor)
-  return jax.make_array_from_callback(values.shape, replicated, values.__getitem__)
-
-
-def merge_adapter(
-  arrays: Mapping[str, jax.Array], adapter: Adapter, table: WeightTable
-) -> dict[str, jax.Array]:
-  """Merges an adapter into the arrays of a model.
-
-  Args:
-    arrays: the model's parameters by name, in any dtype and sharding.
-    adapter: an adapter of the model's architecture.
-    table: the family's weight table of Hugging Face's naming scheme.
-
-  Returns:
-    All arrays by name, in the dtypes and shardings of the given ones. Those that the adapter does not change are the
-    same objects.
+    adapter: the adapter.
+    name: of the parameter.
+    own: roles of the parameter's axes; None if the adapter has no factors for it.
+    shape: of the parameter.
 
   Raises:
-    AdapterError: if the adapter does not fit.
+    AdapterError: naming the first shape that does not fit.
   """
-  own = check_factors(adapter, table, {name: tuple(array.shape) for name, array in arrays.items()})
-  return {
-    name: merge_parameter(array, adapter, name, own[name]) if name in own else array
-    for name, array in arrays.items()
-  }
+  old = shape
+  if name in adapter.whole:
+    shape = tuple(adapter.whole[name].shape)
+    if shape != old and shape != (adapter.vocab_size, *old[1:]):
+      raise AdapterError(
+        f"the adapter replaces {name} by an array of shape {shape}, but the model needs {old}"
+      )
+  needed: dict[str, tuple[Any, tuple[int, ...]]] = {}
+  if own is not None:
+    factors = adapter.factors[name]
+    sizes = dict(zip(own.axes, shape, strict=True)) | {"r": _rank(factors, own, adapter.rank)}
+    for side, axes, factor in ((A, own.a, factors.a), (B, own.b_of(factors.b), factors.b)):
+      needed[name + side] = factor, tuple(sizes[axis] for axis in axes)
+    if (magnitude := factors.magnitude) is not None and not _is_magnitude(magnitude.shape, shape):
+      raise AdapterError(
+        f"the magnitudes of {name} have shape {tuple(magnitude.shape)}, but {name} has shape {shape}"
+      )
+  if (rows := adapter.rows.get(name)) is not None:
+    needed[f"rows of {name}"] = rows.values, (len(rows.indices), *shape[1:])
+    if beyond := [index for index in rows.indices if not 0 <= index < shape[0]]:
+      raise AdapterError(f"the adapter replaces row {beyond[0]} of {name}, which has {shape[0]} rows")
+  if name in adapter.shifts:
+    needed[f"the shift of {name}"] = adapter.shifts[name], shape
+  for what, (array, expected) in needed.items():
+    if tuple(array.shape) != expected:
+      raise AdapterError(f"{what} has shape {tuple(array.shape)}, but {name} {shape} needs {expected}")
 
 
-def merge_lora(
-  lora_model: nnx.Module, family: Family, *, alpha: float, rank: int | None = None
-) -> nnx.Module:
-  """Merges the LoRA factors of a model into its weights.
-
-  Args:
-    lora_model: a model with `nnx.LoRAParam`s next to its parameters. It is not changed.
-    family: family of the model.
-    alpha: the alpha of the training.
-    rank: the rank that the factors must have; None accepts any.
-
-  Returns:
-    A model of the family without LoRA factors, on the mesh of the given model.
-
-  Raises:
-    AdapterError: if there are no factors, or they do not fit.
-  """
-  return merge_into(lora_model, adapter_of(lora_model, alpha=alpha, rank=rank), family)
+def _rank(factors: Factors, own: Roles, default: int) -> int:
+  """The rank that both factors have, or the default if they do not agree."""
+  a, b, axes = factors.a.shape, factors.b.shape, own.b_of(factors.b)
+  return a[-1] if len(b) == len(axes) and b[axes.index("r")] == a[-1] else default
 
 
-def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Module:
-  """Merges an adapter into the weights of a model.
-
-  Args:
-    model: the model. It is not changed; LoRA factors of its own are ignored.
-    adapter: an adapter of the model's architecture, such as `load_peft_adapter` returns.
-    family: family of the model.
-
-  Returns:
-    A model of the family without LoRA factors, on the mesh of the given model.
-
-  Raises:
-    AdapterError: if the adapter does not fit.
-  """
-  arrays: dict[str, jax.Array] = {}
-  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-    if not isinstance(variable, nnx.LoRAParam):
-      arrays[dotted(path)] = variable.get_value()
-  merged = merge_adapter(arrays, adapter, family.huggingface)
-  meshes = (array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, NamedSharding))
-  mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
-  return abstract_model(family.model_class, model.config, mesh).fill(merged)  # type: ignore[attr-defined]
+def _is_magnitude(shape: Sequence[int], of: Sequence[int]) -> bool:
+  return len(shape) == len(of) and all(size in (1, full) for size, full in zip(shape, of, strict=True))
 
 
 def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
   """Sets the LoRA factors of a model to those of an adapter, in the dtypes and shardings that the model's factors have.
+
+  `lora_rules` says how qwix makes the factors of a model.
 
   Args:
     lora_model: a model whose `nnx.LoRAParam`s belong to the same parameters as the adapter's factors.
     adapter: the adapter.
 
   Raises:
-    AdapterError: if the model and the adapter do not have the same factors, of the same shapes; the model is unchanged.
+    AdapterError: if the model and the adapter do not have the same factors, of the same shapes, or the adapter is more
+      than factors; the model is unchanged.
   """
+  if adapter.whole or adapter.rows or adapter.shifts:
+    raise AdapterError(
+      f"the adapter replaces {_few(sorted(adapter.without_factors().names))} beside its factors: merge "
+      "adapter.without_factors() into the model first, then set adapter.factors_alone()"
+    )
+  for name, factors in adapter.factors.items():
+    if (kind := "DoRA" if factors.magnitude is not None else factors.initial) is not None:
+      raise AdapterError(
+        f"{name}: a model with LoRA factors computes no {kind}, whose result is not the sum of a base and a product: "
+        "merge the adapter into the weights"
+      )
   variables = {dotted(path): v for path, v in nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))}
   values = {name + A: factors.a for name, factors in adapter.factors.items()}
   values |= {name + B: factors.b for name, factors in adapter.factors.items()}
   if odd := sorted(variables.keys() ^ values.keys()):
     raise AdapterError(
-      "the model and the adapter must have the same factors, but only one of them has "
-      f"{', '.join(odd[:8])}{', ...' if len(odd) > 8 else ''}"
+      f"the model and the adapter must have the same factors, but only one of them has {_few(odd)}"
     )
   for name, variable in variables.items():
     if (shape := variable.get_value().shape) != values[name].shape:
@@ -345,76 +366,40 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
   nnx.update(lora_model, nnx.from_flat_state([(_path(name), v) for name, v in variables.items()]))
 
 
+def lora_rules(adapter: Adapter) -> list[dict[str, Any]]:
+  """The rules by which qwix gives a model the factors of an adapter, for `set_adapter`.
+
+  Example: `qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter)])`.
+
+  Args:
+    adapter: the adapter.
+
+  Returns:
+    A dictionary for each pair of rank and alpha: `module_path`, a regular expression of module paths such as
+    "layers/(0|1)/attn/q_proj", `rank` and `alpha`.
+  """
+  groups: dict[tuple[int, float], dict[str, None]] = {}
+  for name, factors in adapter.factors.items():
+    path = "/".join(name.split(".")[:-1])
+    groups.setdefault((factors.rank, adapter.alphas[name]), {})[path] = None
+  return [
+    {"module_path": _joined_paths(list(paths)), "rank": rank, "alpha": alpha}
+    for (rank, alpha), paths in groups.items()
+  ]
+
+
+def _joined_paths(paths: Sequence[str]) -> str:
+  """One regular expression for some paths of modules, in which layers are joined."""
+  layers: dict[tuple[str, ...], list[str]] = {}
+  for path in paths:
+    parts = path.split("/")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    layers.setdefault((*parts[:at], "", *parts[at + 1 :]), []).extend(parts[at : at + 1])
+  one = lambda numbers: f"({'|'.join(numbers)})" if len(numbers) > 1 else "".join(numbers)
+  return "|".join(
+    "/".join(part or one(numbers) for part in parts).rstrip("/") for parts, numbers in layers.items()
+  )
+
+
 def _path(name: str) -> tuple[Any, ...]:
   return tuple(int(part) if part.isdigit() else part for part in name.split("."))
-
-
-def save_lora_merged(
-  lora_model: nnx.Module,
-  family: Family,
-  base: str | os.PathLike,
-  save_dir: str | os.PathLike,
-  *,
-  rank: int,
-  alpha: float,
-) -> None:
-  """Writes a copy of a checkpoint with a model's LoRA factors merged into its weights.
-
-  Sums are computed in float32 and rounded once, to the dtype of the checkpoint. Everything else is the same as in the
-  checkpoint. Under several processes all must call this.
-
-  Args:
-    lora_model: a model with `nnx.LoRAParam`s next to its parameters.
-    family: family of the model.
-    base: directory of the safetensors checkpoint that the model was loaded from.
-    save_dir: directory to write; it may be missing or empty. The write is atomic.
-    rank: the rank of the training.
-    alpha: the alpha of the training.
-
-  Raises:
-    AdapterError: if there are no factors, or they do not fit.
-    CheckpointError: if the base is broken or of another architecture.
-    SaveError: if `save_dir` is not empty, or the file system refuses the write.
-  """
-  adapter = adapter_of(lora_model, alpha=alpha, rank=rank)
-  save_merged(base, save_dir, adapter, family, lora_model.config)  # type: ignore[attr-defined]
-
-
-def save_merged(
-  base: str | os.PathLike, save_dir: str | os.PathLike, adapter: Adapter, family: Family, config: Any
-) -> None:
-  """Writes a copy of a checkpoint with an adapter merged into its weights.
-
-  Under several processes all must call this.
-
-  Args:
-    base: directory of a safetensors checkpoint.
-    save_dir: directory to write; it may be missing or empty. The write is atomic.
-    adapter: an adapter of the checkpoint's architecture.
-    family: family of the model.
-    config: configuration of the model.
-
-  Raises:
-    AdapterError: if the adapter does not fit.
-    CheckpointError: if the base is broken or of another architecture.
-    SaveError: if `save_dir` is not empty, or the file system refuses the write.
-  """
-  files, table = as_files(base), family.huggingface
-  plan = plan_load(read_safetensors(files), abstract_model(family.model_class, config), table)
-  planned = {one.parameter.name: one for one in plan.parameters}
-  own = check_factors(adapter, table, {name: one.parameter.shape for name, one in planned.items()})
-
-  with plan.open() as opened:
-
-    def get(name: str) -> jax.Array:
-      array = opened.read(name)
-      return merge_parameter(array, adapter, name, own[name]) if name in own else array
-
-    save_parameters_to_safetensors(
-      {name: jax.ShapeDtypeStruct(one.parameter.shape, one.dtype) for name, one in planned.items()},
-      get,
-      save_dir,
-      family=family,
-      config=config,
-      base=Base(files, plan.checkpoint, lambda: opened.reader),
-    )
