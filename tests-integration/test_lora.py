@@ -1,6 +1,7 @@
 """LoRA factors as qwix adds them, merged and saved, for every family."""
 
 import dataclasses
+import json
 import os
 
 import jax
@@ -8,10 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+import safetensors.numpy
 from flax import nnx
 
 from models_automodel import AutoModel
-from models_core.adapters import adapter_of, merge_adapter, merge_lora
+from models_core.adapters import (
+  adapter_of,
+  load_peft_adapter,
+  lora_rules,
+  merge_adapter,
+  merge_into,
+  merge_lora,
+  save_peft_adapter,
+  set_adapter,
+)
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import SaveError
 from models_core.loading import abstract_model
@@ -114,3 +125,34 @@ def test_a_merged_checkpoint_is_saved_under_the_same_names(family, tmp_path):
   assert_close(logits(AutoModel.from_pretrained(str(out))[0]), logits(model))
   with pytest.raises(SaveError):
     params.save_lora_merged_model_as_safetensors(base, out, model, RANK, ALPHA)
+
+
+def test_a_trainer_goes_on_with_an_adapter_of_peft(tmp_path):
+  """Rules make qwix's factors, those of the adapter are set, and what was trained is written back."""
+  params, config = FAMILIES["llama3"]
+  rng, names = np.random.default_rng(2), [f"model.layers.{i}" for i in range(2)]
+  sizes = {f"{n}.self_attn.q_proj": (2, 64, 32) for n in names} | {
+    f"{n}.mlp.down_proj": (4, 32, 48) for n in names
+  }
+  tensors = {"model.norm.weight": rng.normal(size=32)}
+  for module, (rank, out, into) in sizes.items():
+    tensors[f"{module}.lora_A.weight"] = 0.3 * rng.normal(size=(rank, into))
+    tensors[f"{module}.lora_B.weight"] = 0.3 * rng.normal(size=(out, rank))
+  tensors = {f"base_model.model.{name}": data.astype(np.float32) for name, data in tensors.items()}
+  safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+  keys = {"r": 2, "lora_alpha": 8, "rank_pattern": {"down_proj": 4}, "alpha_pattern": {"q_proj": 3}}
+  keys |= {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["model.norm"]}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(keys))
+  adapter = load_peft_adapter(tmp_path, params.FAMILY, config)
+  plain = create_dummy_model(params.FAMILY.model_class, config, scale=0.3)
+  expected = np.asarray(logits(merge_into(plain, adapter, params.FAMILY)))
+
+  base = merge_into(plain, adapter.without_factors(), params.FAMILY)
+  provider = qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter)])
+  model = qwix.apply_lora_to_model(base, provider, TOKENS, POSITIONS, rngs=nnx.Rngs(0))
+  set_adapter(model, adapter.factors_alone())
+  assert_close(logits(model), expected)
+  trained = dataclasses.replace(adapter_of(model, alpha=adapter.alphas), whole=adapter.whole)
+  save_peft_adapter(trained, tmp_path / "again", params.FAMILY, config)
+  again = load_peft_adapter(tmp_path / "again", params.FAMILY, config)
+  assert_close(logits(merge_into(plain, again, params.FAMILY)), expected)

@@ -1,5 +1,6 @@
 """Low-rank factors: taken from models, merged into weights of any dtype and sharding, put back, and saved merged."""
 
+import dataclasses
 import json
 import os
 
@@ -16,6 +17,7 @@ from models_core.adapters import (
   Adapter,
   Factors,
   adapter_of,
+  lora_rules,
   merge_adapter,
   merge_into,
   merge_lora,
@@ -94,13 +96,22 @@ class TestAdapterOf:
     ):
       adapter_of(model, alpha=1.0)
 
-  def test_ranks_must_be_one(self):
-    model = adapted()
+  def test_all_ranks_must_be_the_given_one(self):
     with pytest.raises(AdapterError, match=r"they have the ranks \[2\], and rank=7 is given"):
-      adapter_of(model, alpha=1.0, rank=7)
-    model.layers[0].o.w_lora_a = nnx.LoRAParam(jnp.zeros((4, 6, 5)))
-    with pytest.raises(AdapterError, match=r"must have one rank, but they have the ranks \[2, 5\]$"):
-      adapter_of(model, alpha=1.0)
+      adapter_of(adapted(), alpha=1.0, rank=7)
+
+  def test_each_parameter_may_have_its_own_rank_and_alpha(self):
+    model = adapted(names=["layers.0.q.w", "layers.1.q.w", "layers.0.o.w"])
+    model.layers[0].o.w_lora_a = nnx.LoRAParam(jnp.ones((24, 5)))
+    model.layers[0].o.w_lora_b = nnx.LoRAParam(jnp.ones((5, D)))
+    alphas = {"layers.0.q.w": 3.0, "layers.1.q.w": 3.0, "layers.0.o.w": 7.0}
+    adapter = adapter_of(model, alpha=alphas)
+    assert (adapter.rank, adapter.alpha, adapter.alphas) == (RANK, 3.0, alphas)
+    merged, before = (parameters(m) for m in (merge_into(model, adapter, FAMILY), model))
+    change = merged["layers.0.o.w"].get_value() - before["layers.0.o.w"].get_value()
+    np.testing.assert_allclose(change, np.full((D, 24), 7.0 / 5 * 5), rtol=1e-5)
+    with pytest.raises(AdapterError, match=r"alpha= lacks the alpha of layers\.0\.o\.w, layers\.1\.q\.w"):
+      adapter_of(model, alpha={"layers.0.q.w": 3.0})
 
 
 class TestMerging:
@@ -315,6 +326,52 @@ class TestSetAdapter:
       set_adapter(model, adapter)
     for name, variable in factors_of(model).items():
       np.testing.assert_array_equal(variable.get_value(), before[name])
+
+
+class TestGoingOn:
+  """A trainer goes on with an adapter: rules for qwix, and what is merged beforehand."""
+
+  def test_rules_name_modules_ranks_and_alphas(self):
+    factors = lambda rank, alpha=None: Factors(np.zeros((1, rank)), np.zeros((rank, 1)), alpha)
+    adapter = Adapter(
+      {
+        "layers.0.attn.q_proj.w": factors(2),
+        "layers.11.attn.q_proj.w": factors(2),
+        "layers.1.attn.q_proj.w": factors(4),
+        "lm_head.w": factors(2),
+        "layers.0.mlp.experts.up_proj": factors(2, 9.0),
+        "layers.0.mlp.experts.gate_proj": factors(2, 9.0),
+      },
+      alpha=3.0,
+      rank=2,
+    )
+    assert lora_rules(adapter) == [
+      {"module_path": "layers/(0|11)/attn/q_proj|lm_head", "rank": 2, "alpha": 3.0},
+      {"module_path": "layers/1/attn/q_proj", "rank": 4, "alpha": 3.0},
+      {"module_path": "layers/0/mlp/experts", "rank": 2, "alpha": 9.0},
+    ]
+
+  def test_what_is_no_factor_is_merged_first(self):
+    adapter = adapter_of(adapted(names=["layers.0.q.w"], seed=1), alpha=ALPHA)
+    norm = np.full(D, 0.5, np.float32)
+    whole = dataclasses.replace(adapter, whole={"layers.1.norm.w": norm})
+    model = adapted(names=["layers.0.q.w"])
+    with pytest.raises(
+      AdapterError, match=r"replaces layers\.1\.norm\.w .*merge adapter\.without_factors\(\)"
+    ):
+      set_adapter(model, whole)
+    base = merge_into(plain(), whole.without_factors(), FAMILY)
+    np.testing.assert_array_equal(base.layers[1].norm.w[...], norm)
+    np.testing.assert_array_equal(base.layers[0].q.w[...], plain().layers[0].q.w[...])
+    set_adapter(model, whole.factors_alone())
+    np.testing.assert_array_equal(model.layers[0].q.w_lora_b[...], adapter.factors["layers.0.q.w"].b)
+
+  @pytest.mark.parametrize(("field", "value"), [("magnitude", np.ones((24, 1))), ("initial", "pissa")])
+  def test_factors_whose_result_is_no_sum_cannot_be_set(self, field, value):
+    adapter = adapter_of(adapted(names=["layers.0.q.w"]), alpha=ALPHA)
+    changed = {name: dataclasses.replace(f, **{field: value}) for name, f in adapter.factors.items()}
+    with pytest.raises(AdapterError, match=r"layers\.0\.q\.w: a model with LoRA factors computes no"):
+      set_adapter(adapted(names=["layers.0.q.w"]), dataclasses.replace(adapter, factors=changed))
 
 
 class TestSavingMerged:

@@ -135,7 +135,7 @@ class _Reading:
     vocab_size = self._vocab_size(whole)
     factors = self._factors()
     rows = self._rows()
-    shifts = self._shifts(factors)
+    shifts = self._shifts()
     self._check_expected(factors, whole, rows)
     if left := sorted(name.removeprefix(self.body) for name in self.left):
       self.problems.append(f"the model has no matrix that these factors fit: {_few(left)}")
@@ -217,7 +217,7 @@ class _Reading:
 
   def _vocab_size(self, whole: Mapping[str, np.ndarray]) -> int | None:
     """The size of the vocabulary, if the adapter changes it; the shapes of the model's parameters change with it."""
-    sizes = {name: whole[name].shape[0] for name in self.vocabulary if name in whole}
+    sizes = {name: whole[name].shape[0] for name in self.shapes if name in self.vocabulary and name in whole}
     old = {self.shapes[name][0] for name in self.vocabulary}
     if len(set(sizes.values())) > 1:
       stated = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -263,6 +263,8 @@ class _Reading:
     if not any(tensor in self.left for tensor in wanted):
       return None
     name, sizes, own = matrices.parameter, matrices.sizes, matrices.roles
+    # Also if they do not fit: then they are not missing.
+    self.found[name] = matrices
     if absent := [tensor for tensor in wanted if tensor not in self.left]:
       self.problems.append(
         f"{self._real(absent[0])} is missing: the adapter must change all of {name} or nothing of it"
@@ -341,7 +343,7 @@ class _Reading:
           found[name] = Rows(indices, values)
     return found
 
-  def _shifts(self, factors: Mapping[str, Factors]) -> dict[str, np.ndarray]:
+  def _shifts(self) -> dict[str, np.ndarray]:
     """What is added to biases, by the name of the bias."""
     if not self.settings.lora_bias:
       return {}
@@ -354,7 +356,7 @@ class _Reading:
       if form.name.endswith(".bias")
     }
     without: list[str] = []
-    for name, matrices in self.found.items():
+    for matrices in self.found.values():
       for module in (matrices.modules or {}).values():
         data = self._take(module + SHIFT)
         if data is None:
@@ -362,7 +364,7 @@ class _Reading:
         elif module not in biases:
           without.append(self._real(module))
         elif self._fits([(module + SHIFT, data, self.shapes[biases[module]])]):
-          scale = self.settings.alpha_of(self._real(module)) / factors[name].rank
+          scale = self.settings.alpha_of(self._real(module)) / self.settings.rank_of(self._real(module))
           found[biases[module]] = data.astype(np.float32) * np.float32(scale)
     if without:
       self.problems.append(

@@ -6,7 +6,6 @@ peft ignores keys that it does not know; here they are refused, since a newer ve
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -57,6 +56,7 @@ _READ = """
   layers_to_transform lora_alpha lora_bias modules_to_save peft_type r rank_pattern revision target_modules
   target_parameters trainable_token_indices use_dora use_rslora
 """
+_KNOWN = frozenset([*_READ.split(), *_REFUSED, *(key for keys in _HARMLESS.values() for key in keys.split())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +177,7 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
 
 def _unknown(raw: Mapping[str, Any]) -> list[str]:
   """One sentence for all keys that nobody knows and that say something."""
-  known = {*_READ.split(), *_REFUSED, *(key for keys in _HARMLESS.values() for key in keys.split())}
-  left = sorted(key for key, value in raw.items() if key not in known and value not in _EMPTY)
+  left = sorted(key for key, value in raw.items() if key not in _KNOWN and value not in _EMPTY)
   if not left:
     return []
   stated = ", ".join(f"{key}={raw[key]!r}" for key in left)
@@ -328,9 +327,3 @@ class _Keys:
 
 def _is_names(value: Any) -> bool:
   return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-@functools.cache
-def harmless_keys() -> frozenset[str]:
-  """Keys on which no merged weight depends."""
-  return frozenset(key for keys in _HARMLESS.values() for key in keys.split())
