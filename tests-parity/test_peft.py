@@ -1,5 +1,8 @@
 """LoRA adapters, in both directions: what peft wrote gives peft's logits here, and what is written here gives ours there."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,16 @@ from flax import nnx
 
 from models_automodel import AutoModel, load_adapter
 from models_automodel.families import family_of_config
-from models_core.adapters import Adapter, Factors, load_peft_adapter, merge_adapter, save_peft_adapter
+from models_core.adapters import (
+  Adapter,
+  Factors,
+  load_peft_adapter,
+  merge_adapter,
+  read_peft_config,
+  save_peft_adapter,
+)
+from models_core.errors import AdapterError
+from models_core.formats import LocalFiles
 from models_core.layers import dotted
 from models_core.loading import abstract_model
 from models_core.testing import assert_close
@@ -314,6 +326,33 @@ def test_experts_of_ours_load_in_peft(tmp_path):
       a, b = rng.normal(size=(E, into, 3)), rng.normal(size=(E, 3, out))
       factors[name] = Factors(jnp.asarray(0.3 * a, jnp.float32), jnp.asarray(0.3 * b, jnp.float32))
   assert_peft_computes(base, model, family, arrays, Adapter(factors, alpha=5.0, rank=3), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "up_proj", "down_proj"], "all-linear"], ids=str)
+def test_experts_named_by_their_modules(tmp_path, targets):
+  """peft turns these names into those of fused tensors, with ranks and alphas of their own."""
+  base = write_experts(tmp_path / "base")
+  adapter = write_adapter(tmp_path / "adapter", torch_model(base), r=3, lora_alpha=5, target_modules=targets)
+  expected = peft_logits(torch_model(base), adapter)
+  model, _ = AutoModel.from_pretrained(str(adapter))
+  assert_close(jax.jit(lambda m: m(TOKENS, POSITIONS)[0])(model), expected)
+
+
+def test_every_key_of_peft_is_known(tmp_path):
+  """A key that a newer version has is refused until somebody says what it does."""
+
+  def complaint(key):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({key: ["something"]}))
+    try:
+      read_peft_config(LocalFiles(str(tmp_path)))
+    except AdapterError as error:
+      return str(error)
+    return ""
+
+  keys = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+  assert "not known. If the merged" in complaint("something")
+  assert [key for key in keys if "not known. If the merged" in complaint(key)] == []
 
 
 @pytest.mark.parametrize(

@@ -136,20 +136,20 @@ def test_a_checkpoint_in_bfloat16_takes_float32_factors(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("names", "modules"),
+  ("names", "modules", "layers"),
   [
-    (["q_proj", "k_proj", "o_proj"], ["k_proj", "o_proj", "q_proj"]),
-    (["layers.1.attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+    (["q_proj", "k_proj", "o_proj"], ["k_proj", "o_proj", "q_proj"], None),
+    (["layers.1.attn.q_proj"], ["q_proj"], [1]),
     # Modules of the experts of layer 0; those of layer 1's feed-forward block share two of their names.
-    (["gate_proj"], [f"model.layers.0.mlp.experts.{e}.gate_proj" for e in range(6)]),
+    (["gate_proj"], [f"model.layers.0.mlp.experts.{e}.gate_proj" for e in range(6)], None),
   ],
 )
-def test_modules_are_those_of_transformers(names, modules, tmp_path):
+def test_modules_are_those_of_transformers(names, modules, layers, tmp_path):
   adapter = adapter_of(adapted(), alpha=ALPHA)
   part = {name: f for name, f in adapter.factors.items() if any(n in name for n in names)}
   save_peft_adapter(Adapter(part, ALPHA, RANK), tmp_path / "adapter", FAMILY, CONFIG)
   config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-  assert config["target_modules"] == modules
+  assert (config["target_modules"], config["layers_to_transform"]) == (modules, layers)
 
 
 def test_factors_of_fused_experts_are_those_of_each(tmp_path):
@@ -170,7 +170,7 @@ def test_factors_of_fused_experts_are_those_of_each(tmp_path):
     "peft_type": "LORA",
     "r": RANK,
     "lora_alpha": ALPHA,
-    "target_parameters": ["mlp.experts.down_proj"],
+    "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
   }
   (tmp_path / "adapter_config.json").write_text(json.dumps(config))
   adapter = load_peft_adapter(tmp_path, FAMILY, CONFIG)

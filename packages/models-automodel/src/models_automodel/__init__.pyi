@@ -2,6 +2,7 @@ from .adapters import load_adapter, merge_adapter
 from .automodel import AutoModel, LoadPlan
 from .digest import Digest, digest
 from .errors import (
+  AdapterError,
   CacheError,
   CheckpointError,
   ConfigError,
@@ -17,6 +18,7 @@ from .rollout import from_checkpoint, iter_checkpoint, lazy_checkpoint, to_check
 from .where import ModelSource, Where
 
 __all__ = [
+  "AdapterError",
   "AutoModel",
   "CacheError",
   "CheckpointError",

@@ -5,10 +5,19 @@ from collections.abc import Iterator
 
 import models_naming
 import models_sources
-from models_core.errors import CacheError, CheckpointError, ConfigError, ModelsError, SaveError, ShardingError
+from models_core.errors import (
+  AdapterError,
+  CacheError,
+  CheckpointError,
+  ConfigError,
+  ModelsError,
+  SaveError,
+  ShardingError,
+)
 from models_core.extras import MissingExtraError
 
 __all__ = [
+  "AdapterError",
   "CacheError",
   "CheckpointError",
   "ConfigError",

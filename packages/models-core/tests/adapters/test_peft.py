@@ -487,7 +487,7 @@ class TestLoading:
     replace(directory, add)
     with pytest.raises(
       AdapterError,
-      match=r"no matrix that these factors fit: model\.layers\.0\.attn\.k\.lora_A\.weight, .*, \.\.\.",
+      match=r"nothing that these tensors belong to: model\.layers\.0\.attn\.k\.lora_A\.weight, .*, \.\.\.",
     ):
       load(directory)
 
@@ -541,7 +541,7 @@ class TestLoading:
       f"{PREFIX}tower.layers.{i}.q.lora_{s}.weight": np.ones((2, 2), np.float32) for i in (0, 1) for s in "AB"
     }
     replace(directory, lambda tensors: tensors.update(tower))
-    with pytest.raises(AdapterError, match=r"no matrix that these factors fit: tower\."):
+    with pytest.raises(AdapterError, match=r"nothing that these tensors belong to: tower\."):
       load(directory)
     table = WeightTable(*TABLE.rows, ignored=[Ignored("tower.**", "the tower")], tied=TABLE.tied)
     family = dataclasses.replace(FAMILY, weights={"huggingface": table})
@@ -550,6 +550,19 @@ class TestLoading:
     assert [record.getMessage() for record in caplog.records] == [
       f"{directory}: 4 tensors not loaded: the tower"
     ]
+
+  def test_names_that_the_model_does_not_have_are_one_problem(self, saved):
+    directory = saved()
+
+    def wrap(tensors):
+      for name in list(tensors):
+        tensors[name.replace(f"{PREFIX}model.", f"{PREFIX}module.model.")] = tensors.pop(name)
+
+    replace(directory, wrap)
+    with pytest.raises(
+      AdapterError, match=r"^[^\n]*nothing that these tensors belong to: module\.model\.[^\n]*$"
+    ):
+      load(directory)
 
   def test_names_of_a_base_class_without_a_head(self, saved):
     directory = saved()
@@ -576,7 +589,7 @@ class TestLoading:
   def test_an_adapter_of_a_deeper_model(self, saved):
     shallow = dataclasses.replace(CONFIG, num_layers=1)
     with pytest.raises(
-      AdapterError, match=r"the model has no matrix that these factors fit: model\.layers\.1\."
+      AdapterError, match=r"the model has nothing that these tensors belong to: model\.layers\.1\."
     ):
       load_peft_adapter(saved(), FAMILY, shallow)
 
@@ -649,6 +662,6 @@ class TestFusedExperts:
     fused({f"{EXPERTS}.lora_A.weight": (E * RANK, F), f"{EXPERTS}.lora_B.weight": (D - 1, RANK * E)}, [])
     with pytest.raises(
       AdapterError,
-      match=r"the model has no matrix that these factors fit: .*layers\.0\.experts\.lora_A\.weight",
+      match=r"the model has nothing that these tensors belong to: .*layers\.0\.experts\.lora_A\.weight",
     ):
       load(tmp_path)

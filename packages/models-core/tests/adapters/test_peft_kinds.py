@@ -125,7 +125,7 @@ class TestWhole:
     directory = write({**tensors, "lm_head.base_layer.weight": base}, ["q_proj", "lm_head"])
     _, after, _ = merged(directory)
     np.testing.assert_allclose(after["head.w"], base + delta(tensors, "lm_head"), rtol=1e-5, atol=1e-6)
-    with pytest.raises(AdapterError, match=r"no matrix that these factors fit: lm_head\.weight"):
+    with pytest.raises(AdapterError, match=r"nothing that these tensors belong to: lm_head\.weight"):
       merged(write({**tensors, "lm_head.weight": base}, ["q_proj", "lm_head"]))
 
   def test_one_that_is_missing(self, write):
@@ -201,7 +201,7 @@ class TestOtherArithmetic:
 
   def test_magnitudes_without_dora_are_left_over(self, write):
     tensors = factors(*layers("q_proj")) | {"model.layers.0.q_proj.lora_magnitude_vector": numbers((F,), 5)}
-    with pytest.raises(AdapterError, match=r"no matrix that these factors fit: .*lora_magnitude_vector"):
+    with pytest.raises(AdapterError, match=r"nothing that these tensors belong to: .*lora_magnitude_vector"):
       merged(write(tensors))
 
   def test_pissa_takes_out_the_largest_singular_values(self, write):

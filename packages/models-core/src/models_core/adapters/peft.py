@@ -138,7 +138,7 @@ class _Reading:
     shifts = self._shifts()
     self._check_expected(factors, whole, rows)
     if left := sorted(name.removeprefix(self.body) for name in self.left):
-      self.problems.append(f"the model has no matrix that these factors fit: {_few(left)}")
+      self.problems.append(f"the model has nothing that these tensors belong to: {_few(left)}")
     if self.mis_shaped:
       more = len(self.mis_shaped) - 1
       rest = f" ({more} more tensors do not fit either)" if more else ""
@@ -392,7 +392,9 @@ class _Reading:
       tensor = self._usual_tensor(name, shape)
       if name not in whole and self._is_wanted_whole(name, tensor):
         not_whole.append(tensor)
-    if too_few:
+    too_few, too_many, not_whole = (list(dict.fromkeys(names)) for names in (too_few, too_many, not_whole))
+    # Factors under names that the model does not have are not missing, too.
+    if too_few and (self.found or not any(".lora_" in name for name in self.left)):
       some = f"{len(too_few)} of the {len(factors) + len(too_few)} modules" if factors else "all modules"
       self.problems.append(
         f"{ADAPTER_WEIGHTS} lacks the factors of {some} that {targets.stated} names: {_few(too_few)}; save the adapter "

@@ -369,16 +369,12 @@ def _targets(model: _Model, adapted: Mapping[str, str]) -> tuple[list[str] | str
     if (matrices := model.matrices(name)) is not None
     for module in (matrices.modules or {}).values()
   }
-  layers = sorted(
-    {
-      int(one.placeholders["i"])
-      for module, one in every.items()
-      if module in adapted and "i" in one.placeholders
-    }
-  )
-  choices = [Targets(ends)] + (
-    [Targets(ends, layers=tuple(layers), layers_pattern=("layers",))] if layers else []
-  )
+  own = [every[module] for module in adapted]
+  layers = sorted({int(one.placeholders["i"]) for one in own if "i" in one.placeholders})
+  choices = [Targets(ends)]
+  # peft does not look at the layer of experts that are one tensor.
+  if layers and not any(one.roles.experts for one in own):
+    choices.append(Targets(ends, layers=tuple(layers), layers_pattern=("layers",)))
   for targets in [] if model.is_prefixed else choices:
     named = {
       module
