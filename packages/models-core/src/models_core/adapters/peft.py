@@ -136,7 +136,7 @@ class _Reading:
     factors = self._factors()
     rows = self._rows()
     shifts = self._shifts()
-    self._check_expected(factors, whole, rows)
+    self._check_expected(whole, rows)
     if left := sorted(name.removeprefix(self.body) for name in self.left):
       self.problems.append(f"the model has nothing that these tensors belong to: {_few(left)}")
     if self.mis_shaped:
@@ -372,11 +372,10 @@ class _Reading:
       )
     return found
 
-  def _check_expected(
-    self, factors: Mapping[str, Factors], whole: Mapping[str, Any], rows: Mapping[str, Rows]
-  ) -> None:
+  def _check_expected(self, whole: Mapping[str, Any], rows: Mapping[str, Rows]) -> None:
     """Compares what was found with what adapter_config.json says was adapted."""
     settings, targets = self.settings, self.settings.targets
+    present: set[str] = set()
     too_few: list[str] = []
     too_many: list[str] = []
     not_whole: list[str] = []
@@ -385,6 +384,7 @@ class _Reading:
       follows = settings.keeps_tie and self.is_tied and name == self.head
       if name in self.found:
         targeted, module = self._is_targeted(self.found[name])
+        present.add(module)
         if not targeted and not (follows and self.embedding in self.found):
           too_many.append(module)
       elif not follows:
@@ -395,7 +395,7 @@ class _Reading:
     too_few, too_many, not_whole = (list(dict.fromkeys(names)) for names in (too_few, too_many, not_whole))
     # Factors under names that the model does not have are not missing, too.
     if too_few and (self.found or not any(".lora_" in name for name in self.left)):
-      some = f"{len(too_few)} of the {len(factors) + len(too_few)} modules" if factors else "all modules"
+      some = f"{len(too_few)} of the {len(present) + len(too_few)} modules" if present else "all modules"
       self.problems.append(
         f"{ADAPTER_WEIGHTS} lacks the factors of {some} that {targets.stated} names: {_few(too_few)}; save the adapter "
         "again, from gathered weights"
