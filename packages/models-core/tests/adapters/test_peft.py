@@ -648,7 +648,7 @@ class TestFusedExperts:
     [
       (
         ["experts.gate_up"],
-        r"lacks the factors of 2 of the 4 modules .*: model\.layers\.1\.experts\.gate_up",
+        r"lacks the factors of 1 of the 2 modules that target_parameters=.*: model\.layers\.1\.experts\.gate_up",
       ),
       (["layers.0.experts.down"], r"does not name, .*: model\.layers\.0\.experts\.gate_up"),
     ],

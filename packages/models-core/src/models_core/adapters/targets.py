@@ -43,9 +43,11 @@ class Targets:
   @property
   def stated(self) -> str:
     """The modules as text, for messages."""
-    return (
-      f"target_modules={self.modules if isinstance(self.modules, str) else list(self.modules or _DEFAULT)}"
-    )
+    parameters = f"target_parameters={list(self.parameters)}"
+    if self.modules is None and self.parameters:
+      return parameters
+    modules = self.modules if isinstance(self.modules, str) else list(self.modules or _DEFAULT)
+    return f"target_modules={modules}" + (f", {parameters}" if self.parameters else "")
 
   def has_module(self, name: str, *, is_embedding: bool, is_head: bool) -> bool:
     """Whether a module with a matrix has factors.
