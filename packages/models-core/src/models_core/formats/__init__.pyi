@@ -18,6 +18,7 @@ from .safetensors import (
   read_safetensors_file,
   shard_name,
 )
+from .selection import checkpoint_folders, open_folder, select
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 
 __all__ = [
@@ -51,13 +52,16 @@ __all__ = [
   "bounds_of",
   "cells_of",
   "checkpoint_entries",
+  "checkpoint_folders",
   "file_layout",
   "formats_in",
+  "open_folder",
   "read_gguf",
   "read_json",
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",
+  "select",
   "shard_name",
   "weight_files",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from models_core.errors import CheckpointError
+from models_core.errors import CheckpointError, ModelsError
 
 # Reads bytes [start, stop) of one file; returns fewer where it ends before `stop`.
 ReadRange = Callable[[int, int], bytes]
@@ -86,11 +87,61 @@ class LocalFiles:
     return os.path.dirname(self.path) if os.path.isfile(self.path) else self.path
 
 
+def dead_entries(files: Files) -> dict[str, str]:
+  """The entries of a directory on this machine that are in the place of a file and cannot be read.
+
+  Returns:
+    What each is, by its name, as the rest of a sentence that begins with the name.
+  """
+  if not os.path.isdir(files.path):
+    return {}
+  names = set(files.names())
+  found = {}
+  for entry in os.scandir(files.path):
+    if entry.name in names:
+      continue
+    if os.path.isdir(entry.path):
+      found[entry.name] = "is a folder"
+    elif not os.path.islink(entry.path):
+      found[entry.name] = "is not a regular file"
+    elif os.path.exists(os.path.join(files.path, target := os.readlink(entry.path))):
+      found[entry.name] = f"is a link to {target}, which is not a regular file"
+    else:
+      loops = "a link that leads back to itself" if _loops(entry.path) else None
+      found[entry.name] = f"is {loops or f'a link to {target}, which does not exist'}"
+  return found
+
+
+def _loops(path: str) -> bool:
+  try:
+    os.stat(path)
+  except OSError as error:
+    return error.errno == errno.ELOOP
+  return False
+
+
+def has_file(files: Files, name: str) -> bool:
+  """Whether there is a file of this name, also below the top level of a directory."""
+  return name in files.names() or os.path.isfile(os.path.join(files.path, name))
+
+
 def as_files(place: str | os.PathLike | Files) -> Files:
   """Makes `LocalFiles` of a path on this machine; returns `Files` unchanged."""
   if isinstance(place, (str, os.PathLike)):
     return LocalFiles(str(pathlib.Path(place).expanduser()))
   return place
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+  """Turns an error of the file system into a CheckpointError."""
+  try:
+    yield
+  except OSError as error:
+    # Errors of sources have no number: they say more than this would.
+    if error.errno is None or isinstance(error, ModelsError):
+      raise
+    raise CheckpointError(where, [f"cannot be read: {error.strerror}"]) from error
 
 
 @contextlib.contextmanager

@@ -20,13 +20,19 @@ import numpy as np
 from models_core.errors import CheckpointError, ConfigError
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, LocalFiles, ReadRange, open_file
+from models_core.formats.files import Files, LocalFiles, ReadRange, dead_entries, has_file, open_file, reading
 from models_core.formats.json_files import parse_json, read_json
+from models_core.formats.kinds import is_safetensors, named, strangeness
+from models_core.formats.left_out import left_out, some
 from models_core.formats.memory import ALIGNMENT
+from models_core.formats.selection import INDEX_NAME, PART_NAME, checkpoint_folders, listed, split_groups
 from models_core.formats.tensors import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SUFFIX = ".safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # In bytes: three times all headers of the largest published checkpoint. A longer header, with millions of invented
@@ -76,58 +82,183 @@ class SafetensorsCheckpoint(BytesCheckpoint):
 def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   """Reads the headers of a safetensors checkpoint, which is one file or many.
 
-  The checkpoint consists of the files that the index lists; without an index, of `model.safetensors`; without that, of
-  all safetensors files in the directory.
+  The checkpoint consists, as in transformers, of `model.safetensors`; without it, of the files that the index lists;
+  without that, of all safetensors files at the top level whose tensors have different names. An index only says which
+  files count: the headers say which tensors they hold.
 
   Returns:
-    The checkpoint. Its `problems` name every file that is missing or broken, and every tensor that is missing or
-    occurs twice.
+    The checkpoint. Its `problems` name every file that is missing or broken, and tensors that occur twice. Its `notes`
+    name files that are not loaded, and contradictions between the index and the headers.
 
   Raises:
     CheckpointError: if there is no safetensors file.
   """
-  names = set(files.names())
-  problems: list[str] = []
-  index = _read_index(files, problems) if INDEX in names else None
-  if index is not None:
-    wanted = sorted(set(index.values()))
-  elif SINGLE in names:
-    wanted = [SINGLE]
-  else:
-    wanted = sorted(name for name in names if _is_safetensors(name) and "/" not in name)
-  if not wanted and not problems:
-    raise CheckpointError(files.path, [_nothing_found(names)])
+  chosen = _choose(files)
+  problems, unread = list(chosen.problems), dict(chosen.unread)
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
   headers: dict[str, Header] = {}
-  problems += [
-    f"{name} is missing, but {INDEX} lists it: the download or copy is incomplete"
-    for name in wanted
-    if name not in names
-  ]
-  present = [name for name in wanted if name in names]
+  twins: dict[tuple[str, str], list[str]] = {}
+  broken: dict[tuple[str, str], list[str]] = {}
   with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    read = [pool.submit(_read_file, files, name) for name in present]
-  for name, under_way in zip(present, read, strict=True):
+    read = [pool.submit(_read_file, files, name) for name in chosen.names]
+  for name, under_way in zip(chosen.names, read, strict=True):
     try:
       file = under_way.result()
     except CheckpointError as error:
-      problems += [f"{name}: {problem}" for problem in error.problems]
+      for problem in error.problems:
+        # The same mistake made all Git LFS pointers. Other broken files are broken each in its own way.
+        broken.setdefault((problem, "" if _is_strange(problem) else name), []).append(name)
+      unread[name] = chosen.expected(name)
       continue
     headers[name] = file.header
     metadata |= file.metadata
     for info in file.tensors:
-      if (twin := tensors.get(info.name)) is not None:
-        problems.append(f"{info.name} occurs twice: in {twin.file} and in {info.file}; remove one")
-      else:
-        tensors[info.name] = info
-  if index is not None:
-    problems += [
-      f"{tensor} is missing from {file}, but {INDEX} says that it is there: download both files again"
-      for tensor, file in index.items()
-      if tensor not in tensors and file in headers
-    ]
-  return SafetensorsCheckpoint(files, tensors, metadata, tuple(problems), headers=headers)
+      if (twin := tensors.setdefault(info.name, info)) is not info:
+        twins.setdefault((twin.file, info.file), []).append(info.name)
+  problems += [_broken(names, problem) for (problem, _), names in broken.items()]
+  problems += [_twice(files, pair, names, chosen.index) for pair, names in twins.items()]
+  used = {*chosen.names, *unread, *([chosen.index] if chosen.index else [])}
+  notes = [*chosen.notes, *_contradictions(chosen, tensors, unread), *left_out(files, used)]
+  return SafetensorsCheckpoint(
+    files, tensors, metadata, tuple(problems), tuple(notes), unread=unread, headers=headers
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+  """The files that make up a checkpoint.
+
+  Attributes:
+    names: of the files to read.
+    index: name of the index that lists them; None if there is none.
+    places: the index: tensor -> file.
+    problems: on files that are missing, one sentence for each cause.
+    unread: names of these files, with the tensors that they should hold.
+    notes: on an index that is not used.
+  """
+
+  names: Sequence[str]
+  index: str | None = None
+  places: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  problems: Sequence[str] = ()
+  unread: Mapping[str, frozenset[str] | None] = dataclasses.field(default_factory=dict)
+  notes: Sequence[str] = ()
+
+  def expected(self, file: str) -> frozenset[str] | None:
+    """The tensors that a file should hold; None if nothing tells."""
+    return None if self.index is None else frozenset(t for t, f in self.places.items() if f == file)
+
+
+def _choose(files: Files) -> _Chosen:
+  """Chooses the files of the checkpoint.
+
+  Raises:
+    CheckpointError: if there is no safetensors file.
+  """
+  names, dead = set(files.names()), dead_entries(files)
+  indexes = sorted((name for name in {*names, *dead} if INDEX_NAME.fullmatch(name)), key=lambda n: (n != INDEX, n))
+  if SINGLE in names:
+    return _Chosen([SINGLE], notes=_outvoted(files, indexes[0], names) if indexes else ())
+  if indexes:
+    return _of_index(files, indexes[0], dead)
+  found = named(files, _SUFFIX, is_safetensors)
+  others = [name for name in found if not name.startswith(("adapter_model", "consolidated"))]
+  if wanted := others or found:
+    missing = [name for group in split_groups(wanted) for name in _missing_parts(group)]
+    problems = [f"{some(missing)} {_are(missing)} missing: the download or copy is incomplete"] if missing else []
+    return _Chosen(wanted, problems=problems, unread=dict.fromkeys(missing))
+  if gone := [name for name in sorted(dead) if _is_safetensors(name)]:
+    return _Chosen([], problems=[f"{name} {dead[name]}" for name in gone], unread=dict.fromkeys(gone))
+  raise CheckpointError(files.path, [_nothing_found(files, names)])
+
+
+def _outvoted(files: Files, index: str, names: set[str]) -> list[str]:
+  """A note on an index beside `model.safetensors`, unless it lists that file."""
+  listed: set[object] = set()
+  if index in names:
+    with contextlib.suppress(CheckpointError):
+      listed = set(_read_index(files, index).values())
+  if listed == {SINGLE}:
+    return []
+  return [
+    f"{SINGLE} is loaded, as in transformers, and {index} is not read; file={index!r} chooses the files that it lists"
+  ]
+
+
+def _of_index(files: Files, index: str, dead: Mapping[str, str]) -> _Chosen:
+  """The files that an index lists."""
+  if index in dead:
+    problem = f"{index} {dead[index]}: download it again, or remove it to load all safetensors files"
+    return _Chosen([], index, problems=[problem], unread={index: None})
+  try:
+    places = _read_index(files, index)
+  except CheckpointError as error:
+    return _Chosen([], index, problems=error.problems, unread={index: None})
+  wanted = sorted(set(places.values()))
+  absent = [name for name in wanted if not has_file(files, name)]
+  lost = [name for name in absent if name not in dead]
+  problems = [f"{name} {dead[name]}: download it again" for name in absent if name in dead]
+  if lost:
+    remedy = "the download or copy is incomplete"
+    if len(absent) == len(wanted) and (here := sorted(filter(_is_safetensors, files.names()))):
+      remedy = f"remove the index to load {some(here)} instead"
+    problems.append(f"{some(lost)} {_are(lost)} missing, but {index} lists {_them(lost)}: {remedy}")
+  chosen = _Chosen([name for name in wanted if name not in absent], index, places, problems)
+  return dataclasses.replace(chosen, unread={name: chosen.expected(name) for name in absent})
+
+
+def _missing_parts(group: Sequence[str]) -> list[str]:
+  """Names of the parts that a split file lacks."""
+  part = PART_NAME.fullmatch(group[0])
+  count = int(part["count"]) if part else 0
+  # A name may claim 99999 parts: only as many as are there, and one more, are looked for.
+  numbers = range(1, min(count, len(group) + 1) + 1)
+  all_parts = [f"{part['stem']}-{n:05}-of-{count:05}.safetensors" for n in numbers] if part else []
+  return [name for name in all_parts if name not in group]
+
+
+def _contradictions(
+  chosen: _Chosen, tensors: Mapping[str, TensorInfo], unread: Mapping[str, object]
+) -> list[str]:
+  """Notes on where an index and the headers differ, in which case the headers count."""
+  held = {name: file for name, file in chosen.places.items() if file not in unread}
+  absent = [name for name in held if name not in tensors]
+  moved = [name for name, file in held.items() if name in tensors and tensors[name].file != file]
+  unlisted = [name for name in tensors if name not in chosen.places] if chosen.index else []
+  notes = []
+  if absent:
+    notes.append(f"{chosen.index} lists {some(absent)}, which no file holds")
+  if moved:
+    notes.append(f"{chosen.index} puts {some(moved)} into another file than holds {_them(moved)}: the headers count")
+  if unlisted:
+    notes.append(f"{chosen.index} does not list {some(unlisted)}, which the files hold: the headers count")
+  return notes
+
+
+def _broken(names: Sequence[str], problem: str) -> str:
+  more = f"; so are {len(names) - 1} other files, such as {names[1]}" if names[1:] else ""
+  return f"{names[0]}{' ' if _is_strange(problem) else ': '}{problem}{more}"
+
+
+def _is_strange(problem: str) -> bool:
+  return problem.startswith(("is ", "begins ", "cannot "))
+
+
+def _twice(files: Files, pair: tuple[str, str], names: Sequence[str], index: str | None) -> str:
+  one, other = pair
+  if len(names) == 1:
+    return f"{names[0]} occurs twice: in {one} and in {other}; remove one"
+  choice = "" if index else f", or choose with file={other!r}"
+  return f"{names[0]} and {len(names) - 1} more tensors occur twice: in {one} and in {other}; remove one of the files{choice}"
+
+
+def _are(names: Sequence[str]) -> str:
+  return "is" if len(names) == 1 else "are"
+
+
+def _them(names: Sequence[str]) -> str:
+  return "it" if len(names) == 1 else "them"
 
 
 def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
@@ -141,35 +272,45 @@ def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
   return SafetensorsCheckpoint(files, tensors, file.metadata, headers={name: file.header})
 
 
-def _nothing_found(names: set[str]) -> str:
+def _nothing_found(files: Files, names: set[str]) -> str:
   if "adapter_config.json" in names:
     return "this is a LoRA adapter, not a model: load its base model, then merge the adapter into it"
-  if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))):
+  if pickles := sorted(n for n in names if n.endswith(_PICKLES) and n not in _NO_WEIGHTS and "/" not in n):
     return (
-      f"the weights are pickled ({pickles[0]}), and pickles are never loaded: convert them to safetensors"
+      f"the weights are pickled ({some(pickles)}), and pickles are never loaded: convert them to safetensors, for "
+      "example with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+    )
+  if folders := checkpoint_folders(files):
+    return (
+      f"there are no weights at the top level, but in the folders {listed(folders)}: choose one with subfolder="
+      if len(folders) > 1
+      else f"there are no weights at the top level, but in a folder: choose it with subfolder={folders[0]!r}"
     )
   return "no safetensors file" + (
     f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty"
   )
 
 
-def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
-  """Reads the index: tensor -> file. If it cannot be used, returns None and adds a problem."""
+def _read_index(files: Files, index: str) -> Mapping[str, str]:
+  """Reads an index: tensor -> file.
+
+  Raises:
+    CheckpointError: if it cannot be used.
+  """
   try:
-    if (size := files.size(INDEX)) > _MAX_HEADER:
+    if (size := files.size(index)) > _MAX_HEADER:
       raise ValueError(f"it has {size} bytes, but at most {_MAX_HEADER} are read")
-    weight_map = read_json(files, INDEX).get("weight_map")
+    weight_map = read_json(files, index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
     for file in weight_map.values():
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"it lists {file!r}, which is not a file name within the directory")
-    return weight_map
+    return {tensor: posixpath.normpath(file) for tensor, file in weight_map.items()}
   except ConfigError as error:
-    problems.append(str(error))
-  except ValueError as error:
-    problems.append(f"{INDEX} cannot be read: {error}")
-  return None
+    raise CheckpointError(files.path, [str(error)]) from None
+  except (ValueError, OSError) as error:
+    raise CheckpointError(files.path, [f"{index} cannot be read: {error}"]) from None
 
 
 def is_inside(name: str) -> bool:
@@ -203,10 +344,12 @@ def _read_file(files: Files, name: str) -> _File:
   """Reads the header of one file.
 
   Raises:
-    CheckpointError: if the header is malformed, or does not describe each byte of the file exactly once.
+    CheckpointError: if the file cannot be read, the header is malformed, or does not describe each byte of the file
+      exactly once.
   """
-  with open_file(files, name) as read:
-    return _parse(read, files.size(name), name, f"{files.path}/{name}")
+  where = f"{files.path}/{name}"
+  with reading(where), open_file(files, name) as read:
+    return _parse(read, files.size(name), name, where)
 
 
 def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
@@ -231,6 +374,8 @@ def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
 def _beginning(read: ReadRange, size: int, where: str) -> bytes:
   """The bytes of a file up to the data: the header and its length."""
   start = read(0, min(size, _FIRST_READ))
+  if what := strangeness(start):
+    raise CheckpointError(where, [what])
   if len(start) < 8:
     raise CheckpointError(where, [f"not a safetensors file: it has only {size} bytes"])
   (length,) = struct.unpack("<Q", start[:8])
@@ -336,7 +481,7 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _is_safetensors(name: str) -> bool:
-  return name.endswith(".safetensors")
+  return name.endswith(_SUFFIX)
 
 
 def _entries(directory: str) -> set[str]:
@@ -353,7 +498,7 @@ SAFETENSORS = Format(
   name="safetensors",
   naming="huggingface",
   owns=_is_safetensors,
-  is_in=lambda files: any(map(_is_safetensors, files.names())),
+  is_in=lambda files: bool(named(files, _SUFFIX, is_safetensors)),
   read=read_safetensors,
   entries=_entries,
 )

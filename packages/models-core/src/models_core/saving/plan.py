@@ -142,6 +142,7 @@ def plan_save(
       safetensors files cannot store a dtype.
   """
   held = base.tensors if base is not None else {}
+  table = table.spelled_as(held) if held else table
   parts: dict[str, list[tuple[str, Piece]]] = {}
   for name, found in _forms(parameters, table, config, held).items():
     for piece in found:
