@@ -19,7 +19,7 @@ from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
 from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
-from models_core.errors import ModelsError
+from models_core.errors import CheckpointError, ModelsError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
@@ -45,6 +45,9 @@ class AutoModel:
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    file: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     intermediate_ckpt_dir: str | os.PathLike | None = None,
     rng_seed: int | None = None,
     **kwargs: Any,
@@ -53,8 +56,9 @@ class AutoModel:
 
     Args:
       model_id: a repository id on the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
-        object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. A
-        `Where` holds this and all other arguments up to `progress`.
+        object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local.
+        "org/repo:Q8_0" chooses a GGUF file, "org/repo/folder" a folder. A `Where` holds this and all other arguments up
+        to `variant`.
       mesh: a `jax.sharding.Mesh` with auto or explicit axes; None is one device.
       model_source: the source of the checkpoint. Local paths and addresses in object stores do not need it.
       model_path: a local directory or GGUF file, or an address in the source, to load instead of `model_id`.
@@ -63,6 +67,9 @@ class AutoModel:
       revision: branch, tag or commit.
       token: the user's token for the source.
       progress: whether progress bars are shown on a terminal.
+      file: which of several checkpoints: the name of a file or a pattern of names, such as "*Q8_0*".
+      subfolder: path of the checkpoint's folder within the place.
+      variant: of the weights, as in `model.fp16.safetensors`.
       intermediate_ckpt_dir: directory that keeps the loaded model as safetensors. The first call writes it; later calls
         load it instead of the source. It is never overwritten.
       rng_seed: has no effect, because nothing in a pretrained model is random.
@@ -94,6 +101,9 @@ class AutoModel:
       revision=revision,
       token=token,
       progress=progress,
+      file=file,
+      subfolder=subfolder,
+      variant=variant,
     )
     if intermediate_ckpt_dir is not None:
       intermediate.check_alone()
@@ -185,6 +195,9 @@ class AutoModel:
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    file: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     dtype: Any = None,
     config: Any = None,
     layers: range | None = None,
@@ -204,6 +217,9 @@ class AutoModel:
       revision=revision,
       token=token,
       progress=progress,
+      file=file,
+      subfolder=subfolder,
+      variant=variant,
     )
     where = agree_on_revision(mesh, where, lambda: find(where, config).files)
     with together(mesh):
@@ -227,13 +243,18 @@ class AutoModel:
     # A tensor that holds all layers still holds those that were cut.
     model = dataclasses.replace(model, letters=letter_sizes(whole))
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
-    plan = plan_load(
-      checkpoint,
-      model,
-      family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
-      dtype=as_dtype(dtype),
-      layers=None if layers is None else len(layers),
-    )
+    try:
+      plan = plan_load(
+        checkpoint,
+        model,
+        family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
+        dtype=as_dtype(dtype),
+        layers=None if layers is None else len(layers),
+      )
+    except CheckpointError as error:
+      if not found.guess or checkpoint.problems:
+        raise
+      raise CheckpointError(error.where, [found.guess, *error.problems]) from None
     return dataclasses.replace(plan, family=family, config=final)
 
 

@@ -28,6 +28,9 @@ def convert(
   max_shard_size: int | str | None = None,
   overwrite: bool = False,
   progress: bool = True,
+  file: str | None = None,
+  subfolder: str | None = None,
+  variant: str | None = None,
 ) -> None:
   """Converts a checkpoint: from GGUF, from or to an Orbax tree, to another dtype or shard size.
 
@@ -42,6 +45,9 @@ def convert(
     max_shard_size: bytes of tensor data in a safetensors file; None is "5GB". Must be None for an Orbax tree.
     overwrite: whether `target` may hold files. Weights and files of the same names are replaced, others stay.
     progress: whether progress bars are shown on a terminal.
+    file: which of several checkpoints of the source, as `from_pretrained` takes it; a `Where` has its own.
+    subfolder: of the source.
+    variant: of the source's weights.
 
   Raises:
     ConfigError: if the naming scheme cannot be written, or `max_shard_size` does not apply to it.
@@ -56,7 +62,9 @@ def convert(
         f"max_shard_size is {max_shard_size!r}, but {to} checkpoints are not split into files by size: leave it out"
       )
     options["max_shard_size"] = max_shard_size
-  where = source if isinstance(source, Where) else Where.of(source, progress=progress)
+  where = source
+  if not isinstance(where, Where):
+    where = Where.of(where, progress=progress, file=file, subfolder=subfolder, variant=variant)
   plan = AutoModel.plan(where, dtype=dtype)
   files = plan.checkpoint.files
   # In the same format, tensors that the model does not need are copied.

@@ -38,6 +38,7 @@ class Found:
     config: of the model.
     format: of the files; None if no format recognises them.
     read: the checkpoint's headers, if they have been read.
+    guess: how the configuration was found if no file states it, for messages; "" otherwise.
   """
 
   files: Files
@@ -45,6 +46,7 @@ class Found:
   config: Any
   format: Format | None
   read: Checkpoint | None = None
+  guess: str = ""
 
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
@@ -66,7 +68,8 @@ def find(where: Where, config: Any = None) -> Found:
   Raises:
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
-  name = where.model_id
+  with source_errors():
+    name = where.name
   check_installed(name)
   with source_errors():
     files = where.open_files()
@@ -74,20 +77,30 @@ def find(where: Where, config: Any = None) -> Found:
     refuse_adapter(files, names)
     format, read = next(formats_in(files), None), None
     raw: Mapping[str, Any] | None = None
-    if CONFIG in names:
+    if format is not None and format.name in HEADER_CONFIGS:
+      read = _read(format, files)
+      raw = HEADER_CONFIGS[format.name](read)
+      if CONFIG in names:
+        note = f"{CONFIG} is not read: the {format.name.upper()} file states its own configuration"
+        read = dataclasses.replace(read, notes=(*read.notes, note))
+    elif CONFIG in names:
       raw = read_json(files, CONFIG)
     elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
       format, read = described, _read(described, files)
       raw = HEADER_CONFIGS[format.name](read)
-    elif format not in (None, SAFETENSORS):
-      read = _read(format, files)
+    elif format is not SAFETENSORS:
+      read = _read(format or SAFETENSORS, files)
   if config is not None:
     return Found(files, family_of_config(config, name), config, format, read)
-  if raw is None and read is not None:
-    return Found(files, *preset_of(name, read), format, read)
   if raw is None:
+    guess = (
+      f"there is no {CONFIG}, and the preset of the name {name!r} does not fit: put the {CONFIG} beside the weights, or "
+      "pass config="
+    )
+    if read is not None and format is not None:
+      return Found(files, *preset_of(name, read), format, read, guess)
     category, config = by_name(name, files.path)
-    return Found(files, load_family(category, name), config, format)
+    return Found(files, load_family(category, name), config, format, read, guess)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
     raise ConfigError(f"{files.path}/{CONFIG} has no model_type: add it, or pass config=")

@@ -59,7 +59,8 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
 def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The arguments of a call as JSON values, which can be compared with those of another call."""
   place = {"model_id": where.model_id, "model_source": where.source, "model_path": where.path}
-  arguments = {**arguments, "revision": where.revision}
+  chosen = {"file": where.file, "subfolder": where.subfolder, "variant": where.variant}
+  arguments = {**arguments, **chosen, "revision": where.revision}
   asked = {key: str(value) for key, value in arguments.items() if key not in _NO_MATTER and value is not None}
   if "dtype" in asked:
     asked["dtype"] = str(as_dtype(arguments["dtype"]))

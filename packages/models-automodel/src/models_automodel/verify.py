@@ -18,12 +18,22 @@ from models_core.formats import TensorInfo, TensorReader, checkpoint_entries
 from models_core.loading import LoadPlan
 
 
-def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
+def verify(
+  path: str | os.PathLike,
+  *,
+  values: bool = False,
+  file: str | None = None,
+  subfolder: str | None = None,
+  variant: str | None = None,
+) -> LoadPlan:
   """Checks a checkpoint on this machine without loading it as a model.
 
   Args:
     path: a directory or a GGUF file.
     values: whether all weights are read, too, and NaN and infinity refused.
+    file: which of several checkpoints, as `AutoModel.from_pretrained` takes it.
+    subfolder: that holds the checkpoint.
+    variant: of the weights.
 
   Returns:
     The load plan.
@@ -33,7 +43,8 @@ def verify(path: str | os.PathLike, *, values: bool = False) -> LoadPlan:
       of a shape that config.json does not imply, and with `values` every tensor that holds NaN or infinity.
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
-  plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False))
+  place = {"file": file, "subfolder": subfolder, "variant": variant}
+  plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False, **place))
   if values:
     with plan.open() as opened:
       problems = [

@@ -9,7 +9,14 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, where_of
+from models_automodel.cli.arguments import (
+  Commands,
+  add_selectors,
+  mesh_arguments,
+  model_arguments,
+  selectors_of,
+  where_of,
+)
 from models_automodel.cli.mesh_argument import make_mesh
 
 if TYPE_CHECKING:
@@ -173,6 +180,7 @@ def add_verify(commands: Commands) -> None:
   )
   parser.set_defaults(run=_verify)
   parser.add_argument("directory", help="directory of the checkpoint, or a GGUF file")
+  add_selectors(parser)
   parser.add_argument(
     "--values", action="store_true", help="also read all weights, and fail on NaN or infinity"
   )
@@ -187,7 +195,7 @@ def add_verify(commands: Commands) -> None:
 def _verify(options: argparse.Namespace) -> None:
   from models_automodel.verify import check_checksums, checksums, read_checksums, verify
 
-  plan = verify(options.directory, values=options.values)
+  plan = verify(options.directory, values=options.values, **selectors_of(options))
   if options.checksums:
     check_checksums(options.directory, read_checksums(options.checksums))
   if options.sha256:

@@ -13,7 +13,7 @@ from models_automodel.text.chat_template import render
 from models_automodel.text.gguf_tokenizer import read_gguf_tokenizer
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json
+from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json, strangeness
 
 TOKENIZER = "tokenizer.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -296,8 +296,11 @@ def _chat_template(files: Files, names: frozenset[str], config: Mapping[str, Any
 
 
 def _text(files: Files, name: str) -> str:
+  data = files.read(name, 0, files.size(name))
+  if what := strangeness(data):
+    raise CheckpointError(files.path, [f"{name} {what}"])
   try:
-    return files.read(name, 0, files.size(name)).decode()
+    return data.decode()
   except UnicodeDecodeError as error:
     raise CheckpointError(files.path, [f"{name} is not UTF-8: {error}"]) from error
 

@@ -2,6 +2,7 @@ from .checkpoint import Checkpoint, Format, Header
 from .files import Files, LocalFiles, RangeFiles, as_files
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
+from .kinds import strangeness
 from .memory import ALIGNMENT, aligned_empty
 from .orbax import METADATA, ORBAX, read_orbax
 from .reader import CellReader, OnBytes, RunReader, TensorReader
@@ -18,7 +19,7 @@ from .safetensors import (
   read_safetensors_file,
   shard_name,
 )
-from .selection import checkpoint_folders, open_folder, select
+from .selection import checkpoint_folders, is_part, open_folder, select
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
   "checkpoint_folders",
   "file_layout",
   "formats_in",
+  "is_part",
   "open_folder",
   "read_gguf",
   "read_json",
@@ -63,5 +65,6 @@ __all__ = [
   "read_safetensors_file",
   "select",
   "shard_name",
+  "strangeness",
   "weight_files",
 ]

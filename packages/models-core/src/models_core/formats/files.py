@@ -98,7 +98,7 @@ def dead_entries(files: Files) -> dict[str, str]:
   names = set(files.names())
   found = {}
   for entry in os.scandir(files.path):
-    if entry.name in names:
+    if entry.name in names or os.path.isfile(entry.path):
       continue
     if os.path.isdir(entry.path):
       found[entry.name] = "is a folder"

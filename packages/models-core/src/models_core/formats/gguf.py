@@ -162,7 +162,7 @@ def _parts(files: Files) -> Sequence[str]:
     firsts = listed(map(_first, checkpoints))
     raise CheckpointError(
       files.path,
-      [f"it holds several checkpoints ({firsts}): pass the path of one file, or file=, such as file='*Q8_0*'"],
+      [f"it holds several checkpoints ({firsts}): choose one with file=, or pass the path of one file"],
     )
   ((stem, count, numbers),) = checkpoints
   if not count:

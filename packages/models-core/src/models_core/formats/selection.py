@@ -213,6 +213,15 @@ def _of_file(units: Mapping[str, Collection[str]], name: str) -> list[str]:
   return [unit for unit, members in units.items() if any(map(fits, [unit, *members]))]
 
 
+def is_part(name: str) -> bool:
+  """Whether a file's name is that of a part of a checkpoint, whose other files lie beside it.
+
+  A GGUF file that is not split is a checkpoint of its own.
+  """
+  is_split = PART_NAME.fullmatch(name) is not None
+  return is_split or name.endswith(".safetensors") or INDEX_NAME.fullmatch(name) is not None
+
+
 def is_projector(name: str) -> bool:
   """Whether a GGUF file's name is that of the projector of a vision tower, which lies beside the language model."""
   return "mmproj" in name.rpartition("/")[2].lower()

@@ -15,7 +15,10 @@ _WRAPPERS = {
   "_checkpoint_wrapped_module": "activation checkpointing adds: save the state dict of the unwrapped model",
   "_forward_module": "Lightning adds: save the state dict of the unwrapped model",
 }
-_PEFT = "base_model.model."
+# The beginning of names in a model of peft, and parts of names in its adapted modules.
+_PEFT = "base_model."
+_ADAPTED = frozenset(("base_layer", "lora_A", "lora_B"))
+_MERGE = "merge the adapter with merge_and_unload() and save the result"
 
 # A tensor that tells a naming scheme -> whose scheme it is, and the remedy.
 _SCHEMES = {
@@ -38,36 +41,32 @@ def misnamed(names: Collection[str], table: WeightTable) -> str | None:
   names = list(names)
   if not names or 2 * table.known(names) > len(names):
     return None
-  found = [part for part in _WRAPPERS if any(part in name.split(".") for name in names)]
-  if found and _are_known(names := [_without(name, found) for name in (wrapped := names)], table):
-    example = next(name for name in wrapped if _without(name, found) != name)
-    parts = " and ".join(f"{part!r}, which {_WRAPPERS[part]}" for part in found)
-    return f"the names of the tensors, such as {example}, have the part {parts}"
-  names = wrapped if found else names
+  if adapted := next((name for name in names if _ADAPTED.intersection(name.split("."))), None):
+    return f"the tensors are those of a model with an adapter of peft, such as {adapted}: {_MERGE}"
+  if parts := [part for part in _WRAPPERS if any(part in name.split(".") for name in names)]:
+    bare = [".".join(part for part in name.split(".") if part not in parts) for name in names]
+    if _are_known(bare, table):
+      example = next(name for name, plain in zip(names, bare, strict=True) if name != plain)
+      said = " and ".join(f"{part!r}, which {_WRAPPERS[part]}" for part in parts)
+      return f"the names of the tensors, such as {example}, have the part {said}"
   for prefix in _prefixes(names, table):
     inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if 2 * len(inner) > len(names) and _are_known(inner, table):
       return _too_many(names, prefix)
-  if len(names) >= _FEW and not table.known(names):
-    scheme = next((f"; their naming scheme is {whose}" for name, whose in _SCHEMES.items() if name in names), "")
-    return (
-      f"none of the {len(names)} tensors, such as {names[0]}, has a name that the architecture knows{scheme or ': '}"
-      f"{'' if scheme else 'the checkpoint is of another architecture, or in a naming scheme that is not read'}"
-    )
-  return None
+  if len(names) < _FEW or not table.rows or table.known(names):
+    return None
+  why = "the checkpoint is of another architecture, or in a naming scheme that is not read"
+  why = next((f"their naming scheme is {whose}" for name, whose in _SCHEMES.items() if name in names), why)
+  return f"none of the {len(names)} tensors, such as {names[0]}, has a name that the architecture knows: {why}"
 
 
 def _too_many(names: Sequence[str], prefix: str) -> str:
   own = sum(name.startswith(prefix) for name in names)
   which = f"all {own}" if own == len(names) else f"{own} of the {len(names)}"
   remedy = "save the model inside the wrapper, or remove the prefix from the names in the files"
-  if prefix == _PEFT:
-    remedy = "peft adds it: merge the adapter with merge_and_unload() and save the result"
+  if prefix.startswith(_PEFT):
+    remedy = f"peft adds it: {_MERGE}"
   return f"the names of {which} tensors begin with {prefix!r}, one prefix too many: {remedy}"
-
-
-def _without(name: str, parts: Collection[str]) -> str:
-  return ".".join(part for part in name.split(".") if part not in parts)
 
 
 def _are_known(names: Collection[str], table: WeightTable) -> bool:
