@@ -50,7 +50,7 @@ def ggufs(write_gguf, tmp_path):
   """Three GGUF files, one of them in a folder, and the one that is meant."""
   names = ("m-Q4_K_M.gguf", "m-Q8_0.gguf", "BF16/m-BF16.gguf")
   content = write_gguf(tmp_path / "m.gguf").read_bytes()
-  return {name: content for name in names}, load(tmp_path / "m.gguf")[0]
+  return dict.fromkeys(names, content), load(tmp_path / "m.gguf")[0]
 
 
 def contents(directory):
@@ -78,19 +78,29 @@ class TestHub:
     assert same(model, ggufs[1])
     # The path names what was loaded, for the tokenizer and for a base.
     assert same(load(path)[0], model)
-    fetched = [name for _, _, names in os.walk(os.path.dirname(path)) for name in names if name.endswith(".gguf")]
+    fetched = [
+      name for _, _, names in os.walk(os.path.dirname(path)) for name in names if name.endswith(".gguf")
+    ]
     assert len(fetched) == 1
 
   def test_several_are_listed(self, hub, ggufs):
     hub.add("org/m", ggufs[0])
-    with pytest.raises(CheckpointError, match=r"several checkpoints \(m-Q4_K_M.gguf, m-Q8_0.gguf\): choose one with"):
+    with pytest.raises(
+      CheckpointError, match=r"several checkpoints \(m-Q4_K_M.gguf, m-Q8_0.gguf\): choose one with"
+    ):
       load("org/m")
-    with pytest.raises(CheckpointError, match=r"'Q5_0' names none: there are BF16/m-BF16.gguf, m-Q4_K_M.gguf, m-Q8"):
+    with pytest.raises(
+      CheckpointError, match=r"'Q5_0' names none: there are BF16/m-BF16.gguf, m-Q4_K_M.gguf, m-Q8"
+    ):
       load("org/m:Q5_0")
 
   @pytest.mark.parametrize(
     ("place", "arguments"),
-    [("me/run", {"subfolder": "checkpoint-500"}), ("me/run/checkpoint-500", {}), ("me/run/checkpoint-500/", {})],
+    [
+      ("me/run", {"subfolder": "checkpoint-500"}),
+      ("me/run/checkpoint-500", {}),
+      ("me/run/checkpoint-500/", {}),
+    ],
     ids=range(3),
   )
   def test_a_folder(self, hub, checkpoint, place, arguments):
@@ -99,9 +109,13 @@ class TestHub:
     model, path = load(place, **arguments)
     assert same(model, load(checkpoint[0])[0])
     assert path.endswith("/checkpoint-500")
-    with pytest.raises(CheckpointError, match="no weights at the top level, but in a folder.*'checkpoint-500'"):
+    with pytest.raises(
+      CheckpointError, match=r"no weights at the top level, but in a folder.*'checkpoint-500'"
+    ):
       load("me/run")
-    with pytest.raises(CheckpointError, match="no folder checkpoint-50: the folders with a checkpoint are checkpoint-500"):
+    with pytest.raises(
+      CheckpointError, match="no folder checkpoint-50: the folders with a checkpoint are checkpoint-500"
+    ):
       load("me/run/checkpoint-50")
 
   def test_a_folder_may_be_a_base(self, hub, checkpoint, tmp_path):
@@ -144,6 +158,17 @@ class TestLocal:
     (directory / "model.safetensors").write_bytes(b"the other one")
     assert same(load(directory, variant="fp16")[0], load(checkpoint[0])[0])
 
+  def test_config_json_may_name_the_weights(self, edit_config, checkpoint, tmp_path):
+    directory = edit_config(transformers_weights="model.x.safetensors")
+    (directory / "model.safetensors").rename(directory / "model.x.safetensors")
+    (directory / "model.safetensors").write_bytes(b"the other one")
+    model, path = load(directory)
+    assert same(model, load(checkpoint[0])[0])
+    (directory / "model.safetensors").unlink()
+    AutoModel.save_pretrained(model, tmp_path / "out", base=path, progress=False)
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert same(load(tmp_path / "out")[0], model)
+
   def test_every_call_and_command_takes_them(self, edit_config, tmp_path, capsys):
     directory = edit_config()
     (directory / "a").mkdir()
@@ -161,7 +186,7 @@ class TestLocal:
         assert main([command, str(directory), *options]) == 0
     assert main(["convert", str(directory), str(tmp_path / "out2"), *options]) == 0
     assert same(load(tmp_path / "out")[0], load(tmp_path / "out2")[0])
-    with pytest.raises(CheckpointError, match="the other one|header claims"):
+    with pytest.raises(CheckpointError, match="header claims"):
       load(directory, subfolder="a")
 
   def test_a_kept_result_belongs_to_its_part(self, edit_config, checkpoint, tmp_path):
@@ -193,7 +218,7 @@ class TestPaths:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "here" / "is").mkdir(parents=True)
-    with pytest.raises(SourceFilesError, match="^there is no file or directory "):
+    with pytest.raises(SourceFilesError, match="there is no file or directory "):
       load(place)
 
   def test_an_organisation_that_is_a_directory_here_too(self, hub, checkpoint, tmp_path, monkeypatch):
@@ -202,7 +227,7 @@ class TestPaths:
     (tmp_path / "org").mkdir()
     hub.add("org/model", contents(checkpoint[0]))
     assert same(load("org/model")[0], load(checkpoint[0])[0])
-    with pytest.raises(SourceFilesError, match="^there is no file or directory org/none, and on the hub: "):
+    with pytest.raises(SourceFilesError, match="there is no file or directory org/none, and on the hub: "):
       load("org/none")
 
 
@@ -213,7 +238,9 @@ class TestConfiguration:
     (both / "m.gguf").write_bytes(alone.read_bytes())
     (both / "config.json").write_text('{"model_type": "llama"}')
     assert same(load(both)[0], load(alone)[0])
-    assert "config.json is not read: the GGUF file states its own configuration" in AutoModel.plan(both).notes()
+    assert (
+      "config.json is not read: the GGUF file states its own configuration" in AutoModel.plan(both).notes()
+    )
 
   @pytest.mark.parametrize("name", ["Llama-3.2-1B", "llama-3.1-8b-instruct"])
   def test_a_known_name_without_config_json_says_so_first(self, checkpoint, tmp_path, name):
@@ -249,7 +276,9 @@ class TestProblems:
     directory = edit_config()
     (directory / name).write_text(POINTER)
     action = load_tokenizer if name == "tokenizer.json" else load
-    with pytest.raises((CheckpointError, ConfigError), match=f"{name} is a Git LFS pointer, not the file: run `git lfs pull`"):
+    with pytest.raises(
+      (CheckpointError, ConfigError), match=f"{name} is a Git LFS pointer, not the file: run `git lfs pull`"
+    ):
       action(directory)
 
 

@@ -23,9 +23,10 @@ from models_core.formats import (
   Format,
   formats_in,
   read_json,
+  select,
   weight_files,
 )
-from models_core.saving import CONFIG
+from models_core.saving import CONFIG, WEIGHTS_KEY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,10 @@ def find(where: Where, config: Any = None) -> Found:
         read = dataclasses.replace(read, notes=(*read.notes, note))
     elif CONFIG in names:
       raw = read_json(files, CONFIG)
+      if isinstance(stated := raw.get(WEIGHTS_KEY), str) and (where.file, where.variant) == (None, None):
+        files = select(files, file=stated)
+        format = next(formats_in(files), None)
+      raw = {key: value for key, value in raw.items() if key != WEIGHTS_KEY}
     elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
       format, read = described, _read(described, files)
       raw = HEADER_CONFIGS[format.name](read)

@@ -140,17 +140,23 @@ class Where:
       # A store lists one folder at a time.
       identifier, folder = f"{identifier.rstrip('/')}/{folder.strip('/')}", None
     try:
-      files = models_sources.get_source(place.source).open_files(
+      files: Files = models_sources.get_source(place.source).open_files(
         identifier,
         revision=self.revision,
         token=self.token,
         download_path=self.download_path,
         progress=self.progress,
       )
-    except (models_sources.FilesNotFoundError, models_sources.AccessError) as error:
+    except (
+      models_sources.FilesNotFoundError,
+      models_sources.AccessError,
+      models_sources.ConnectionFailedError,
+    ) as error:
       if not place.is_doubtful:
         raise
-      raise type(error)(f"there is no file or directory {place.identifier}, and on the hub: {error}") from error
+      raise type(error)(
+        f"there is no file or directory {place.identifier}, and on the hub: {error}"
+      ) from error
     file = place.file
     if place.folder is not None:
       if place.folder in files.names():
@@ -168,7 +174,7 @@ class Where:
     if (source := models_sources.source_of_address(place)) is not None:
       tagged = _TAGGED.fullmatch(place)
       if tagged and _QUANTISATION.fullmatch(tagged["quantisation"]):
-        return _Place(source, tagged["place"], tagged["place"], quantisation=tagged["quantisation"])
+        return self._of_path(source, tagged["place"], tagged["quantisation"])
       return self._of_path(source, place)
     if self.source == ModelSource.KAGGLE.value and self.path is None:
       with name_errors():
@@ -183,18 +189,19 @@ class Where:
       return self._of_path(local, place)
     tagged = _TAGGED.fullmatch(place)
     if tagged and _exists(tagged["place"]):
-      return _Place(local, tagged["place"], tagged["place"], quantisation=tagged["quantisation"])
+      return self._of_path(local, tagged["place"], tagged["quantisation"])
     if self.source == local or self.path is not None or _is_path(place):
       return _Place(local, place, self.model_id)
     return _of_hub(tagged["place"] if tagged else place, tagged["quantisation"] if tagged else None)
 
-  def _of_path(self, source: str, place: str) -> _Place:
+  def _of_path(self, source: str, place: str, quantisation: str | None = None) -> _Place:
     """The place of a path or an address. One file of a checkpoint stands for the folder that holds all its files."""
-    folder, slash, name = place.rpartition("/" if "://" in place else os.sep)
-    model_id = self.model_id if self.path is not None else place
-    if slash and is_part(name) and not os.path.isdir(os.path.expanduser(place)):
-      return _Place(source, folder or slash, self.model_id if self.path is not None else folder, file=name)
-    return _Place(source, place, model_id)
+    folder, file = os.path.split(place)
+    if not is_part(file) or os.path.isdir(os.path.expanduser(place)):
+      folder, file = place, ""
+    folder = folder or os.curdir
+    named = folder if self.path is None else self.model_id
+    return _Place(source, folder, named, file=file or None, quantisation=quantisation)
 
 
 def _exists(place: str) -> bool:

@@ -226,7 +226,9 @@ class TestKinds:
 
   def test_a_json_file_may_be_one_too(self, tmp_path):
     (tmp_path / "config.json").write_text(POINTER)
-    with pytest.raises(ConfigError, match="config.json is a Git LFS pointer, not the file: run `git lfs pull`"):
+    with pytest.raises(
+      ConfigError, match=r"config\.json is a Git LFS pointer, not the file: run `git lfs pull`"
+    ):
       read_json(LocalFiles(str(tmp_path)), "config.json")
 
   @pytest.mark.parametrize(

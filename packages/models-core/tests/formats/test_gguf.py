@@ -284,7 +284,9 @@ def test_a_renamed_part(split):
 
 def test_unrelated_files(tmp_path):
   write(tmp_path / "a.gguf"), write(tmp_path / "b.gguf")
-  with pytest.raises(CheckpointError, match=r"\(a.gguf, b.gguf\): choose one with file=, or pass the path of one file"):
+  with pytest.raises(
+    CheckpointError, match=r"\(a.gguf, b.gguf\): choose one with file=, or pass the path of one file"
+  ):
     read_gguf(LocalFiles(str(tmp_path)))
   assert read_gguf(LocalFiles(str(tmp_path / "b.gguf"))).tensors["token_embd.weight"].file == "b.gguf"
 
@@ -300,7 +302,9 @@ def test_files_beside_the_language_model_are_left_out(tmp_path, name, kind):
   assert kind == "imatrix" or any(note.startswith(f"{name} is not loaded") for note in read.notes)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("mmproj", "the projector of a vision tower"), ("adapter", "a LoRA adapter")])
+@pytest.mark.parametrize(
+  ("kind", "what"), [("mmproj", "the projector of a vision tower"), ("adapter", "a LoRA adapter")]
+)
 def test_a_file_without_a_language_model_says_what_it_is(tmp_path, kind, what):
   write(tmp_path / "m.gguf", "clip", {}, extra={"general.type": kind})
   with pytest.raises(CheckpointError, match=f"m.gguf is {what}, not a language model"):

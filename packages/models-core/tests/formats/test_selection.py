@@ -45,7 +45,7 @@ class Ranges(Memory):
 
 @pytest.fixture
 def files():
-  return Memory({name: b"x" for name in (*GGUFS, *OTHERS)})
+  return Memory(dict.fromkeys((*GGUFS, *OTHERS), b"x"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_none_is_an_error_that_lists_them(files, asked):
 
 
 def test_several_are_an_error_that_lists_them(files):
-  with pytest.raises(CheckpointError, match=r"file '\*Q4\*' names several: choose one of m-Q4_K_M.gguf, m-UD-"):
+  with pytest.raises(
+    CheckpointError, match=r"file '\*Q4\*' names several: choose one of m-Q4_K_M.gguf, m-UD-"
+  ):
     select(files, file="*Q4*")
 
 
@@ -122,7 +124,9 @@ def test_an_index_may_be_chosen_before_a_whole_file(save, save_sharded):
   save({"a": np.zeros(2, np.float32)})
   directory = save_sharded({"m-1.safetensors": {"a": np.ones(2, np.float32)}})
   for file in ("model.safetensors.index.json", "m-1.safetensors"):
-    assert read_safetensors(select(LocalFiles(str(directory)), file=file)).tensors["a"].file == "m-1.safetensors"
+    assert (
+      read_safetensors(select(LocalFiles(str(directory)), file=file)).tensors["a"].file == "m-1.safetensors"
+    )
 
 
 def test_a_folder_is_a_checkpoint_of_its_own():
@@ -149,6 +153,8 @@ def test_a_missing_folder_is_an_error_that_lists_them(tmp_path, folder):
   (tmp_path / "other").mkdir()
   (tmp_path / "here" / "checkpoint-500" / "config.json").write_text("{}")
   files = LocalFiles(str(tmp_path / "here"))
-  with pytest.raises(CheckpointError, match=r"there is no folder .*: the folders with a checkpoint are checkpoint-500"):
+  with pytest.raises(
+    CheckpointError, match=r"there is no folder .*: the folders with a checkpoint are checkpoint-500"
+  ):
     open_folder(files, folder)
   assert open_folder(files, "checkpoint-500").names() == ["config.json"]

@@ -17,7 +17,9 @@ TABLE = WeightTable(
   ("head", "lm_head.weight", "v d"),
   tied=[Tied("lm_head.weight", "model.embed.weight")],
 )
-TENSORS = {"model.embed.weight": (4, 2), "lm_head.weight": (4, 2)} | {f"model.layers.{i}.w.weight": (2,) for i in range(8)}
+TENSORS = {"model.embed.weight": (4, 2), "lm_head.weight": (4, 2)} | {
+  f"model.layers.{i}.w.weight": (2,) for i in range(8)
+}
 PARAMETERS = {"emb": ((4, 2), P()), "head": ((4, 2), P())} | {f"layers.{i}.w": ((2,), P()) for i in range(8)}
 TIED = {name: shape for name, shape in PARAMETERS.items() if name != "head"}
 
@@ -25,7 +27,9 @@ TIED = {name: shape for name, shape in PARAMETERS.items() if name != "head"}
 @pytest.fixture
 def plan(save, toy, rng):
   def make(rename, parameters=PARAMETERS, **more):
-    tensors = {rename(name): rng.normal(size=shape).astype(np.float32) for name, shape in TENSORS.items()} | more
+    tensors = {
+      rename(name): rng.normal(size=shape).astype(np.float32) for name, shape in TENSORS.items()
+    } | more
     tensors.pop(None, None)
     checkpoint = read_safetensors(LocalFiles(str(save(tensors))))
     return tensors, plan_load(checkpoint, abstract_model(toy, parameters), TABLE)
@@ -61,7 +65,9 @@ def test_a_base_model_without_the_head_that_is_needed_says_why(plan):
   with pytest.raises(CheckpointError) as caught:
     plan(headless)
   (problem,) = caught.value.problems
-  assert problem.startswith("lm_head.weight is missing: the parameter head (4, 2) needs it; the names lack the prefix")
+  assert problem.startswith(
+    "lm_head.weight is missing: the parameter head (4, 2) needs it; the names lack the prefix"
+  )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,10 @@ def test_a_base_model_without_the_head_that_is_needed_says_why(plan):
     ("_orig_mod.module.", "'_orig_mod', which torch.compile adds"),
     ("_fsdp_wrapped_module.", "'_fsdp_wrapped_module', which FSDP adds"),
     ("base_model.model.", "one prefix too many: peft adds it: merge the adapter with merge_and_unload()"),
-    ("policy.", "all 10 tensors begin with 'policy.', one prefix too many: save the model inside the wrapper"),
+    (
+      "policy.",
+      "all 10 tensors begin with 'policy.', one prefix too many: save the model inside the wrapper",
+    ),
   ],
 )
 @pytest.mark.parametrize("is_bare", [False, True])
@@ -95,7 +104,9 @@ def test_the_state_of_a_model_with_an_adapter_is_one_problem(plan):
   with pytest.raises(CheckpointError) as caught:
     plan(lambda name: f"base_model.model.{name}".replace(".w.", ".w.base_layer."), **factors)
   (problem,) = caught.value.problems
-  assert problem.startswith("the tensors are those of a model with an adapter of peft, such as base_model.model.")
+  assert problem.startswith(
+    "the tensors are those of a model with an adapter of peft, such as base_model.model."
+  )
 
 
 def test_other_tensors_beside_a_prefix_do_not_hide_it(plan):
@@ -107,7 +118,11 @@ def test_other_tensors_beside_a_prefix_do_not_hide_it(plan):
 
 def test_another_architecture_is_one_problem(plan):
   with pytest.raises(CheckpointError) as caught:
-    plan(lambda name: name.replace("model.embed", "tok_embeddings").replace("model", "x").replace("lm_head", "output"))
+    plan(
+      lambda name: (
+        name.replace("model.embed", "tok_embeddings").replace("model", "x").replace("lm_head", "output")
+      )
+    )
   (problem,) = caught.value.problems
   assert problem.startswith("none of the 10 tensors, such as ")
   assert "their naming scheme is Meta's own" in problem

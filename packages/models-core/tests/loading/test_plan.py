@@ -106,7 +106,10 @@ class TestProblems:
   @pytest.mark.parametrize("damage", ["truncated", "absent"])
   def test_one_broken_or_missing_shard_is_one_problem(self, save_sharded, plan, damage):
     names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
-    groups = {names[0]: {f"m.{i}.w": zeros(2) for i in range(6)}, names[1]: {f"m.{i}.w": zeros(2) for i in range(6, 12)}}
+    groups = {
+      names[0]: {f"m.{i}.w": zeros(2) for i in range(6)},
+      names[1]: {f"m.{i}.w": zeros(2) for i in range(6, 12)},
+    }
     directory = save_sharded(groups | {names[1]: groups[names[1]] | {"head": zeros(4)}})
     parameters = {f"layers.{i}.w": ((2,), P()) for i in range(12)} | {"emb": ((4,), P())}
     table = WeightTable((f"{L}.w", "m.{i}.w", "d"), ("emb", "embed", "d"), tied=[Tied("head", "embed")])
@@ -135,7 +138,11 @@ class TestProblems:
   def test_what_many_layers_have_in_common_is_one_problem(self, save, plan):
     tensors = {f"m.{i}.w": zeros(3) for i in range(12)}
     with pytest.raises(CheckpointError) as caught:
-      plan(save(tensors), {f"layers.{i}.w": ((2,), P()) for i in range(12)}, WeightTable((f"{L}.w", "m.{i}.w", "d")))
+      plan(
+        save(tensors),
+        {f"layers.{i}.w": ((2,), P()) for i in range(12)},
+        WeightTable((f"{L}.w", "m.{i}.w", "d")),
+      )
     (problem,) = caught.value.problems
     assert problem.startswith("m.0.w has shape (3,), but the parameter layers.0.w (2,) needs (2,)")
     assert problem.endswith("; the same in 11 other layers")

@@ -52,7 +52,9 @@ def test_other_names_change_nothing(found):
 
 
 def test_of_several_prefixes_the_one_that_is_there_counts():
-  table = WeightTable(("emb", [Form(f"{prefix}embed", "v d") for prefix in ("model.", "text.model.", "model.text.")]))
+  table = WeightTable(
+    ("emb", [Form(f"{prefix}embed", "v d") for prefix in ("model.", "text.model.", "model.text.")])
+  )
   assert table.spelled_as(["text.model.embed"]) is table
   assert names(table.spelled_as(["text.embed"])) == ["embed", "text.model.embed", "text.embed"]
 

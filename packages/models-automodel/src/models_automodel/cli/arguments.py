@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models_automodel.cli.mesh_argument import parse_mesh
 
@@ -51,7 +51,7 @@ def add_selectors(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(f"--{name}", help=text)
 
 
-def selectors_of(options: argparse.Namespace) -> dict[str, str | None]:
+def selectors_of(options: argparse.Namespace) -> dict[str, Any]:
   """The options that choose one of several checkpoints, as keyword arguments."""
   return {name: getattr(options, name) for name in _SELECTORS}
 

@@ -173,9 +173,7 @@ def _parts(files: Files) -> Sequence[str]:
     missing = next(n for n in range(1, count + 1) if n not in numbers)
     name = f"{stem}-{missing:05}-of-{count:05}.gguf"
     remedy = "the download or copy is incomplete; all parts must lie in one directory"
-    raise CheckpointError(
-      files.path, [f"{here} of {count} parts are here, but {name} is missing: {remedy}"]
-    )
+    raise CheckpointError(files.path, [f"{here} of {count} parts are here, but {name} is missing: {remedy}"])
   if len(numbers) != count:
     surplus = next(name for number, name in numbers.items() if not 1 <= number <= count)
     raise CheckpointError(files.path, [f"{surplus} is not one of {count} parts: remove it"])

@@ -82,7 +82,9 @@ def _reason(name: str) -> str:
 def _weighty_folders(path: str) -> set[str]:
   """Folders of a directory on this machine that hold files which look like weights."""
   try:
-    folders = [entry for entry in os.scandir(path) if os.path.isdir(entry.path)] if os.path.isdir(path) else []
+    folders = (
+      [entry for entry in os.scandir(path) if os.path.isdir(entry.path)] if os.path.isdir(path) else []
+    )
     return {one.name for one in folders[:_MOST] if any(map(_reason, os.listdir(one.path)))}
   except OSError:
     return set()

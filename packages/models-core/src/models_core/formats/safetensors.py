@@ -157,7 +157,9 @@ def _choose(files: Files) -> _Chosen:
     CheckpointError: if there is no safetensors file.
   """
   names, dead = set(files.names()), dead_entries(files)
-  indexes = sorted((name for name in {*names, *dead} if INDEX_NAME.fullmatch(name)), key=lambda n: (n != INDEX, n))
+  indexes = sorted(
+    (name for name in {*names, *dead} if INDEX_NAME.fullmatch(name)), key=lambda n: (n != INDEX, n)
+  )
   if SINGLE in names:
     return _Chosen([SINGLE], notes=_outvoted(files, indexes[0], names) if indexes else ())
   if indexes:
@@ -166,7 +168,9 @@ def _choose(files: Files) -> _Chosen:
   others = [name for name in found if not name.startswith(("adapter_model", "consolidated"))]
   if wanted := others or found:
     missing = [name for group in split_groups(wanted) for name in _missing_parts(group)]
-    problems = [f"{some(missing)} {_are(missing)} missing: the download or copy is incomplete"] if missing else []
+    problems = (
+      [f"{some(missing)} {_are(missing)} missing: the download or copy is incomplete"] if missing else []
+    )
     return _Chosen(wanted, problems=problems, unread=dict.fromkeys(missing))
   if gone := [name for name in sorted(dead) if _is_safetensors(name)]:
     return _Chosen([], problems=[f"{name} {dead[name]}" for name in gone], unread=dict.fromkeys(gone))
@@ -230,7 +234,9 @@ def _contradictions(
   if absent:
     notes.append(f"{chosen.index} lists {some(absent)}, which no file holds")
   if moved:
-    notes.append(f"{chosen.index} puts {some(moved)} into another file than holds {_them(moved)}: the headers count")
+    notes.append(
+      f"{chosen.index} puts {some(moved)} into another file than holds {_them(moved)}: the headers count"
+    )
   if unlisted:
     notes.append(f"{chosen.index} does not list {some(unlisted)}, which the files hold: the headers count")
   return notes

@@ -57,7 +57,9 @@ def misnamed(names: Collection[str], table: WeightTable) -> str | None:
     return None
   why = "the checkpoint is of another architecture, or in a naming scheme that is not read"
   why = next((f"their naming scheme is {whose}" for name, whose in _SCHEMES.items() if name in names), why)
-  return f"none of the {len(names)} tensors, such as {names[0]}, has a name that the architecture knows: {why}"
+  return (
+    f"none of the {len(names)} tensors, such as {names[0]}, has a name that the architecture knows: {why}"
+  )
 
 
 def _too_many(names: Sequence[str], prefix: str) -> str:

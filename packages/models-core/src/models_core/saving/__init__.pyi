@@ -1,6 +1,6 @@
 from .atomic import recover, replace_directory
 from .base import Base
-from .companions import CONFIG, is_companion
+from .companions import CONFIG, WEIGHTS_KEY, is_companion
 from .directory import write_texts
 from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
@@ -11,6 +11,7 @@ from .writers import WRITERS, Writer
 
 __all__ = [
   "CONFIG",
+  "WEIGHTS_KEY",
   "WRITERS",
   "Base",
   "SavedFile",

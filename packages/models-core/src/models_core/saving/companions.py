@@ -10,6 +10,8 @@ import fnmatch
 from models_core.formats import Files
 
 CONFIG = "config.json"
+# The key of config.json that names the file of the weights. Savers name their files as usual and drop it.
+WEIGHTS_KEY = "transformers_weights"
 
 # In lower case. Savers write these themselves.
 _WRITTEN = (CONFIG, "*.safetensors.index.json")

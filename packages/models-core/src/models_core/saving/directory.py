@@ -18,7 +18,7 @@ from models_core.errors import ConfigError, SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
 from models_core.saving.atomic import replace_directory, save_errors
-from models_core.saving.companions import CONFIG, companions_of
+from models_core.saving.companions import CONFIG, WEIGHTS_KEY, companions_of
 from models_core.saving.plan import SavedTensor, Shaped
 
 # Fields that describe how a process runs the model, not the checkpoint.
@@ -126,6 +126,7 @@ def config_text(
   own = family.write_config(config)
   names = {"torch_dtype": dtype.name, "dtype": dtype.name}
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
+  former.pop(WEIGHTS_KEY, None)
   if isinstance(text := former.get("text_config"), Mapping):
     # A multimodal configuration keeps its own type; the fields of the language model are in text_config.
     inner = dict(text) | {k: v for k, v in own.items() if k != "architectures"}
