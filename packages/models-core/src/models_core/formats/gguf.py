@@ -113,6 +113,9 @@ def read_gguf(files: Files) -> GgufCheckpoint:
   """
   files = _with_other_parts(files)
   parts = _parts(files)
+  if "/" in parts[0]:
+    # The path of the file itself, by which its tokenizer is found.
+    files = show(files, files.names(), file=parts[0])
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
   headers: dict[str, Header] = {}
