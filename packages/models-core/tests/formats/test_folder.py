@@ -89,6 +89,18 @@ class TestTheIndex:
     assert found.problems == ()
     assert found.notes == (f"{INDEX} lists lm_head.weight, which no file holds",)
 
+  def test_one_of_a_variant_counts_if_it_is_the_only_one(self, shards):
+    directory, _ = shards
+    fp16, fp32 = (f"model.safetensors.index.{variant}.json" for variant in ("fp16", "fp32"))
+    (directory / "consolidated.safetensors.index.json").write_bytes((directory / INDEX).read_bytes())
+    (directory / INDEX).rename(directory / fp16)
+    assert set(read(directory).tensors) == {"a", "b", "c"}
+    (directory / fp32).write_bytes((directory / fp16).read_bytes())
+    (problem,) = problems(directory)
+    assert (
+      problem == f"it holds several indexes ({fp16}, {fp32}): choose one with file=, such as file={fp16!r}"
+    )
+
   def test_names_may_begin_with_a_dot(self, shards):
     found = read(shards[1](a=f"./{ONE}", b=f"./{ONE}"))
     assert set(found.tensors) == {"a", "b", "c"}

@@ -10,15 +10,14 @@ from .registry import FORMATS, checkpoint_entries, formats_in, weight_files
 from .safetensors import (
   CODES,
   DTYPES,
-  INDEX,
   SAFETENSORS,
-  SINGLE,
   SafetensorsCheckpoint,
   file_layout,
   read_safetensors,
   read_safetensors_file,
   shard_name,
 )
+from .safetensors_files import INDEX, SINGLE
 from .selection import checkpoint_folders, is_part, open_folder, select
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 

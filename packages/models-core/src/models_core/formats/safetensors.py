@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import posixpath
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +19,22 @@ import numpy as np
 from models_core.errors import CheckpointError, ConfigError
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, LocalFiles, ReadRange, dead_entries, has_file, open_file, reading
+from models_core.formats.files import Files, LocalFiles, ReadRange, open_file, reading
 from models_core.formats.json_files import parse_json, read_json
 from models_core.formats.kinds import is_safetensors, named, strangeness
-from models_core.formats.left_out import left_out, some
+from models_core.formats.left_out import left_out
 from models_core.formats.memory import ALIGNMENT
-from models_core.formats.selection import INDEX_NAME, PART_NAME, checkpoint_folders, listed, split_groups
+from models_core.formats.safetensors_files import (
+  INDEX,
+  SINGLE,
+  SUFFIX,
+  choose_files,
+  contradictions,
+  is_inside,
+  is_safetensors_name,
+)
 from models_core.formats.tensors import TensorInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_SUFFIX = ".safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # In bytes: three times all headers of the largest published checkpoint. A longer header, with millions of invented
@@ -93,7 +95,7 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   Raises:
     CheckpointError: if there is no safetensors file.
   """
-  chosen = _choose(files)
+  chosen = choose_files(files)
   problems, unread = list(chosen.problems), dict(chosen.unread)
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
@@ -117,129 +119,12 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
       if (twin := tensors.setdefault(info.name, info)) is not info:
         twins.setdefault((twin.file, info.file), []).append(info.name)
   problems += [_broken(names, problem) for (problem, _), names in broken.items()]
-  problems += [_twice(files, pair, names, chosen.index) for pair, names in twins.items()]
+  problems += [_twice(pair, names, chosen.index) for pair, names in twins.items()]
   used = {*chosen.names, *unread, *([chosen.index] if chosen.index else [])}
-  notes = [*chosen.notes, *_contradictions(chosen, tensors, unread), *left_out(files, used)]
+  notes = [*chosen.notes, *contradictions(chosen, tensors, unread), *left_out(files, used)]
   return SafetensorsCheckpoint(
     files, tensors, metadata, tuple(problems), tuple(notes), unread=unread, headers=headers
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-  """The files that make up a checkpoint.
-
-  Attributes:
-    names: of the files to read.
-    index: name of the index that lists them; None if there is none.
-    places: the index: tensor -> file.
-    problems: on files that are missing, one sentence for each cause.
-    unread: names of these files, with the tensors that they should hold.
-    notes: on an index that is not used.
-  """
-
-  names: Sequence[str]
-  index: str | None = None
-  places: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  problems: Sequence[str] = ()
-  unread: Mapping[str, frozenset[str] | None] = dataclasses.field(default_factory=dict)
-  notes: Sequence[str] = ()
-
-  def expected(self, file: str) -> frozenset[str] | None:
-    """The tensors that a file should hold; None if nothing tells."""
-    return None if self.index is None else frozenset(t for t, f in self.places.items() if f == file)
-
-
-def _choose(files: Files) -> _Chosen:
-  """Chooses the files of the checkpoint.
-
-  Raises:
-    CheckpointError: if there is no safetensors file.
-  """
-  names, dead = set(files.names()), dead_entries(files)
-  indexes = sorted(
-    (name for name in {*names, *dead} if INDEX_NAME.fullmatch(name)), key=lambda n: (n != INDEX, n)
-  )
-  if SINGLE in names:
-    return _Chosen([SINGLE], notes=_outvoted(files, indexes[0], names) if indexes else ())
-  if indexes:
-    return _of_index(files, indexes[0], dead)
-  found = named(files, _SUFFIX, is_safetensors)
-  others = [name for name in found if not name.startswith(("adapter_model", "consolidated"))]
-  if wanted := others or found:
-    missing = [name for group in split_groups(wanted) for name in _missing_parts(group)]
-    problems = (
-      [f"{some(missing)} {_are(missing)} missing: the download or copy is incomplete"] if missing else []
-    )
-    return _Chosen(wanted, problems=problems, unread=dict.fromkeys(missing))
-  if gone := [name for name in sorted(dead) if _is_safetensors(name)]:
-    return _Chosen([], problems=[f"{name} {dead[name]}" for name in gone], unread=dict.fromkeys(gone))
-  raise CheckpointError(files.path, [_nothing_found(files, names)])
-
-
-def _outvoted(files: Files, index: str, names: set[str]) -> list[str]:
-  """A note on an index beside `model.safetensors`, unless it lists that file."""
-  listed: set[object] = set()
-  if index in names:
-    with contextlib.suppress(CheckpointError):
-      listed = set(_read_index(files, index).values())
-  if listed == {SINGLE}:
-    return []
-  return [
-    f"{SINGLE} is loaded, as in transformers, and {index} is not read; file={index!r} chooses the files that it lists"
-  ]
-
-
-def _of_index(files: Files, index: str, dead: Mapping[str, str]) -> _Chosen:
-  """The files that an index lists."""
-  if index in dead:
-    problem = f"{index} {dead[index]}: download it again, or remove it to load all safetensors files"
-    return _Chosen([], index, problems=[problem], unread={index: None})
-  try:
-    places = _read_index(files, index)
-  except CheckpointError as error:
-    return _Chosen([], index, problems=error.problems, unread={index: None})
-  wanted = sorted(set(places.values()))
-  absent = [name for name in wanted if not has_file(files, name)]
-  lost = [name for name in absent if name not in dead]
-  problems = [f"{name} {dead[name]}: download it again" for name in absent if name in dead]
-  if lost:
-    remedy = "the download or copy is incomplete"
-    if len(absent) == len(wanted) and (here := sorted(filter(_is_safetensors, files.names()))):
-      remedy = f"remove the index to load {some(here)} instead"
-    problems.append(f"{some(lost)} {_are(lost)} missing, but {index} lists {_them(lost)}: {remedy}")
-  chosen = _Chosen([name for name in wanted if name not in absent], index, places, problems)
-  return dataclasses.replace(chosen, unread={name: chosen.expected(name) for name in absent})
-
-
-def _missing_parts(group: Sequence[str]) -> list[str]:
-  """Names of the parts that a split file lacks."""
-  part = PART_NAME.fullmatch(group[0])
-  count = int(part["count"]) if part else 0
-  # A name may claim 99999 parts: only as many as are there, and one more, are looked for.
-  numbers = range(1, min(count, len(group) + 1) + 1)
-  all_parts = [f"{part['stem']}-{n:05}-of-{count:05}.safetensors" for n in numbers] if part else []
-  return [name for name in all_parts if name not in group]
-
-
-def _contradictions(
-  chosen: _Chosen, tensors: Mapping[str, TensorInfo], unread: Mapping[str, object]
-) -> list[str]:
-  """Notes on where an index and the headers differ, in which case the headers count."""
-  held = {name: file for name, file in chosen.places.items() if file not in unread}
-  absent = [name for name in held if name not in tensors]
-  moved = [name for name, file in held.items() if name in tensors and tensors[name].file != file]
-  unlisted = [name for name in tensors if name not in chosen.places] if chosen.index else []
-  notes = []
-  if absent:
-    notes.append(f"{chosen.index} lists {some(absent)}, which no file holds")
-  if moved:
-    notes.append(
-      f"{chosen.index} puts {some(moved)} into another file than holds {_them(moved)}: the headers count"
-    )
-  if unlisted:
-    notes.append(f"{chosen.index} does not list {some(unlisted)}, which the files hold: the headers count")
-  return notes
 
 
 def _broken(names: Sequence[str], problem: str) -> str:
@@ -251,20 +136,12 @@ def _is_strange(problem: str) -> bool:
   return problem.startswith(("is ", "begins ", "cannot "))
 
 
-def _twice(files: Files, pair: tuple[str, str], names: Sequence[str], index: str | None) -> str:
+def _twice(pair: tuple[str, str], names: Sequence[str], index: str | None) -> str:
   one, other = pair
   if len(names) == 1:
     return f"{names[0]} occurs twice: in {one} and in {other}; remove one"
   choice = "" if index else f", or choose with file={other!r}"
   return f"{names[0]} and {len(names) - 1} more tensors occur twice: in {one} and in {other}; remove one of the files{choice}"
-
-
-def _are(names: Sequence[str]) -> str:
-  return "is" if len(names) == 1 else "are"
-
-
-def _them(names: Sequence[str]) -> str:
-  return "it" if len(names) == 1 else "them"
 
 
 def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
@@ -276,59 +153,6 @@ def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
   file = _read_file(files, name)
   tensors = {info.name: info for info in file.tensors}
   return SafetensorsCheckpoint(files, tensors, file.metadata, headers={name: file.header})
-
-
-def _nothing_found(files: Files, names: set[str]) -> str:
-  if "adapter_config.json" in names:
-    return "this is a LoRA adapter, not a model: load its base model, then merge the adapter into it"
-  if pickles := sorted(n for n in names if n.endswith(_PICKLES) and n not in _NO_WEIGHTS and "/" not in n):
-    return (
-      f"the weights are pickled ({some(pickles)}), and pickles are never loaded: convert them to safetensors, for "
-      "example with transformers: AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
-    )
-  if folders := checkpoint_folders(files):
-    return (
-      f"there are no weights at the top level, but in the folders {listed(folders)}: choose one with subfolder="
-      if len(folders) > 1
-      else f"there are no weights at the top level, but in a folder: choose it with subfolder={folders[0]!r}"
-    )
-  return "no safetensors file" + (
-    f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty"
-  )
-
-
-def _read_index(files: Files, index: str) -> Mapping[str, str]:
-  """Reads an index: tensor -> file.
-
-  Raises:
-    CheckpointError: if it cannot be used.
-  """
-  try:
-    if (size := files.size(index)) > _MAX_HEADER:
-      raise ValueError(f"it has {size} bytes, but at most {_MAX_HEADER} are read")
-    weight_map = read_json(files, index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-      raise ValueError("it has no weight_map")
-    for file in weight_map.values():
-      if not isinstance(file, str) or not is_inside(file):
-        raise ValueError(f"it lists {file!r}, which is not a file name within the directory")
-    return {tensor: posixpath.normpath(file) for tensor, file in weight_map.items()}
-  except ConfigError as error:
-    raise CheckpointError(files.path, [str(error)]) from None
-  except (ValueError, OSError) as error:
-    raise CheckpointError(files.path, [f"{index} cannot be read: {error}"]) from None
-
-
-def is_inside(name: str) -> bool:
-  """Whether a file name is relative and stays within its directory."""
-  plain = posixpath.normpath(name)
-  return (
-    bool(name)
-    and not name.startswith("/")
-    and "\\" not in name
-    and "\0" not in name
-    and not plain.startswith("..")
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,10 +310,6 @@ def shard_name(number: int, count: int) -> str:
   return f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def _is_safetensors(name: str) -> bool:
-  return name.endswith(_SUFFIX)
-
-
 def _entries(directory: str) -> set[str]:
   """Names of the index, of the files that it lists, and of other files with the names that savers use."""
   names = set(os.listdir(directory))
@@ -503,8 +323,8 @@ def _entries(directory: str) -> set[str]:
 SAFETENSORS = Format(
   name="safetensors",
   naming="huggingface",
-  owns=_is_safetensors,
-  is_in=lambda files: bool(named(files, _SUFFIX, is_safetensors)),
+  owns=is_safetensors_name,
+  is_in=lambda files: bool(named(files, SUFFIX, is_safetensors)),
   read=read_safetensors,
   entries=_entries,
 )
