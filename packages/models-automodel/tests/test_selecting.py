@@ -32,6 +32,8 @@ def load(place, **arguments):
 def hub(tmp_path, monkeypatch):
   with HubServer() as server:
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    # The client reads the variable once, when it is imported.
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     yield server
 
@@ -252,6 +254,16 @@ class TestConfiguration:
     assert first.startswith("there is no config.json, and the preset of the name ")
     assert "put the config.json beside the weights" in first
     assert second.startswith("model.embed_tokens.weight has shape (64, 16), but the parameter")
+
+  @pytest.mark.parametrize(
+    ("target", "what"), [("nowhere", "which does not exist"), ("config.json", "that leads back to itself")]
+  )
+  def test_a_config_json_that_is_a_dead_link(self, edit_config, target, what):
+    directory = edit_config()
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to(target)
+    with pytest.raises(ConfigError, match=f"config.json is a link .*{what}"):
+      load(directory)
 
   def test_an_unknown_name_without_config_json_says_so_first(self, checkpoint, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((checkpoint[0] / "model.safetensors").read_bytes())

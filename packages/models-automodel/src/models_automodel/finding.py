@@ -21,6 +21,7 @@ from models_core.formats import (
   Checkpoint,
   Files,
   Format,
+  dead_entries,
   formats_in,
   read_json,
   select,
@@ -98,6 +99,8 @@ def find(where: Where, config: Any = None) -> Found:
   if config is not None:
     return Found(files, family_of_config(config, name), config, format, read)
   if raw is None:
+    if what := dead_entries(files).get(CONFIG):
+      raise ConfigError(f"{files.path}/{CONFIG} {what}: put the model's {CONFIG} in its place")
     guess = (
       f"there is no {CONFIG}, and the preset of the name {name!r} does not fit: put the {CONFIG} beside the weights, or "
       "pass config="

@@ -1,5 +1,5 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files
+from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
 from .kinds import strangeness
@@ -53,6 +53,7 @@ __all__ = [
   "cells_of",
   "checkpoint_entries",
   "checkpoint_folders",
+  "dead_entries",
   "file_layout",
   "formats_in",
   "is_part",

@@ -113,7 +113,7 @@ def read_gguf(files: Files) -> GgufCheckpoint:
   """
   files = _with_other_parts(files)
   parts = _parts(files)
-  if "/" in parts[0]:
+  if "/" in parts[0] and not files.path.endswith(parts[0]):
     # The path of the file itself, by which its tokenizer is found.
     files = show(files, files.names(), file=parts[0])
   tensors: dict[str, TensorInfo] = {}

@@ -76,7 +76,9 @@ def choose_files(files: Files) -> Chosen:
     )
     return Chosen(wanted, problems=problems, unread=dict.fromkeys(missing))
   if gone := [name for name in sorted(dead) if is_safetensors_name(name)]:
-    return Chosen([], problems=[f"{name} {dead[name]}" for name in gone], unread=dict.fromkeys(gone))
+    return Chosen(
+      [], problems=[f"{name} {dead[name]}: download it again" for name in gone], unread=dict.fromkeys(gone)
+    )
   raise CheckpointError(files.path, [_nothing_found(files, names)])
 
 
