@@ -19,7 +19,9 @@ STRAIGHT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 # Padding of different lengths on the left; three sequences in each row; positions in any order.
 LEFT = np.maximum(STRAIGHT - np.array([[13], [70]]), -1).astype(np.int32)
 SEGMENTS = np.stack([np.repeat([0, 1, 2], lengths) for lengths in ([50, 20, 130], [128, 64, 8])])
-PACKED = np.stack([np.concatenate([np.arange(n) for n in lengths]) for lengths in ([50, 20, 130], [128, 64, 8])])
+PACKED = np.stack(
+  [np.concatenate([np.arange(n) for n in lengths]) for lengths in ([50, 20, 130], [128, 64, 8])]
+)
 SHUFFLED = np.stack([RNG.permutation(T) for _ in range(B)]).astype(np.int32)
 MASK = RNG.random((B, T, T)) < 0.3
 CASES = {
@@ -57,7 +59,9 @@ def test_results_and_gradients_are_those_of_attention_at_once(at_once, case, win
   def run(dtype):
     # Traced anew in each mode.
     def weighted(q, k, v):
-      out = attend(q, k, v, visible_keys(positions, None, mask, segments, window), scale=0.3, soft_cap=soft_cap)
+      out = attend(
+        q, k, v, visible_keys(positions, None, mask, segments, window), scale=0.3, soft_cap=soft_cap
+      )
       return jnp.sum(out.astype("float32") * OUT), out
 
     arrays = [jnp.asarray(x, dtype) for x in (Q, KEYS, VALUES)]

@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_core.errors import CacheError
 from models_core.hlo import Program
 from models_core.layers import cache as cache_lib
-from models_core.layers.attention import attend, visible_keys
+from models_core.layers.attention import attend
 from models_core.layers.cache import extend_cache, init_layer
+from models_core.layers.visibility import visible_keys
 
 B, K, H, WINDOW, SIZE = 2, 1, 4, 4, 32
 # Negative: padding, on the left, between chunks and in rows of different lengths.
