@@ -9,7 +9,7 @@ from models_core.layers import attention
 from models_core.layers.attention import attend
 from models_core.layers.blockwise import block_sizes
 from models_core.layers.cache import extend_cache, init_layer
-from models_core.layers.visibility import visible_keys
+from models_core.layers.visibility import block_ranges, visible_keys
 
 B, T, N, K, H = 2, 200, 4, 2, 16
 RNG = np.random.default_rng(0)
@@ -99,14 +99,14 @@ def test_chunks_in_a_cache(at_once, ring: bool, masked: bool) -> None:
 
 def test_blocks_that_no_query_sees_are_skipped() -> None:
   positions = jnp.asarray(np.tile(np.arange(1024, dtype=np.int32), (1, 1)))
-  first, end = visible_keys(positions).ranges(256, 128)
+  first, end = block_ranges(visible_keys(positions), 256, 128)
   np.testing.assert_array_equal([first, end], [[0, 0, 0, 0], [2, 4, 6, 8]])
-  first, end = visible_keys(positions, window=100).ranges(256, 128)
+  first, end = block_ranges(visible_keys(positions, window=100), 256, 128)
   np.testing.assert_array_equal([first, end], [[0, 1, 3, 5], [2, 4, 6, 8]])
-  first, end = visible_keys(positions - 600).ranges(256, 128)
+  first, end = block_ranges(visible_keys(positions - 600), 256, 128)
   np.testing.assert_array_equal([first, end], [[0, 0, 4, 4], [0, 0, 6, 8]])
   empty = init_layer(1, 4096, 1, 1, "float32", mesh=None, spec=jax.sharding.PartitionSpec())
-  first, end = visible_keys(positions, empty).ranges(256, 128)
+  first, end = block_ranges(visible_keys(positions, empty), 256, 128)
   np.testing.assert_array_equal([first, end], [[0, 0, 0, 0], [2, 4, 6, 8]])
 
 

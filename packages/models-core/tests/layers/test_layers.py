@@ -23,7 +23,9 @@ from models_core.sharding import ShardingConfig
 # One program for a call, not one for each operation.
 attend = jax.jit(attention.attend, static_argnames=("scale", "soft_cap"))
 visible_keys = jax.jit(
-  lambda *args, window=None, **kwargs: visibility.visible_keys(*args, window=window, **kwargs).dense(),
+  lambda *args, window=None, **kwargs: visibility.dense_mask(
+    visibility.visible_keys(*args, window=window, **kwargs)
+  ),
   static_argnames="window",
 )
 rotate = jax.jit(rope.rotate, static_argnums=2)

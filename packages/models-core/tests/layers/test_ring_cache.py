@@ -44,7 +44,7 @@ def run(layer, chunks, mask=None):
     cut = np.s_[:, start:stop]
     visible = visible_keys(POSITIONS[cut], layer, None if mask is None else mask[cut], window=WINDOW)
     layer, keys, values = extend_cache(layer, *(jnp.asarray(x[cut]) for x in (KEYS, VALUES, POSITIONS)))
-    assert visible.shape == (B, stop - start, keys.shape[1])
+    assert visible["key_slots"].shape == (B, keys.shape[1])
     out.append(attend(jnp.asarray(Q[cut]), keys, values, visible, scale=1.0))
     start = stop
   return np.concatenate(out, axis=1), layer

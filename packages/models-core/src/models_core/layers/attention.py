@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from models_core.layers.blockwise import attend_blockwise, block_sizes
 from models_core.layers.linear import products_are_replaced
-from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, keys_of_mask
+from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, dense_mask, keys_of_mask
 
 
 def attend(
@@ -37,7 +37,7 @@ def attend(
   """
   B, T, N, H = q.shape
   K, S = k.shape[2], k.shape[1]
-  if not isinstance(visible, VisibleKeys):
+  if not isinstance(visible, dict):
     visible = keys_of_mask(visible)
   q, k, v = q.reshape(B, T, K, N // K, H), k.astype(q.dtype), v.astype(q.dtype)
   if why_not_blockwise(B, T, S, N) is None:
@@ -46,7 +46,7 @@ def attend(
     # For the backward pass only q, k and v are kept: products and weights are larger by a factor of S / H. A library
     # that replaces products may keep statistics of them, which must not come from inside of a transformation.
     run = _attend if products_are_replaced() else jax.checkpoint(_attend, static_argnums=(4, 5))
-    out = run(q, k, v, visible.dense(), scale, soft_cap)
+    out = run(q, k, v, dense_mask(visible), scale, soft_cap)
   return out.reshape(B, T, N, H)
 
 

@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys
+from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask, block_ranges, pad_queries
 
 # A float that every product exceeds, and that exp can subtract from minus infinity.
 _LOWEST = -1e30
-# Products of a block that stay in a core's cache: 2 MB of float32.
-_PRODUCTS = 1 << 19
+# Products in a block, so that they stay near the unit that computes them: 2 MB of float32 in the cache of a core, 32 MB in
+# the memory of a TPU's core. Larger blocks go to the main memory and back.
+_PRODUCTS = {"cpu": 1 << 19}
+_PRODUCTS_ELSEWHERE = 1 << 23
+_MOST = 512
 
 Blocks = tuple[int, int]
 
@@ -32,11 +35,11 @@ def block_sizes(rows: int, T: int, S: int) -> Blocks:
     T: number of queries.
     S: number of keys.
   """
-  queries = QUERIES
-  while queries < min(T, 256) and 2 * queries * KEYS * rows <= _PRODUCTS:
+  products = _PRODUCTS.get(jax.default_backend(), _PRODUCTS_ELSEWHERE)
+  queries, keys = QUERIES, KEYS
+  while queries < min(T, _MOST) and 2 * queries * keys * rows <= products:
     queries *= 2
-  keys = KEYS
-  while keys < min(S, 512) and 2 * queries * keys * rows <= _PRODUCTS:
+  while keys < min(S, _MOST) and 2 * queries * keys * rows <= products:
     keys *= 2
   return queries, keys
 
@@ -65,7 +68,7 @@ def attend_blockwise(
   missing = -T % blocks[0]
   if missing:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-  return _attend(q, k, v, visible.pad_queries(missing), scale, soft_cap, blocks)[:, :T]
+  return _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -92,7 +95,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
   """The result, and what the backward pass needs: the logarithm of each softmax' sum [B, K, G, T], too."""
   B, T, K, G, H = q.shape
-  firsts, ends = visible.ranges(*blocks)
+  firsts, ends = block_ranges(visible, *blocks)
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     out, sums = carry
@@ -129,7 +132,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   q, k, v, visible, out, sums = kept
   B, T, K, G, _ = q.shape
-  firsts, ends = visible.ranges(*blocks)
+  firsts, ends = block_ranges(visible, *blocks)
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     dq, dk, dv = carry
@@ -190,8 +193,8 @@ def _logits(
 
 def _seen(visible: VisibleKeys, i: jax.Array, j: jax.Array, blocks: Blocks) -> jax.Array:
   """The mask of block i of queries and block j of keys: bool [B, queries, keys]."""
-  start, size = _place(visible.shape[2], j, blocks[1])
-  seen = visible.block(i * blocks[0], blocks[0], start, size)
+  start, size = _place(visible["key_slots"].shape[1], j, blocks[1])
+  seen = block_mask(visible, i * blocks[0], blocks[0], start, size)
   return seen & (start + jnp.arange(size) >= j * blocks[1])
 
 

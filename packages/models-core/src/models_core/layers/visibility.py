@@ -6,9 +6,8 @@ Visibility follows from the positions of tokens, so that neither padding nor a p
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,8 @@ QUERIES, KEYS = 64, 128
 _LARGEST = jnp.iinfo(jnp.int32).max
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class VisibleKeys:
-  """Which keys each query sees. `visible_keys` makes it.
+class VisibleKeys(TypedDict, total=False):
+  """Which keys each query sees, as a dictionary of arrays, like a cache. `visible_keys` makes it.
 
   A query sees a key if the key's slot is not greater than the query's, if their segments are the same, and if the
   window reaches back to the key. Without a mask the key's position must also be no greater than the query's, and not
@@ -35,123 +32,36 @@ class VisibleKeys:
     query_positions: int [B, T].
     key_slots: int [B, S].
     key_positions: int [B, S].
-    query_segments: int [B, T], or None.
-    key_segments: int [B, S], or None.
-    mask: bool [B or 1, T or 1, S], or None. For a ring it has a column for each slot instead of each key.
-    extremes: of each block of queries and keys; None if T or S is symbolic.
-    window: sliding window in tokens, or None.
-    ring: whether the columns of the mask are slots.
+    query_segments: int [B, T], of packed sequences.
+    key_segments: int [B, S], of packed sequences.
+    window: int [], the sliding window in tokens.
+    mask: bool [B or 1, T or 1, S].
+    mask_of_slots: bool [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
+    extremes: of each block of queries and keys; missing if T or S is symbolic.
   """
 
-  query_slots: jax.Array
-  query_positions: jax.Array
-  key_slots: jax.Array
-  key_positions: jax.Array
-  query_segments: jax.Array | None = None
-  key_segments: jax.Array | None = None
-  mask: jax.Array | None = None
-  extremes: Extremes | None = None
-  window: int | None = dataclasses.field(default=None, metadata={"static": True})
-  ring: bool = dataclasses.field(default=False, metadata={"static": True})
-
-  @property
-  def shape(self) -> tuple[int, int, int]:
-    """B, T and S."""
-    B, T = self.query_slots.shape
-    return B, T, self.key_slots.shape[1]
-
-  def dense(self) -> jax.Array:
-    """The mask of all queries and keys: bool [B, T, S]."""
-    return self._evaluate(self, self.mask)
-
-  def block(self, query: jax.Array | int, queries: int, key: jax.Array | int, keys: int) -> jax.Array:
-    """The mask of some queries and keys: bool [B, queries, keys].
-
-    Args:
-      query: index of the first query.
-      queries: number of queries.
-      key: index of the first key.
-      keys: number of keys.
-    """
-    cut = {"query": (query, queries), "key": (key, keys)}
-    parts: dict[str, Any] = {}
-    for side, (start, size) in cut.items():
-      for name in ("slots", "positions", "segments"):
-        array = getattr(self, f"{side}_{name}")
-        parts[f"{side}_{name}"] = None if array is None else lax.dynamic_slice_in_dim(array, start, size, 1)
-    mask = self.mask
-    if mask is not None and mask.shape[1] != 1:
-      mask = lax.dynamic_slice_in_dim(mask, query, queries, 1)
-    if mask is not None and not self.ring:
-      mask = lax.dynamic_slice_in_dim(mask, key, keys, 2)
-    return self._evaluate(dataclasses.replace(self, **parts), mask)
-
-  @staticmethod
-  def _evaluate(part: VisibleKeys, mask: jax.Array | None) -> jax.Array:
-    """The mask of all queries and keys of a part, for which a caller's mask has been cut."""
-    query, key = part.query_positions[:, :, None], part.key_positions[:, None, :]
-    visible = part.key_slots[:, None, :] <= part.query_slots[:, :, None]
-    if mask is None:
-      visible &= (key <= query) & (key >= 0)
-    else:
-      if part.ring:
-        mask = _at_slots(jnp.broadcast_to(mask, (part.shape[0], *mask.shape[1:])), part.key_slots)
-      visible &= mask
-    if part.window is not None:
-      visible &= key > query - part.window
-    if part.query_segments is not None and part.key_segments is not None:
-      visible &= part.query_segments[:, :, None] == part.key_segments[:, None, :]
-    return visible
-
-  def pad_queries(self, new: int) -> VisibleKeys:
-    """The same with further queries at the end, of which it does not matter what they see."""
-    if not new:
-      return self
-    pad = lambda x, axis: jnp.pad(x, [(0, new if i == axis else 0) for i in range(x.ndim)])
-    segments, mask = self.query_segments, self.mask
-    return dataclasses.replace(
-      self,
-      query_slots=pad(self.query_slots, 1),
-      query_positions=pad(self.query_positions, 1),
-      query_segments=None if segments is None else pad(segments, 1),
-      mask=mask if mask is None or mask.shape[1] == 1 else pad(mask, 1),
-    )
-
-  def ranges(self, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """For each block of queries, the first block of keys that it may see, and the one after the last.
-
-    Args:
-      queries: size of a block of queries, a multiple of QUERIES.
-      keys: size of a block of keys, a multiple of KEYS.
-
-    Returns:
-      int32 [number of blocks of queries], twice.
-    """
-    assert self.extremes is not None
-    e = self.extremes.merged(queries // QUERIES, keys // KEYS)
-    seen = e.first_slot[None, :] <= e.last_query_slot[:, None]
-    if self.mask is None:
-      seen &= e.first_position[None, :] <= e.last_query_position[:, None]
-    if self.window is not None:
-      seen &= e.last_position[None, :] > e.first_query_position[:, None] - self.window
-    blocks = jnp.arange(seen.shape[1], dtype=jnp.int32)
-    first = jnp.min(jnp.where(seen, blocks, seen.shape[1]), axis=1)
-    end = jnp.max(jnp.where(seen, blocks + 1, 0), axis=1)
-    return jnp.minimum(first, end).astype(jnp.int32), end.astype(jnp.int32)
+  query_slots: Required[jax.Array]
+  query_positions: Required[jax.Array]
+  key_slots: Required[jax.Array]
+  key_positions: Required[jax.Array]
+  query_segments: jax.Array
+  key_segments: jax.Array
+  window: jax.Array
+  mask: jax.Array
+  mask_of_slots: jax.Array
+  extremes: Extremes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Extremes:
+class Extremes(TypedDict):
   """The least and greatest slots and positions of each block, over all rows: they tell which blocks see one another.
 
   Attributes:
-    last_query_slot: of each block of queries.
-    last_query_position: of each block of queries.
-    first_query_position: of each block of queries.
-    first_slot: of each block of keys, as are the following.
-    first_position: of keys that are no padding.
-    last_position: of keys.
+    last_query_slot: int [blocks of queries].
+    last_query_position: int [blocks of queries].
+    first_query_position: int [blocks of queries].
+    first_slot: int [blocks of keys].
+    first_position: int [blocks of keys], of keys that are no padding.
+    last_position: int [blocks of keys].
   """
 
   last_query_slot: jax.Array
@@ -161,44 +71,111 @@ class Extremes:
   first_position: jax.Array
   last_position: jax.Array
 
-  @classmethod
-  def of(cls, keys: VisibleKeys) -> Extremes:
-    """The extremes of blocks of QUERIES queries and KEYS keys."""
-    least = lambda x, size: _reduced(x, size, jnp.min, _LARGEST)
-    greatest = lambda x, size: _reduced(x, size, jnp.max, -1)
-    # Without a mask, padding sees nothing and is not seen.
-    queries = keys.query_positions
-    if keys.mask is None:
-      queries = jnp.where(queries >= 0, queries, _LARGEST)
-    real = jnp.where(keys.key_positions >= 0, keys.key_positions, _LARGEST)
-    return cls(
-      greatest(keys.query_slots, QUERIES),
-      greatest(keys.query_positions, QUERIES),
-      least(queries, QUERIES),
-      least(jnp.where(keys.key_slots >= 0, keys.key_slots, _LARGEST), KEYS),
-      least(real, KEYS),
-      greatest(keys.key_positions, KEYS),
-    )
 
-  def merged(self, queries: int, keys: int) -> Extremes:
-    """The extremes of larger blocks, of so many blocks of queries and of keys."""
-    least = lambda x, size: _reduced(x[None], size, jnp.min, _LARGEST)
-    greatest = lambda x, size: _reduced(x[None], size, jnp.max, -1)
-    return Extremes(
-      greatest(self.last_query_slot, queries),
-      greatest(self.last_query_position, queries),
-      least(self.first_query_position, queries),
-      least(self.first_slot, keys),
-      least(self.first_position, keys),
-      greatest(self.last_position, keys),
-    )
+def is_causal(visible: VisibleKeys) -> bool:
+  """Whether no mask replaces the causal rule."""
+  return "mask" not in visible and "mask_of_slots" not in visible
 
 
-def _reduced(x: jax.Array, size: int, function: Callable[..., jax.Array], neutral: int) -> jax.Array:
-  """Reduces blocks of x [B, L] over all rows -> [blocks]; the last block may be incomplete."""
+def dense_mask(visible: VisibleKeys) -> jax.Array:
+  """The mask of all queries and keys: bool [B, T, S]."""
+  query, key = visible["query_positions"][:, :, None], visible["key_positions"][:, None, :]
+  seen = visible["key_slots"][:, None, :] <= visible["query_slots"][:, :, None]
+  if is_causal(visible):
+    seen &= (key <= query) & (key >= 0)
+  elif "mask" in visible:
+    seen &= visible["mask"]
+  else:
+    mask, slots = visible["mask_of_slots"], visible["key_slots"]
+    seen &= _at_slots(jnp.broadcast_to(mask, (slots.shape[0], *mask.shape[1:])), slots)
+  if "window" in visible:
+    seen &= key > query - visible["window"]
+  if "query_segments" in visible:
+    seen &= visible["query_segments"][:, :, None] == visible["key_segments"][:, None, :]
+  return seen
+
+
+def block_mask(
+  visible: VisibleKeys, query: jax.Array | int, queries: int, key: jax.Array | int, keys: int
+) -> jax.Array:
+  """The mask of some queries and keys: bool [B, queries, keys].
+
+  Args:
+    visible: which keys each query sees.
+    query: index of the first query.
+    queries: number of queries.
+    key: index of the first key.
+    keys: number of keys.
+  """
+  part: Any = {name: x for name, x in visible.items() if name in ("window", "mask", "mask_of_slots")}
+  for side, start, size in (("query_", query, queries), ("key_", key, keys)):
+    for name, array in visible.items():
+      if name.startswith(side):
+        part[name] = lax.dynamic_slice_in_dim(array, start, size, 1)
+  for name in part.keys() & {"mask", "mask_of_slots"}:
+    if part[name].shape[1] != 1:
+      part[name] = lax.dynamic_slice_in_dim(part[name], query, queries, 1)
+  if "mask" in part:
+    part["mask"] = lax.dynamic_slice_in_dim(part["mask"], key, keys, 2)
+  return dense_mask(part)
+
+
+def pad_queries(visible: VisibleKeys, new: int) -> VisibleKeys:
+  """The same with further queries at the end, of which it does not matter what they see."""
+  padded: Any = dict(visible)
+  for name, array in list(padded.items()):
+    if name.startswith("query_") or (name.startswith("mask") and array.shape[1] != 1):
+      padded[name] = jnp.pad(array, [(0, new if axis == 1 else 0) for axis in range(array.ndim)])
+  return padded
+
+
+def block_ranges(visible: VisibleKeys, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
+  """For each block of queries, the first block of keys that it may see, and the one after the last.
+
+  Args:
+    visible: which keys each query sees, with extremes.
+    queries: size of a block of queries, a multiple of QUERIES.
+    keys: size of a block of keys, a multiple of KEYS.
+
+  Returns:
+    int32 [number of blocks of queries], twice.
+  """
+  extremes: Mapping[str, Any] = visible["extremes"]
+  query = lambda name, reduce: _reduced(extremes[name][None], queries // QUERIES, reduce)[:, None]
+  key = lambda name, reduce: _reduced(extremes[name][None], keys // KEYS, reduce)[None, :]
+  seen = key("first_slot", jnp.min) <= query("last_query_slot", jnp.max)
+  if is_causal(visible):
+    seen &= key("first_position", jnp.min) <= query("last_query_position", jnp.max)
+  if "window" in visible:
+    seen &= key("last_position", jnp.max) > query("first_query_position", jnp.min) - visible["window"]
+  blocks = jnp.arange(seen.shape[1], dtype=jnp.int32)
+  first = jnp.min(jnp.where(seen, blocks, seen.shape[1]), axis=1)
+  end = jnp.max(jnp.where(seen, blocks + 1, 0), axis=1)
+  return jnp.minimum(first, end).astype(jnp.int32), end.astype(jnp.int32)
+
+
+def _extremes(visible: VisibleKeys) -> Extremes:
+  """The extremes of blocks of QUERIES queries and KEYS keys."""
+  queries, keys, slots = visible["query_positions"], visible["key_positions"], visible["key_slots"]
+  without_padding = lambda x: jnp.where(x >= 0, x, _LARGEST)
+  return {
+    "last_query_slot": _reduced(visible["query_slots"], QUERIES, jnp.max),
+    "last_query_position": _reduced(queries, QUERIES, jnp.max),
+    # Padding sees nothing, unless a mask says so.
+    "first_query_position": _reduced(
+      without_padding(queries) if is_causal(visible) else queries, QUERIES, jnp.min
+    ),
+    "first_slot": _reduced(without_padding(slots), KEYS, jnp.min),
+    "first_position": _reduced(without_padding(keys), KEYS, jnp.min),
+    "last_position": _reduced(keys, KEYS, jnp.max),
+  }
+
+
+def _reduced(x: jax.Array, size: int, reduce: Callable[..., jax.Array]) -> jax.Array:
+  """Takes the least or the greatest of each block of x [B, L], over all rows; the last block may be incomplete."""
   B, L = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=neutral)
-  return function(x.reshape(B, -1, size), axis=(0, 2))
+  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=_LARGEST if reduce is jnp.min else -1)
+  return reduce(x.reshape(B, -1, size), axis=(0, 2))
 
 
 def visible_keys(
@@ -242,30 +219,39 @@ def visible_keys(
       key_positions, positions = key_slots, query_slots
     else:
       key_positions = kept
-  ring = layer is not None and cache_lib.is_ring(layer)
+  visible: VisibleKeys = {
+    "query_slots": query_slots,
+    "query_positions": positions,
+    "key_slots": key_slots,
+    "key_positions": key_positions,
+  }
   if mask is not None:
-    mask = _fit_mask(mask, B, T, mask.shape[-1] if ring else key_slots.shape[1])
     # A mask may show a query the keys of later queries, but no empty slots.
-    query_slots = jnp.broadcast_to(query_slots[:, -1:], (B, T))
-  return _with_extremes(
-    VisibleKeys(
-      query_slots, positions, key_slots, key_positions, segment_ids, segment_ids, mask, None, window, ring
-    )
-  )
+    visible["query_slots"] = jnp.broadcast_to(query_slots[:, -1:], (B, T))
+    if layer is not None and cache_lib.is_ring(layer):
+      visible["mask_of_slots"] = _fit_mask(mask, B, T, mask.shape[-1])
+    else:
+      visible["mask"] = _fit_mask(mask, B, T, key_slots.shape[1])
+  if segment_ids is not None:
+    visible["query_segments"] = visible["key_segments"] = segment_ids
+  if window is not None:
+    visible["window"] = jnp.int32(window)
+  return _with_extremes(visible)
 
 
 def keys_of_mask(mask: jax.Array) -> VisibleKeys:
   """Visibility by a mask alone, bool [B, T, S]."""
   B, T, S = mask.shape
-  zeros = lambda size: jnp.zeros((B, size), jnp.int32)
-  return _with_extremes(VisibleKeys(zeros(T), zeros(T), zeros(S), zeros(S), mask=mask))
+  query, key = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+  return _with_extremes(
+    {"query_slots": query, "query_positions": query, "key_slots": key, "key_positions": key, "mask": mask}
+  )
 
 
 def _with_extremes(visible: VisibleKeys) -> VisibleKeys:
   """Adds the extremes, which need sizes that are numbers."""
-  if not all(isinstance(size, int) for size in visible.shape):
-    return visible
-  return dataclasses.replace(visible, extremes=Extremes.of(visible))
+  sizes = visible["query_slots"].shape + visible["key_slots"].shape
+  return visible | {"extremes": _extremes(visible)} if all(isinstance(n, int) for n in sizes) else visible
 
 
 def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
