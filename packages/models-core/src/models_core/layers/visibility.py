@@ -107,9 +107,10 @@ def block_mask(
     key: index of the first key.
     keys: number of keys.
   """
-  part: Any = {name: x for name, x in visible.items() if name in ("window", "mask", "mask_of_slots")}
+  whole: Any = visible
+  part: Any = {name: whole[name] for name in ("window", "mask", "mask_of_slots") if name in whole}
   for side, start, size in (("query_", query, queries), ("key_", key, keys)):
-    for name, array in visible.items():
+    for name, array in whole.items():
       if name.startswith(side):
         part[name] = lax.dynamic_slice_in_dim(array, start, size, 1)
   for name in part.keys() & {"mask", "mask_of_slots"}:
