@@ -16,6 +16,7 @@ from .safetensors import (
   file_layout,
   read_safetensors,
   read_safetensors_file,
+  safetensors_entries,
   shard_name,
 )
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
@@ -59,6 +60,7 @@ __all__ = [
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",
+  "safetensors_entries",
   "shard_name",
   "weight_files",
 ]
