@@ -133,7 +133,10 @@ def keep(place: Place, model: nnx.Module, family: Family, config: Any, origin: M
   directory = os.fspath(place)
   draft = f"{directory}.{uuid.uuid4().hex}.tmp"
   try:
-    save_model_to_safetensors(state, draft, family=family, config=config, more=more)
+    try:
+      save_model_to_safetensors(state, draft, family=family, config=config, more=more)
+    except SaveError as error:
+      raise SaveError(str(error).replace(draft, directory), error.errno) from error
     try:
       os.rename(draft, directory)
     except OSError as error:

@@ -14,8 +14,9 @@ from models_sources.errors import AccessError, DiskError, FilesNotFoundError, In
 # How an address begins. A single letter is a drive of Windows.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 # The numbers of errors that are about room.
-_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
+  errno.EFBIG: "raise the limit on file sizes, which `ulimit -f` shows",
   errno.EMFILE: "raise the limit on open files, which `ulimit -n` shows",
   errno.ENFILE: "raise the system's limit on open files",
 }

@@ -95,12 +95,14 @@ def open_files(
 
   Raises:
     FilesNotFoundError: the path does not exist.
-    InvalidNameError: a revision is given.
+    InvalidNameError: a revision is given, or the path holds a NUL.
   """
   if revision is not None:
     raise InvalidNameError(
       f"{identifier} is a local path and has no revision {revision!r}: leave revision out"
     )
+  if "\0" in identifier:
+    raise InvalidNameError(f"{identifier!r} holds a NUL, which no path can: check the spelling")
   path = os.path.abspath(os.path.expanduser(identifier))
   if not os.path.exists(path):
     raise FilesNotFoundError(

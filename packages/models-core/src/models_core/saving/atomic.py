@@ -204,7 +204,7 @@ _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
   errno.ENOSPC: " Free some space: the disk must hold the old and the new contents at the same time",
   errno.EDQUOT: " Free some space: the disk must hold the old and the new contents at the same time",
-  errno.EFBIG: " Raise the limit on file sizes, or give a smaller max_shard_size",
+  errno.EFBIG: " Raise the limit on file sizes (`ulimit -f`), or give a smaller max_shard_size for safetensors",
   errno.EACCES: " Make the directory and its parent directory writable, or give another path",
   errno.EPERM: " Make the directory and its parent directory writable, or give another path",
   errno.EROFS: " Give a path on a file system that is not read-only",
@@ -266,7 +266,8 @@ def _leftovers(target: str) -> dict[str, list[str]]:
   directory, name = os.path.split(target)
   pattern = re.compile(rf"\.{re.escape(name)}\.({'|'.join(_STAGES)})-[0-9a-f]{{16}}")
   found: dict[str, list[str]] = {}
-  with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+  # A parent that cannot be listed cannot be written either; other steps say so.
+  with contextlib.suppress(OSError):
     for entry in os.scandir(directory):
       if (match := pattern.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False):
         found.setdefault(match[1], []).append(entry.path)
