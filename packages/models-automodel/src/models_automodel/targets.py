@@ -114,12 +114,12 @@ class _Draft:
     return cast(Files, self.draft.files)
 
   @contextlib.contextmanager
-  def create(self, name: str, nbytes: int) -> Iterator[Callable[[bytes], None]]:
+  def create(self, name: str, nbytes: int) -> Iterator[Callable[[bytes | memoryview], None]]:
     with _save_errors():
       context = self.draft.create(name, nbytes)
       put = context.__enter__()
 
-    def write(data: bytes) -> None:
+    def write(data: bytes | memoryview) -> None:
       with _save_errors():
         put(data)
 

@@ -149,8 +149,9 @@ class Draft(Protocol):
   def files(self) -> Files:
     """The files that were there when the save began."""
 
-  def create(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[bytes], None]]:
-    """A context in which a new file is written. It gives a function that takes the bytes, piece by piece."""
+  def create(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[bytes | memoryview], None]]:
+    """A context in which a new file is written. It gives a function that takes the bytes, piece by
+    piece; they must not change before the context is left."""
 
   def put(self, name: str, data: bytes) -> None:
     """Keeps a small file until `commit`, where it replaces one of the same name."""

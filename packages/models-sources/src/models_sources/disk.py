@@ -38,7 +38,9 @@ def local_directory(path: str, use: str) -> str:
 
 
 @contextlib.contextmanager
-def write_errors(directory: str | os.PathLike, what: str, nbytes: int | None, elsewhere: str) -> Iterator[None]:
+def write_errors(
+  directory: str | os.PathLike, what: str, nbytes: int | None, elsewhere: str
+) -> Iterator[None]:
   """Turns an error of the file system while something is written into one that says what and where.
 
   Args:

@@ -80,7 +80,7 @@ def open_target(place: str, *, token: str | bool | None = None) -> StoreTarget:
   Raises:
     SourceError: as `models_sources.object_target.open_target`.
   """
-  if os.environ.get("STORAGE_EMULATOR_HOST") and not isinstance(token, str):
+  if os.environ.get("STORAGE_EMULATOR_HOST") and token in (None, True):
     # The client does not change objects without a token, whatever the emulator asks for.
     token = "emulator"
   return object_target.open_target(_PROVIDER, place, token=token)

@@ -60,7 +60,8 @@ class ObjectCache:
       versions: name of an object -> what identifies its content; the blob is named by a hash of its `repr`.
     """
     return cls(
-      pathlib.Path(local_directory(root, "directory of the cache")).absolute() / bucket, {name: _hash(version) for name, version in versions.items()}
+      pathlib.Path(local_directory(root, "directory of the cache")).absolute() / bucket,
+      {name: _hash(version) for name, version in versions.items()},
     )
 
   @property

@@ -184,7 +184,7 @@ class Bucket:
       raise self._translated(str(error), what, gone) from None
 
   def _translated(self, message: str, what: str, gone: str) -> SourceError:
-    # Object names are cut out first: a name could look like one of the patterns.
+    # Names are cut out first: one of an object, or of an option, could look like one of the patterns.
     said = _NAMES.sub(lambda m: _NO_ACCOUNT if _METADATA.search(m[0]) else "", message)
     status = match[1] if (match := _STATUS.search(said)) else "none"
     kind, template = next(
@@ -211,7 +211,9 @@ class _NoCredentialsError(AccessError):
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
-_NAMES = re.compile(r"https?://\S+|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\"")
+_NAMES = re.compile(
+  r"https?://\S+|retry_timeout|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\""
+)
 # Both providers look for credentials last at the metadata service of a virtual machine.
 _METADATA = re.compile(r"^https?://[^/]+/(computeMetadata|latest/(api/token|meta-data))\b")
 _NO_ACCOUNT = "<metadata service>"

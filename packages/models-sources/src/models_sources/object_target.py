@@ -232,7 +232,7 @@ class StoreDraft:
     return StoreFiles(self.target.bucket, self.target.address, listing)
 
   @contextlib.contextmanager
-  def create(self, name: str, nbytes: int) -> Iterator[Callable[[bytes], None]]:
+  def create(self, name: str, nbytes: int) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Uploads an object while it is made, in parts.
 
     Args:
@@ -240,7 +240,7 @@ class StoreDraft:
       nbytes: its size.
 
     Yields:
-      A function that takes the bytes, piece by piece in their order. They must not change afterwards.
+      A function that takes the bytes, piece by piece in their order. They must not change before the block ends.
 
     Raises:
       SourceError: the store refuses. The upload is aborted, as it is if the block raises an error.
@@ -255,9 +255,10 @@ class StoreDraft:
 
     gone = f"{what}: there is no bucket {target.bucket.name}, or somebody else ended the upload: save the checkpoint again"
 
-    def write(data: bytes) -> None:
+    def write(data: bytes | memoryview) -> None:
       with target.uploads.errors(what, gone):
-        writer.write(data)
+        if len(data):
+          writer.write(data)
 
     try:
       yield write
@@ -296,8 +297,8 @@ class StoreDraft:
     changed = {name: data for name, data in self._small.items() if not self._is_same(now.get(name), data)}
     first = sorted(set(conflicting) & now.keys())
     if first or len(changed) > 1:
-      self._begun = self.last in now
-      self._step(lambda: self.target.remove({self.last} & now.keys()))
+      if self.last in now:
+        self._remove_last()
       self._step(lambda: self.target.remove(first))
       for name in sorted(changed.keys() - {self.last}):
         self._step(functools.partial(self._place, name))
@@ -306,6 +307,16 @@ class StoreDraft:
       self._step(functools.partial(self._place, name))
     self._begun = False
     self._tidy(set(outdated), now)
+
+  def _remove_last(self) -> None:
+    """Removes what makes the old files a checkpoint. After an error it may be gone all the same."""
+    try:
+      self.target.remove([self.last])
+    except SourceError:
+      with contextlib.suppress(SourceError):
+        self._begun = self.last not in self.target.entries()
+      raise
+    self._begun = True
 
   def _place(self, name: str) -> None:
     self.target.put(name, self._small[name], new=not self.overwrite)

@@ -251,7 +251,11 @@ class HubServer(_Loopback):
     if request.path == _XET_TOKEN:
       address = self._servers["xet"].address
       lasting = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": str(int(time.time()) + 3600)}
-      return _Answer(200, {"X-Xet-Cas-Url": address, **lasting}, json.dumps({"casUrl": address, "exp": int(time.time()) + 3600, "accessToken": "token"}).encode())
+      return _Answer(
+        200,
+        {"X-Xet-Cas-Url": address, **lasting},
+        json.dumps({"casUrl": address, "exp": int(time.time()) + 3600, "accessToken": "token"}).encode(),
+      )
     for old, new in self._moved.items():
       if (
         target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)

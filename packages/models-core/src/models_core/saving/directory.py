@@ -154,8 +154,9 @@ def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
 
 def companion_texts(base: Files | None) -> Iterator[tuple[str, bytes]]:
   """Names and contents of the companions of the base, one after the other."""
-  for name in () if base is None else companions_of(base):
-    yield name, base.read(name, 0, base.size(name))
+  if base is not None:
+    for name in companions_of(base):
+      yield name, base.read(name, 0, base.size(name))
 
 
 def copy_companions(directory: str, base: Files | None) -> None:

@@ -113,9 +113,15 @@ def stream_files(
     raise failure
 
 
+def _piece(make: Callable[[], np.ndarray], copied: bool) -> memoryview:
+  """Bytes that stay as they are. What a reader returns is valid until its next call only."""
+  data = make().copy() if copied else make()
+  return data.reshape(-1).view(np.uint8).data
+
+
 def file_bytes(file: SavedFile, get: Callable[[str], Any]) -> bytes:
   """The contents of a small file, such as an adapter's. Takes the arguments of `write_files`."""
-  starts, pieces = file.layout[1], list[bytes]()
+  starts, pieces = file.layout[1], list[bytes | memoryview]()
   ordered = sorted(file.tensors, key=lambda tensor: starts[tensor.name])
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     _stream_file(pieces.append, file, with_arrays(ordered, get), pool, None, None)
@@ -146,7 +152,7 @@ def _each_own(
 
 
 def _stream_file(
-  put: Callable[[bytes], None],
+  put: Callable[[bytes | memoryview], None],
   file: SavedFile,
   tensors: _Tensors,
   pool: concurrent.futures.Executor,
@@ -155,7 +161,7 @@ def _stream_file(
 ) -> None:
   """Writes a file in order, while threads make the pieces that come next."""
   put(file.layout[0])
-  pending: collections.deque[tuple[int, concurrent.futures.Future[bytes]]] = collections.deque()
+  pending: collections.deque[tuple[int, concurrent.futures.Future[memoryview]]] = collections.deque()
   waiting = 0
 
   def put_first() -> int:
@@ -170,7 +176,7 @@ def _stream_file(
       for _, nbytes, make in _blocks(tensor, held, reader):
         while pending and waiting + nbytes > _STREAMED:
           waiting -= put_first()
-        pending.append((nbytes, pool.submit(lambda make=make: make().tobytes())))
+        pending.append((nbytes, pool.submit(_piece, make, tensor.copied is not None)))
         waiting += nbytes
     while pending:
       put_first()

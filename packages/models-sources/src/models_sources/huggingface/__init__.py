@@ -253,26 +253,23 @@ class HubFiles:
     is_new = not self.cache.has_blob(entry)
 
     def get(sender: dict[str, Any], *, force: bool) -> None:
-      folder = self.cache.folder
-      with (
-        write_errors(folder, name, entry.size, _ELSEWHERE),
-        xet.watched(f"{name} of {self.hub.repo}", self.progress) as bar,
-      ):
+      with xet.watched(f"{name} of {self.hub.repo}", self.progress) as bar:
         hf_hub_download(
           self.hub.repo,
           name,
           revision=self.commit,
-          cache_dir=folder.parent,
+          cache_dir=self.cache.folder.parent,
           endpoint=self.hub.endpoint,
           force_download=force,
           tqdm_class=bar,
           **sender,
         )
 
-    for force in (False, True):
-      self.hub.ask(functools.partial(get, force=force), POLICY, name)
-      if not is_new or self._is_intact_or_removed(name, entry):
-        return
+    with write_errors(self.cache.folder, name, entry.size, _ELSEWHERE):
+      for force in (False, True):
+        self.hub.ask(functools.partial(get, force=force), POLICY, name)
+        if not is_new or self._is_intact_or_removed(name, entry):
+          return
     raise self._corrupt(name)
 
   def _is_intact_or_removed(self, name: str, entry: Entry) -> bool:

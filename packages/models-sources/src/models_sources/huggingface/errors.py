@@ -98,7 +98,10 @@ _NO_ANSWER: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
     lambda e: isinstance(e, _ReadTimeout),
     "{endpoint} sent nothing of {what} of {repo} for a while: try later, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds",
   ),
-  (lambda e: isinstance(e, TransportError), "no connection to {endpoint} for {what} of {repo} ({kind}): try later"),
+  (
+    lambda e: isinstance(e, TransportError),
+    "no connection to {endpoint} for {what} of {repo} ({kind}): try later",
+  ),
   # The client raises a bare OSError for a body of the wrong length; the OSError of a full disk has an errno.
   (
     lambda e: type(e) is OSError and e.errno is None,
