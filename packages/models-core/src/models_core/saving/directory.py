@@ -98,7 +98,7 @@ def _shared(
       try:
         if jax.process_index() == 0:
           own = stack.enter_context(first())
-      except SaveError as error:
+      except OSError as error:
         failure = error
       if named := _from_first("" if own is None else name(own)):
         try:

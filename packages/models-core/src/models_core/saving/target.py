@@ -112,15 +112,12 @@ def draft_of(target: Target, files: Sequence[SavedFile], *, overwrite: bool, las
         f"{target.path} holds an Orbax tree, which would stay beside the new checkpoint: remove it, or give another "
         "address"
       )
+    outdated = safetensors_entries(old)
     yield draft
     named = named_for(draft, files)
     draft.put(INDEX, index_of(named))
-    draft.commit(
-      {file.name: file.nbytes for file in named},
-      safetensors_entries(old),
-      # transformers reads this file even if there is an index.
-      {SINGLE} & set(old.names()),
-    )
+    # transformers reads the single file even if there is an index.
+    draft.commit({file.name: file.nbytes for file in named}, outdated, {SINGLE} & outdated)
   except BaseException:
     draft.discard()
     raise
