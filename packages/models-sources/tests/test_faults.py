@@ -239,7 +239,7 @@ def test_all_or_nothing(hub, files, waits, monkeypatch):
 def test_a_full_disk_is_no_failure_of_the_hub(hub, files, waits, monkeypatch):
   # A folder where the file would go stands for every error of the disk.
   (pathlib.Path(files.path) / "config.json" / "x").mkdir(parents=True)
-  with pytest.raises(DiskError, match=r"cannot be written: .*config.json needs \d+ bytes there"):
+  with pytest.raises(DiskError, match=r"cannot be written: .*org/name needs \d+ bytes there"):
     files.fetch(["config.json"])
   assert waits == []
 

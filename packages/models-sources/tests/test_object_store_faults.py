@@ -302,7 +302,7 @@ def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(store, files, tm
     f"models_sources.errors.DiskError: {tmp_path}/c/gs--bucket cannot be written: File too large"
   )
   assert (
-    "model.safetensors needs 3,000,710 bytes there, and a file may have 1,048,576: raise the limit" in message
+    "gs://bucket/m needs 3,000,710 bytes there, and a file may have 1,048,576: raise the limit" in message
   )
   assert blobs(tmp_path / "c") == []
   where = open_files(store.address, download_path=str(tmp_path / "c")).fetch(["model.safetensors"])

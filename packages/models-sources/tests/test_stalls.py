@@ -61,7 +61,8 @@ def test_a_transfer_by_xet_that_stalls_or_fails_goes_on_by_http(tmp_path, fault)
     found = run(hub, tmp_path)
     asked = {request.host for request in hub.requests}
   assert found.stdout == f"fetched {WEIGHTS[:99].hex()}\n", found.stderr
-  assert asked == {"hub", "xet", "storage"}
+  # Versions of the client that cannot end such a transfer do not begin one.
+  assert asked == {"hub", "storage"} | ({"xet"} if xet._abort else set())
 
 
 def test_a_transfer_by_http_that_stalls_ends(tmp_path):

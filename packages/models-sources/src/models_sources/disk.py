@@ -71,7 +71,7 @@ def write_errors(
 
 def _room(directory: str | os.PathLike, number: int) -> str:
   """How much room there is, for an error that is about room."""
-  with contextlib.suppress(OSError, ValueError):
+  with contextlib.suppress(OSError, ValueError, ImportError):
     if number == errno.ENOSPC:
       place = os.path.abspath(directory)
       while not os.path.exists(place):

@@ -21,13 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from filelock import FileLock
 
-from models_sources.disk import local_directory, write_errors
+from models_sources.disk import local_directory
 
 # Bytes per request, and number of simultaneous requests.
 _RANGE = 8 << 20
 _REQUESTS = 16
-
-_ELSEWHERE = "give another download_path, or set MODELS_SOURCES_CACHE"
 
 ReadInto = Callable[[str, int, memoryview], None]
 
@@ -83,13 +81,9 @@ class ObjectCache:
       read_into: (name, start, buffer): fills the buffer with the object's bytes that begin at `start`.
 
     Raises:
-      DiskError: the disk refuses; the partial file is removed.
+      OSError: the disk refuses; the partial file is removed.
       SourceError: as `read_into` raises it.
     """
-    with write_errors(self.folder, name, size, _ELSEWHERE):
-      self._add(name, size, read_into)
-
-  def _add(self, name: str, size: int, read_into: ReadInto) -> None:
     blob, link = self.folder / "blobs" / self.blobs[name], self.snapshot / name
     for directory in (blob.parent, link.parent, self.folder / "locks"):
       directory.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from models_sources.disk import read_errors
+from models_sources.disk import read_errors, write_errors
 from models_sources.errors import (
   AccessError,
   ConnectionFailedError,
@@ -47,6 +47,7 @@ POLICY = Policy(attempts=8)
 # Seconds without a byte after which a connection is given up, unless MODELS_SOURCES_TIMEOUT is set.
 STALL = 20.0
 _CONNECT = 10.0
+_ELSEWHERE = "give another download_path, or set MODELS_SOURCES_CACHE"
 # Bytes taken from an answer at a time; a cut answer loses at most this many.
 _BLOCK = 1 << 20
 
@@ -414,8 +415,10 @@ class CachedFiles:
     """
     if absent := [name for name in names if check_name(name) not in self.store.listing]:
       raise missing_files(self.store.path, absent, self.store.listing)
-    for name in names:
-      self.cache.add(name, self.store.size(name), self.store.read_into)
+    nbytes = sum(self.store.size(name) for name in names if self.cache.file(name) is None)
+    with write_errors(self.cache.folder, self.store.path, nbytes, _ELSEWHERE):
+      for name in names:
+        self.cache.add(name, self.store.size(name), self.store.read_into)
     return self.path
 
 

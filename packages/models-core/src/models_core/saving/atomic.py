@@ -57,7 +57,7 @@ def replace_directory(
     SaveError: if the target is no directory of this machine, holds files and `overwrite` is false, another process is
       writing it, or the file system refuses the write, such as a full disk. The target is unchanged.
   """
-  check_directory(target, overwrite=overwrite)
+  check_directory(target, overwrite=overwrite, nbytes=nbytes)
   target = local_path(target)
   with save_errors(target, nbytes):
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -115,18 +115,19 @@ def local_path(place: str) -> str:
   return os.path.realpath(os.path.expanduser(place))
 
 
-def check_directory(place: str, *, overwrite: bool = False) -> None:
+def check_directory(place: str, *, overwrite: bool = False, nbytes: int | None = None) -> None:
   """Checks, without writing anything, whether a directory can be saved.
 
   Args:
     place: path of the directory.
     overwrite: whether it may hold files.
+    nbytes: of all files that will be written, for messages.
 
   Raises:
     SaveError: if the place is no directory, holds files and `overwrite` is false, or its parent cannot be written.
   """
   target = local_path(place)
-  with save_errors(target):
+  with save_errors(target, nbytes):
     _check_target(target, overwrite)
     parent = os.path.dirname(target)
     while not os.path.lexists(parent):
@@ -136,11 +137,12 @@ def check_directory(place: str, *, overwrite: bool = False) -> None:
         f"{target} cannot be written: {parent} is not a directory; give another path", errno.ENOTDIR
       )
     if not os.access(parent, os.W_OK | os.X_OK):
-      frozen = os.statvfs(parent).f_flag & os.ST_RDONLY
+      frozen = hasattr(os, "statvfs") and os.statvfs(parent).f_flag & os.ST_RDONLY
       number = errno.EROFS if frozen else errno.EACCES
       raise OSError(number, os.strerror(number), parent)
     # The longest name that is used on the way.
-    if len(os.fsencode(os.path.basename(_hidden(target, "replaced")))) > os.pathconf(parent, "PC_NAME_MAX"):
+    longest = len(os.fsencode(os.path.basename(_hidden(target, "replaced"))))
+    if hasattr(os, "pathconf") and longest > os.pathconf(parent, "PC_NAME_MAX"):
       raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
@@ -175,11 +177,11 @@ def save_errors(target: str, nbytes: int | None = None) -> Iterator[None]:
 
 
 def _needed(target: str, number: int, nbytes: int | None) -> str:
-  """How much room the files need, for an error that is about room."""
+  """How much room the files need, for an error that another place would not have."""
   if nbytes is None or number not in _ROOM:
     return ""
   text = f" {nbytes:,} bytes are needed"
-  with contextlib.suppress(OSError, ValueError):
+  with contextlib.suppress(OSError, ValueError, ImportError):
     if number == errno.ENOSPC:
       parent = os.path.dirname(os.path.realpath(target))
       text += f", and {shutil.disk_usage(parent).free:,} are free"
@@ -199,8 +201,8 @@ def _belongs(path: str, target: str) -> bool:
   return path == target or path.startswith(inside) or target.startswith(os.path.join(path, ""))
 
 
-# The numbers of errors that are about room.
-_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The numbers of errors for which another place, or more room, is the remedy.
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _REMEDIES = {
   errno.ENOSPC: " Free some space: the disk must hold the old and the new contents at the same time",
   errno.EDQUOT: " Free some space: the disk must hold the old and the new contents at the same time",

@@ -205,7 +205,11 @@ class HubFiles:
     """
     wanted = {name: entry for name, entry in self._entries(names).items() if self._cached(name) is None}
     if wanted:
-      with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(wanted))) as pool:
+      nbytes = sum(entry.size or 0 for entry in wanted.values())
+      with (
+        write_errors(self.cache.folder, self.hub.repo, nbytes or None, _ELSEWHERE),
+        concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(wanted))) as pool,
+      ):
         downloads = [pool.submit(self._download, name, entry) for name, entry in wanted.items()]
         try:
           for download in concurrent.futures.as_completed(downloads):
@@ -265,11 +269,10 @@ class HubFiles:
           **sender,
         )
 
-    with write_errors(self.cache.folder, name, entry.size, _ELSEWHERE):
-      for force in (False, True):
-        self.hub.ask(functools.partial(get, force=force), POLICY, name)
-        if not is_new or self._is_intact_or_removed(name, entry):
-          return
+    for force in (False, True):
+      self.hub.ask(functools.partial(get, force=force), POLICY, name)
+      if not is_new or self._is_intact_or_removed(name, entry):
+        return
     raise self._corrupt(name)
 
   def _is_intact_or_removed(self, name: str, entry: Entry) -> bool:
