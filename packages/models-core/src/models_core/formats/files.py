@@ -155,5 +155,6 @@ def names_in(files: Files, folder: str) -> list[str]:
   found = {name for name in files.names() if name.rpartition("/")[0] == folder}
   path = os.path.join(files.path, folder)
   if os.path.isdir(path):
-    found |= {f"{folder}/{entry.name}" for entry in os.scandir(path) if os.path.isfile(entry.path)}
+    with read_errors(path), os.scandir(path) as entries:
+      found |= {f"{folder}/{entry.name}" for entry in entries if os.path.isfile(entry.path)}
   return sorted(found)
