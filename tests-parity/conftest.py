@@ -289,6 +289,32 @@ def edit(checkpoint, tmp_path):
   return write
 
 
+@pytest.fixture
+def checkpoint_of(tmp_path):
+  """`checkpoint_of(raw, unreadable=())`: a random model of a config.json, which the reference reads without some keys."""
+
+  def write(raw: dict, unreadable: tuple[str, ...] = ()) -> Checkpoint:
+    file, readable = tmp_path / "config.json", {k: v for k, v in raw.items() if k not in unreadable}
+    file.write_text(json.dumps(readable))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    file.write_text(json.dumps(raw))
+    return _WithReference(tmp_path, model)
+
+  return write
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithReference(Checkpoint):
+  model_in_memory: torch.nn.Module
+
+  def reference(self, dtype: str = "float32") -> torch.nn.Module:
+    """Theirs, as it was saved."""
+    return self.model_in_memory
+
+
 @pytest.fixture(scope="session")
 def open_checkpoint():
   """`open_checkpoint(directory)`: one that a test wrote itself."""

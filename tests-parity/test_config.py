@@ -43,9 +43,9 @@ CONTRADICTIONS = {
     "scaling",
   ),
   "types": (OLD | {"rope_scaling": OLD["rope_scaling"] | {"type": "linear"}}, "type"),
-  "no-theta": ({"rope_scaling": OLD["rope_scaling"]}, "rope_theta is missing"),
+  "no-type": ({"rope_theta": 1e4, "rope_scaling": SCALING}, "rope_type is missing"),
   "unknown-type": ({"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-  "unknown-key": (OLD | {"rope_scaling": OLD["rope_scaling"] | {"mscale": 1.0}}, "mscale"),
+  "length-beside": (OLD | {"original_max_position_embeddings": 64}, "beside it"),
 }
 
 # What transformers writes for other computations than ours.

@@ -8,6 +8,9 @@ import pytest
 import torch
 import transformers
 
+from models_automodel.text import load_tokenizer, with_tokenizer
+from models_core.formats import as_files
+
 PROMPTS = [
   "The capital of France is Paris, and the capital of Italy is",
   "def fibonacci(n):\n  if n < 2:\n    return n\n",
@@ -59,3 +62,19 @@ def test_real_weights(source, reference, prompts, placement, assert_parity):
     expected = reference(torch.tensor(whole, dtype=torch.long), use_cache=False).logits.numpy()
   np.testing.assert_array_equal(np.argmax(expected[:, LENGTH - 1 : -1], -1), new)
   assert_parity(placement.logits(model, whole), expected)
+
+
+def test_the_tokenizer_as_files(gguf, tmp_path):
+  """What `convert` writes of a GGUF file's tokenizer gives transformers the same ids and texts."""
+  files = with_tokenizer(as_files(gguf))
+  for name in files.names():
+    if name != gguf.name:
+      (tmp_path / name).write_bytes(files.read(name, 0, files.size(name)))
+  theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(gguf)
+  for text in [*PROMPTS, "  größe\n\n\t日本語 12345 😀"]:
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
+  messages = [{"role": "user", "content": "Why?"}]
+  assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == ours.render(
+    messages
+  )

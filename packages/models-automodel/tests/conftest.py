@@ -55,10 +55,10 @@ def edit_config(checkpoint, tmp_path):
 
 @pytest.fixture
 def write_gguf():
-  """Writes a quantised GGUF file of a random Llama of one layer, and returns its path."""
+  """Writes a quantised GGUF file of a random Llama of one layer, with what `add(writer)` adds; returns its path."""
   gguf = pytest.importorskip("gguf")
 
-  def write(path):
+  def write(path, add=lambda writer: None):
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -71,6 +71,7 @@ def write_gguf():
     writer.add_rope_freq_base(1e4)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(32)
+    add(writer)
     shapes = {"token_embd.weight": (32, 32), "output_norm.weight": (32,), "output.weight": (32, 32)}
     shapes |= {
       f"blk.0.{n}.weight": (32, 32) for n in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models_automodel import CheckpointError, ConfigError, SaveError, SourceFilesError
+from models_automodel import AutoModel, CheckpointError, ConfigError, SaveError, SourceFilesError
 from models_automodel.cli import main
 from models_automodel.convert import convert
+from models_automodel.text import load_tokenizer
 from models_automodel.verify import verify
 from models_core.loading.opened import OpenedPlan
 from models_sources import ConnectionFailedError
@@ -129,3 +130,81 @@ def test_a_single_file_is_verified(write_gguf, tmp_path, capsys):
   assert capsys.readouterr().out == f"{digest}  model.gguf\n"
   (tmp_path / "SHA256SUMS").write_text(f"{digest}  model.gguf\n")
   assert main(["verify", str(path), "--checksums", str(tmp_path / "SHA256SUMS")]) == 0
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def add_tokenizer(writer, pre="default", templates=()):
+  tokens = ["<s>", "</s>", "<|eot_id|>", *LETTERS, "ab", "\u0120", "<|im_end|>"]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(pre)
+  writer.add_token_list(tokens)
+  writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
+  writer.add_token_merges(["a b"])
+  writer.add_bos_token_id(0)
+  writer.add_eos_token_id(1)
+  writer.add_eot_token_id(2)
+  writer.add_add_bos_token(True)
+  if templates:
+    writer.add_chat_template([{"name": name, "template": name} for name in templates])
+
+
+@pytest.mark.parametrize("how", ["convert", "save"])
+def test_the_tokenizer_of_a_gguf_file_is_written(how, write_gguf, tmp_path):
+  source = write_gguf(
+    tmp_path / "m.gguf", lambda w: add_tokenizer(w, templates=("default", "tool_use", "rag"))
+  )
+  out = tmp_path / "out"
+  if how == "convert":
+    convert(source, out, progress=False)
+  else:
+    AutoModel.save_pretrained(AutoModel.from_pretrained(source, progress=False)[0], out, base=source)
+  written = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+  templates = {"chat_template.jinja", *(f"additional_chat_templates/{n}.jinja" for n in ("tool_use", "rag"))}
+  tokenizer = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+  assert written == {"config.json", "model.safetensors"} | templates | tokenizer
+  before, after = load_tokenizer(source), load_tokenizer(out)
+  for text in ("abba", "<s>ab c", "cab<|eot_id|>"):
+    assert after.encode(text) == before.encode(text)
+  assert (after.before, after.after, after.special_tokens) == (
+    before.before,
+    before.after,
+    before.special_tokens,
+  )
+  assert after.stop_ids == before.stop_ids == {1, 2, 31}
+  assert {name: t.source for name, t in after.chat_templates.items()} == {
+    name: t.source for name, t in before.chat_templates.items()
+  }
+  # A copy of the copy has the templates, too.
+  convert(out, tmp_path / "again", progress=False)
+  assert {
+    file.relative_to(tmp_path / "again").as_posix() for file in (tmp_path / "again").rglob("*.*")
+  } == written
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_kept(write_gguf, tmp_path):
+  (tmp_path / "in").mkdir()
+  write_gguf(tmp_path / "in" / "m.gguf", add_tokenizer)
+  (tmp_path / "in" / "tokenizer.json").write_text("{}")
+  convert(tmp_path / "in", tmp_path / "out", progress=False)
+  assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+  assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_a_tokenizer_that_is_not_implemented_is_left_out_with_a_note(write_gguf, tmp_path, caplog):
+  source = write_gguf(tmp_path / "m.gguf", lambda w: add_tokenizer(w, pre="own"))
+  convert(source, tmp_path / "out", progress=False)
+  assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+  assert "the tokenizer is left out: " in caplog.text
+  assert "tokenizer.ggml.pre is 'own'" in caplog.text
+
+
+def test_the_name_of_a_template_leads_nowhere_else(write_gguf, tmp_path, caplog):
+  def add(writer):
+    add_tokenizer(writer)
+    writer.add_string("tokenizer.chat_template.../../evil", "x")
+
+  convert(write_gguf(tmp_path / "m.gguf", add), tmp_path / "out", progress=False)
+  assert not list(tmp_path.rglob("*evil*"))
+  assert "its name is no file name" in caplog.text

@@ -110,6 +110,7 @@ GEMMA_3_27B = VISION | {
     "query_pre_attn_scalar": 168,
   }
 }
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 NESTED = {
   "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
   "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -152,7 +153,7 @@ def test_gemma_1_and_2_are_written_as_what_they_are():
   "change",
   [
     {"hidden_activation": "gelu_pytorch_tanh"},
-    {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "anything"},
+    {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu"},
     {"hidden_activation": None, "hidden_act": "gelu_pytorch_tanh"},
     {"hidden_act": None},
   ],
@@ -165,6 +166,7 @@ def test_gelu_of_gemma_1_is_the_tanh_form_whatever_its_name(change):
   ("read", "raw", "message"),
   [
     (gemma, GEMMA_2B | {"hidden_act": "silu"}, "hidden_act is 'silu'"),
+    (gemma, GEMMA_2B | {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "hidden_act is 'silu'"),
     (gemma, GEMMA_2B | {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
     (gemma, GEMMA_2B | {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
     (gemma, GEMMA_2B | {"attention_bias": True}, "attention_bias is True"),
@@ -178,11 +180,15 @@ def test_gelu_of_gemma_1_is_the_tanh_form_whatever_its_name(change):
     (gemma3, GEMMA_3_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     (gemma3, GEMMA_3_1B | {"layer_types": ["full_attention"] * 26}, "state different sliding layers"),
     (gemma3, GEMMA_3_1B | {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters has rope_theta"),
-    (gemma3, GEMMA_3_1B | {"rope_local_base_freq": None}, "rope_local_base_freq.*missing"),
+    (gemma3, GEMMA_3_1B | {"rope_parameters": NESTED, "rope_scaling": {"full_attention": LINEAR}}, "full_attention.*scaling is stated twice"),
+    (gemma3, GEMMA_3_1B | {"rope_scaling": {"full_attention": LINEAR, "factor": 8.0}}, "rope_scaling has factor; expected an object"),
+    (gemma3, GEMMA_3_1B | {"rope_scaling": {"full_attention": {"factor": 8.0}}}, "rope_scaling has factor=8.0, but rope_type is missing"),
+    (gemma3, GEMMA_3_1B | {"rope_scaling": {"sliding_attention": LINEAR}}, "of sliding layers"),
     (gemma3, GEMMA_3_1B | {"rope_parameters": NESTED, "rope_theta": 5.0}, "full_attention.*differs"),
     (gemma3, GEMMA_3_1B | {"rope_parameters": NESTED, "rope_local_base_freq": 5.0}, "rope_local_base_freq.*differs"),
-    (gemma3, GEMMA_3_1B | {"some_new_number": 3}, "some_new_number=3"),
-    (gemma3, GEMMA_3_4B | {"some_new_number": 3}, "some_new_number=3"),
+    (gemma3, GEMMA_3_1B | {"residual_multiplier": 3}, "residual_multiplier=3"),
+    (gemma3, GEMMA_3_4B | {"residual_multiplier": 3}, "residual_multiplier=3"),
+    (gemma3, GEMMA_3_4B | {"hidden_size": 2561}, "hidden_size=2561"),
     (gemma3, GEMMA_3_4B | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     (gemma3, GEMMA_3_1B | {"num_attention_heads": None}, "num_attention_heads is missing"),
   ],
@@ -207,6 +213,10 @@ SPELLINGS = [
   {"sliding_window_pattern": None, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 4 + ["sliding_attention"] * 2},
   {"rope_parameters": NESTED},
   {"rope_parameters": NESTED, "rope_theta": None, "rope_local_base_freq": None},
+  {"rope_theta": None, "rope_local_base_freq": None},
+  {"rope_scaling": NESTED, "rope_theta": None},
+  {"rope_scaling": {"full_attention": None, "sliding_attention": {"rope_type": "default"}}},
+  {"hidden_act": "silu", "some_new_key": 3, "quantization_config": {}},
 ]  # fmt: skip
 
 
@@ -226,6 +236,25 @@ def test_the_scaling_is_that_of_global_layers():
   raw = GEMMA_3_1B | {"rope_parameters": NESTED | {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}  # fmt: skip
   with pytest.raises(ConfigError, match="of sliding layers"):
     gemma3.FAMILY.read_config(raw)
+
+
+def test_a_scaling_may_be_nested_under_either_name():
+  for name in ("rope_scaling", "rope_parameters"):
+    nested = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}}
+    assert gemma3.FAMILY.read_config(GEMMA_3_1B | {name: nested}).rope_scaling == LinearScaling(8.0)
+
+
+def test_keys_that_repeat_text_config_beside_it():
+  raw = GEMMA_3_4B | {"hidden_size": 2560, "vocab_size": 262208, "num_hidden_layers": 34, "some_new_key": 3}
+  assert gemma3.FAMILY.read_config(raw) == Gemma3Config.gemma3_4b()
+
+
+def test_null_in_text_config_is_no_default():
+  text = GEMMA_3_4B["text_config"]
+  with pytest.raises(ConfigError, match="give sliding_window_size"):
+    gemma3.FAMILY.read_config(GEMMA_3_4B | {"text_config": text | {"sliding_window": None}})
+  with pytest.raises(ConfigError, match="head_dim is missing"):
+    gemma3.FAMILY.read_config(GEMMA_3_4B | {"text_config": text | {"head_dim": None}})
 
 
 def test_a_model_that_is_cut_keeps_the_types_of_its_first_layers():

@@ -63,10 +63,11 @@ def test_what_a_configuration_may_leave_out():
 @pytest.mark.parametrize(
   ("key", "value"),
   [
-    ("rope_interleaved", True),
     ("attention_bias", True),
     ("mlp_bias", True),
     ("hidden_act", "gelu"),
+    ("sliding_window", 4096),
+    ("per_layer_config", {"0": {"head_dim": 32}}),
     ("residual_multiplier", 0.2),
   ],
 )
@@ -75,6 +76,6 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
     read_config(LLAMA_3_2_1B | {key: value})
 
 
-@pytest.mark.parametrize("key", ["rope_interleaved", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_what_the_model_does_anyway_may_be_said(key):
   assert read_config(LLAMA_3_2_1B | {key: False}) == read_config(LLAMA_3_2_1B)

@@ -132,6 +132,63 @@ def test_sliding_layers_and_use_sliding_window_must_agree(name):
   assert read(name, num_hidden_layers=2, layer_types=[FULL, FULL]).sliding_window is None
 
 
+@pytest.mark.parametrize("name", list(MODULES))
+def test_a_window_that_is_null_is_none(name):
+  for change in ({"sliding_window": None}, {"sliding_window": None, "layer_types": [FULL, FULL]}):
+    config = read(name, num_hidden_layers=2, use_sliding_window=True, **change)
+    assert config.sliding_window is None
+  with pytest.raises(ConfigError, match="sliding_window is missing"):
+    read(name, use_sliding_window=True, sliding_window=...)
+  with pytest.raises(ConfigError, match="layer_types"):
+    read(name, num_hidden_layers=2, use_sliding_window=True, sliding_window=None, layer_types=[FULL, SLIDES])
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_numbers_of_kv_heads_that_are_null_or_missing(name):
+  config = read(name, num_key_value_heads=None)
+  assert config.num_kv_heads == config.num_heads
+  with pytest.raises(ConfigError, match="num_key_value_heads is missing"):
+    read(name, num_key_value_heads=...)
+
+
+@pytest.mark.parametrize(
+  ("name", "key", "value"),
+  [
+    ("qwen2", "num_experts", 8),
+    ("qwen2", "use_qk_norm", True),
+    ("qwen3", "attention_bias", True),
+    ("qwen3", "qkv_bias", True),
+    ("qwen3", "use_qk_norm", False),
+    ("qwen3", "num_experts", 8),
+    ("qwen3_moe", "shared_expert_intermediate_size", 8),
+    ("qwen3_moe", "n_shared_experts", 1),
+    ("qwen3_moe", "attention_bias", True),
+  ],
+)
+def test_what_is_not_implemented_is_refused_by_name(name, key, value):
+  with pytest.raises(ConfigError, match=key):
+    read(name, **{key: value})
+
+
+@pytest.mark.parametrize(
+  ("name", "key", "value"),
+  [
+    ("qwen2", "attention_bias", True),
+    ("qwen2", "qkv_bias", True),
+    ("qwen2", "head_dim", None),
+    ("qwen2", "use_mrope", True),
+    ("qwen2", "dual_chunk_attention_config", {"chunk_size": 262144}),
+    ("qwen3", "use_qk_norm", True),
+    ("qwen3", "qkv_bias", False),
+    ("qwen3", "max_sequence_length", 4096),
+    ("qwen3_moe", "shared_expert_intermediate_size", 0),
+    ("qwen3_moe", "mlp_only_layers", None),
+  ],
+)
+def test_what_the_model_does_anyway_may_be_said(name, key, value):
+  assert read(name, **{key: value}) == read(name)
+
+
 def test_all_layers_with_experts_slide_or_none():
   windows = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 7}
   config = read("qwen3_moe", **windows, layer_types=[SLIDES, SLIDES])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Collection
 from typing import Any
 
 from flax import nnx
@@ -17,6 +18,8 @@ from models_automodel.finding import Found, find
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
+from models_automodel.targets import check_place, files_at, open_target
+from models_automodel.text import with_tokenizer
 from models_automodel.where import ModelSource, Where
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError, ModelsError
@@ -24,7 +27,7 @@ from models_core.family import Family
 from models_core.formats import SAFETENSORS, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
-from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
+from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
 from models_core.weights import letter_sizes
@@ -70,12 +73,14 @@ class AutoModel:
       file: which of several checkpoints: the name of a file or a pattern of names, such as "*Q8_0*".
       subfolder: path of the checkpoint's folder within the place.
       variant: of the weights, as in `model.fp16.safetensors`.
-      intermediate_ckpt_dir: directory that keeps the loaded model as safetensors. The first call writes it; later calls
-        load it instead of the source. It is never overwritten.
+      intermediate_ckpt_dir: directory, or address in an object store, that keeps the loaded model as safetensors. The
+        first call writes it; later calls load it instead of the source. It is never overwritten.
       rng_seed: has no effect, because nothing in a pretrained model is random.
       **kwargs: one of the following, or a field of the model's configuration.
         dtype: of the floating-point parameters, such as "bfloat16"; None keeps each as it is stored.
         config: a configuration to use instead of the checkpoint's.
+        ignore_config_keys: keys of config.json to leave out, where one is refused although the model's numbers do not
+          depend on it: `["residual_multiplier"]`, or `["rope_scaling.factor"]` for a key of an object.
         layers: `range(n)` loads only the first n layers and reads nothing of the others, to debug a large model.
         strict_sharding: whether an axis that the mesh cannot shard is an error; otherwise it is replicated.
 
@@ -88,6 +93,7 @@ class AutoModel:
         `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
       MissingFamilyError: if the architecture's package is not installed.
       ModelNameError: if the model is unknown or not supported.
+      SaveError: if `intermediate_ckpt_dir` cannot be written; before anything is loaded, unless its disk fills up.
       ShardingError: with `strict_sharding`, if the mesh cannot shard an axis.
       SourceFilesError: if the source cannot provide the files.
       TypeError: if a keyword argument is none of these, or a value has the wrong type.
@@ -107,10 +113,11 @@ class AutoModel:
     )
     if intermediate_ckpt_dir is not None:
       intermediate.check_alone()
-      kept, origin = os.fspath(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
+      kept, origin = intermediate.place_of(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
       if intermediate.is_kept(kept, origin):
-        local = Where(kept, ModelSource.LOCAL.value, progress=where.progress)
-        return cls.from_pretrained(local, mesh, **kwargs)
+        known = Where(path_of(kept), ModelSource.LOCAL.value, progress=where.progress)
+        return cls.from_pretrained(known, mesh, **kwargs)
+      check_place(kept)
     plan = cls.plan(where, mesh, **kwargs)
     files = plan.checkpoint.files
     with source_errors():
@@ -136,6 +143,7 @@ class AutoModel:
     dtype: Any = None,
     overwrite: bool = False,
     progress: bool = True,
+    token: str | bool | None = None,
   ) -> None:
     """Writes a model as a directory that `from_pretrained` and transformers load.
 
@@ -144,8 +152,9 @@ class AutoModel:
 
     Args:
       model: a model of an installed family; its attribute `config` is the family's configuration.
-      save_dir: directory to write; it must be missing or empty unless `overwrite` is set.
-      base: the checkpoint that the model came from, such as the path that `from_pretrained` returned. It provides what
+      save_dir: directory to write, or address in an object store, such as "gs://bucket/folder"; it must be missing or
+        empty unless `overwrite` is set.
+      base: the checkpoint that the model came from, such as the path or address that `from_pretrained` returned. It provides what
         the model does not hold: the forms and names of tensors, a vision tower, tokenizer files, other fields of
         config.json. A base without safetensors provides only its companions. None writes only the weights and a
         config.json.
@@ -153,26 +162,30 @@ class AutoModel:
       dtype: of the written floating-point parameters, such as "bfloat16"; None keeps the dtype of each.
       overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, others stay.
       progress: whether a progress bar is shown on a terminal.
+      token: the user's token for an object store.
 
     Raises:
       CheckpointError: if `base` is broken or of another architecture.
       ConfigError: if config.json cannot express the model's configuration.
       ModelsError: if the model belongs to no installed family.
-      SaveError: if `save_dir` exists, is being written, or the file system refuses. It stays as it was.
+      SaveError: if `save_dir` exists, is being written, cannot be written to at all, or the file system or the store
+        refuses. It stays as it was.
+      SourceFilesError: if a base in an object store cannot be read.
     """
     config = getattr(model, "config", None)
     if config is None:
       raise ModelsError(
         f"{type(model).__name__} has no attribute config: save_pretrained() needs a model of an installed family"
       )
+    place = open_target(save_dir, token=token)
     arrays = flatten(nnx.state(model, nnx.Param))
     family = _family_of_model(model)
-    came_from = None if base is None else Base.of(base, SAFETENSORS)
-    with weights_bar(progress) as bar:
+    with source_errors(), weights_bar(progress) as bar:
+      came_from = None if base is None else Base.of(with_tokenizer(files_at(base, token=token)), SAFETENSORS)
       save_parameters_to_safetensors(
         arrays,
         arrays.__getitem__,
-        save_dir,
+        place,
         family=family,
         config=config,
         base=came_from,
@@ -200,6 +213,7 @@ class AutoModel:
     variant: str | None = None,
     dtype: Any = None,
     config: Any = None,
+    ignore_config_keys: Collection[str] = (),
     layers: range | None = None,
     strict_sharding: bool = False,
     **fields: Any,
@@ -221,9 +235,9 @@ class AutoModel:
       subfolder=subfolder,
       variant=variant,
     )
-    where = agree_on_revision(mesh, where, lambda: find(where, config).files)
+    where = agree_on_revision(mesh, where, lambda: find(where, config, ignore_config_keys).files)
     with together(mesh):
-      return cls._plan(find(where, config), mesh, dtype, layers, strict_sharding, fields)
+      return cls._plan(find(where, config, ignore_config_keys), mesh, dtype, layers, strict_sharding, fields)
 
   @staticmethod
   def _plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from models_automodel.errors import source_errors
@@ -12,7 +12,7 @@ from models_automodel.families import check_installed, family_of_config, family_
 from models_automodel.presets import by_name, preset_of
 from models_automodel.where import Where
 from models_core.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, factor_names
-from models_core.config import HEADER_CONFIGS
+from models_core.config import HEADER_CONFIGS, collect_notes
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import (
@@ -41,6 +41,7 @@ class Found:
     format: of the files; None if no format recognises them.
     read: the checkpoint's headers, if they have been read.
     guess: how the configuration was found if no file states it, for messages; "" otherwise.
+    notes: on keys of the configuration that were not read, one sentence each.
   """
 
   files: Files
@@ -49,26 +50,30 @@ class Found:
   format: Format | None
   read: Checkpoint | None = None
   guess: str = ""
+  notes: tuple[str, ...] = ()
 
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
-    """The checkpoint's headers.
+    """The checkpoint's headers, with the notes on its configuration.
 
     Raises:
       CheckpointError: if there are no headers, or they are broken.
     """
-    return self.read or _read(self.format or SAFETENSORS, self.files)
+    read = self.read or _read(self.format or SAFETENSORS, self.files)
+    return dataclasses.replace(read, notes=(*self.notes, *read.notes)) if self.notes else read
 
 
-def find(where: Where, config: Any = None) -> Found:
+def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] = ()) -> Found:
   """Finds the files, the family and the configuration of a checkpoint.
 
   Args:
     where: the place of the checkpoint.
     config: a configuration to use instead of the checkpoint's.
+    ignore_config_keys: keys of config.json that are left out, as `AutoModel.from_pretrained` takes them.
 
   Raises:
     ModelsError: as `AutoModel.from_pretrained` raises it.
+    TypeError: if `ignore_config_keys` is a single text.
   """
   with source_errors():
     name = where.name
@@ -113,7 +118,47 @@ def find(where: Where, config: Any = None) -> Found:
   if not isinstance(model_type, str):
     raise ConfigError(f"{files.path}/{CONFIG} has no model_type: add it, or pass config=")
   family = family_of_model_type(model_type, name)
-  return Found(files, family, family.read_config(raw), format, read)
+  raw, left_out = without(raw, ignore_config_keys)
+  with collect_notes() as notes:
+    found = family.read_config(raw)
+  if left_out:
+    notes.insert(0, f"{CONFIG}: not read, as ignore_config_keys asks: {', '.join(left_out)}")
+  return Found(files, family, found, format, read, notes=tuple(notes))
+
+
+def without(raw: Mapping[str, Any], keys: Collection[str]) -> tuple[Mapping[str, Any], list[str]]:
+  """Leaves keys out of a configuration, and out of its `text_config`.
+
+  Args:
+    raw: as config.json has it.
+    keys: such as "residual_multiplier", or "rope_scaling.factor" for a key of an object.
+
+  Returns:
+    The configuration without the keys, and those that it had.
+
+  Raises:
+    TypeError: if `keys` is a single text.
+  """
+  if isinstance(keys, str):
+    raise TypeError(f"ignore_config_keys={keys!r}, expected a list of keys: write [{keys!r}]")
+  left_out = []
+  for key in keys:
+    shorter = _without_one(raw, key.split("."))
+    if isinstance(text := shorter.get("text_config"), Mapping):
+      shorter = {**shorter, "text_config": _without_one(text, key.split("."))}
+    if shorter != raw:
+      left_out.append(key)
+    raw = shorter
+  return raw, left_out
+
+
+def _without_one(raw: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
+  shorter, (key, *inner) = dict(raw), path
+  if not inner:
+    shorter.pop(key, None)
+  elif isinstance(value := shorter.get(key), Mapping):
+    shorter[key] = _without_one(value, inner)
+  return shorter
 
 
 def _read(format: Format, files: Files) -> Checkpoint:

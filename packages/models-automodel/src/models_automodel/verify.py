@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ def verify(
   path: str | os.PathLike,
   *,
   values: bool = False,
+  ignore_config_keys: Collection[str] = (),
   file: str | None = None,
   subfolder: str | None = None,
   variant: str | None = None,
@@ -31,6 +32,7 @@ def verify(
   Args:
     path: a directory or a GGUF file.
     values: whether all weights are read, too, and NaN and infinity refused.
+    ignore_config_keys: keys of config.json to leave out, as `AutoModel.from_pretrained` takes them.
     file: which of several checkpoints, as `AutoModel.from_pretrained` takes it.
     subfolder: that holds the checkpoint.
     variant: of the weights.
@@ -44,7 +46,8 @@ def verify(
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
   place = {"file": file, "subfolder": subfolder, "variant": variant}
-  plan = AutoModel.plan(Where(os.fspath(path), ModelSource.LOCAL.value, progress=False, **place))
+  where = Where(os.fspath(path), ModelSource.LOCAL.value, progress=False, **place)
+  plan = AutoModel.plan(where, ignore_config_keys=ignore_config_keys)
   if values:
     with plan.open() as opened:
       problems = [

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import sys
 
 import gguf
@@ -222,12 +223,182 @@ def test_a_post_processor_frames(engine, tmp_path):
   assert tokenizer.encode("hello there, you") == [1, *plain, 2]
 
 
+ROLES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+BOS, BOTH = "<|im_start|> $A", "<|im_start|> $A <|im_end|>"
+
+
+@pytest.mark.parametrize(
+  ("name", "processor", "stated", "frame", "noted"),
+  [
+    # The post-processor alone decides.
+    ("PreTrainedTokenizerFast", None, {}, "", None),
+    ("PreTrainedTokenizerFast", BOTH, {}, "be", None),
+    (
+      "PreTrainedTokenizerFast",
+      None,
+      {"add_bos_token": True},
+      "",
+      "PreTrainedTokenizerFast goes by .* nothing before",
+    ),
+    (
+      "PreTrainedTokenizerFast",
+      BOS,
+      {"add_bos_token": False},
+      "b",
+      "add_bos_token is false, but .* a token before",
+    ),
+    ("Qwen2Tokenizer", None, {"add_bos_token": False}, "", None),
+    ("Qwen2TokenizerFast", BOS, {"add_eos_token": True}, "b", "add_eos_token is true, but .* nothing after"),
+    ("GPT2Tokenizer", None, {"add_bos_token": True}, "", "GPT2Tokenizer goes by"),
+    ("TokenizersBackend", BOTH, {"add_eos_token": False}, "be", "TokenizersBackend goes by"),
+    # The class decides, whatever the post-processor is.
+    ("LlamaTokenizer", BOS, {}, "b", None),
+    (
+      "LlamaTokenizerFast",
+      None,
+      {},
+      "b",
+      "LlamaTokenizerFast puts its bos_token before a text, as in transformers 4",
+    ),
+    (
+      "LlamaTokenizerFast",
+      BOS,
+      {"add_bos_token": False},
+      "",
+      "LlamaTokenizerFast puts nothing before a text",
+    ),
+    ("LlamaTokenizerFast", BOTH, {"add_bos_token": True, "add_eos_token": True}, "be", None),
+    ("GemmaTokenizer", BOTH, {}, "b", "GemmaTokenizer puts nothing after a text"),
+    (
+      "GemmaTokenizerFast",
+      None,
+      {"add_bos_token": None, "add_eos_token": True},
+      "be",
+      "GemmaTokenizerFast puts its",
+    ),
+    ("CohereTokenizerFast", None, {"add_bos_token": False}, "", None),
+    ("GPTNeoXTokenizerFast", BOS, {}, "", "GPTNeoXTokenizerFast puts nothing before"),
+    # Without a class, what is stated.
+    (None, None, {"add_bos_token": True}, "b", None),
+    (None, BOTH, {"add_eos_token": False}, "b", None),
+    (None, BOTH, {}, "be", None),
+  ],
+)
+def test_what_frames_a_text_is_the_rule_of_the_class(
+  engine, tmp_path, caplog, name, processor, stated, frame, noted
+):
+  framed = tokenizers.Tokenizer.from_str(engine.to_str())
+  if processor:
+    framed.post_processor = tokenizers.processors.TemplateProcessing(
+      single=processor, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+  named = {} if name is None else {"tokenizer_class": name}
+  tokenizer = load_tokenizer(write_json(tmp_path, framed, tokenizer_config={**ROLES, **stated, **named}))
+  assert (tokenizer.before, tokenizer.after) == ((1,) * ("b" in frame), (2,) * ("e" in frame))
+  assert [record.levelname for record in caplog.records][:1] == (["WARNING"] if noted else [])
+  assert re.search(noted or "", caplog.text)
+
+
+def test_the_class_of_the_model_is_taken_if_none_is_named(engine, tmp_path):
+  for model_type, before in (("gemma2", (1,)), ("llama", (1,)), ("qwen3", ()), ("other", ())):
+    config = {"config": {"model_type": model_type}, "tokenizer_config": ROLES}
+    assert load_tokenizer(write_json(tmp_path, engine, **config)).before == before
+  config = {"config": {"model_type": "llama", "tokenizer_class": "Qwen2Tokenizer"}, "tokenizer_config": ROLES}
+  assert load_tokenizer(write_json(tmp_path, engine, **config)).before == ()
+  # A role that the vocabulary lacks is not added.
+  config = {"config": {"model_type": "llama"}, "tokenizer_config": {"bos_token": "<s>"}}
+  assert load_tokenizer(write_json(tmp_path, engine, **config)).before == ()
+
+
+# Special tokens.
+
+
 @pytest.mark.parametrize("token", ["<|im_start|>", {"content": "<|im_start|>", "lstrip": False}])
-def test_the_configuration_overrules_the_post_processor(engine, tmp_path, token):
-  write_json(tmp_path, engine, tokenizer_config={"add_bos_token": True, "bos_token": token})
-  tokenizer = load_tokenizer(tmp_path)
-  assert tokenizer.encode("x")[0] == 1
+def test_a_token_is_a_string_or_an_object(engine, tmp_path, token):
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config={"bos_token": token}))
   assert tokenizer.special_tokens == {"bos_token": "<|im_start|>"}
+  assert tokenizer.bos_id() == 1
+
+
+@pytest.mark.parametrize(
+  ("files", "named", "unnamed"),
+  [
+    (
+      {"tokenizer_config": {"extra_special_tokens": {"image_token": "<|eot_id|>"}}},
+      {"image_token": "<|eot_id|>"},
+      (),
+    ),
+    (
+      {
+        "tokenizer_config": {
+          "extra_special_tokens": {"x": {"content": "y"}},
+          "audio_token": "<a>",
+          "add_bos_token": False,
+        }
+      },
+      {"x": "y", "audio_token": "<a>"},
+      (),
+    ),
+    ({"tokenizer_config": {"extra_special_tokens": ["<a>", {"content": "<b>"}]}}, {}, ("<a>", "<b>")),
+    (
+      {"tokenizer_config": {"additional_special_tokens": ["<a>"], "extra_special_tokens": ["<a>", "<b>"]}},
+      {},
+      ("<a>", "<b>"),
+    ),
+    (
+      {"special_tokens_map": {"additional_special_tokens": ["<c>"], "eos_token": "e"}},
+      {"eos_token": "e"},
+      ("<c>",),
+    ),
+    # The map counts more, unless the configuration is newer than it.
+    (
+      {"tokenizer_config": {"eos_token": "f"}, "special_tokens_map": {"eos_token": "e"}},
+      {"eos_token": "e"},
+      (),
+    ),
+    (
+      {
+        "tokenizer_config": {"eos_token": "f", "added_tokens_decoder": {}},
+        "special_tokens_map": {"eos_token": "e", "bos_token": "b"},
+      },
+      {"eos_token": "f"},
+      (),
+    ),
+    # A class has tokens of its own; null is none.
+    (
+      {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None}},
+      {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+      (),
+    ),
+    ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}, {}, ()),
+  ],
+)
+def test_special_tokens(engine, tmp_path, files, named, unnamed):
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, **files))
+  assert (tokenizer.special_tokens, tokenizer.additional_special_tokens) == (named, unnamed)
+
+
+def test_templates_find_special_tokens(engine, tmp_path):
+  config = {
+    "bos_token": "<|im_start|>",
+    "extra_special_tokens": {"image_token": "<img>"},
+    "additional_special_tokens": ["<a>", "<b>"],
+    "chat_template": "{{ bos_token }}{{ image_token }}{{ additional_special_tokens[1] }}{{ eos_token }}",
+  }
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config=config))
+  assert tokenizer.render([]) == "<|im_start|><img><b>"
+  assert tokenizer.render([], image_token="mine", eos_token="!") == "<|im_start|>mine<b>!"
+
+
+def test_a_special_token_of_the_vocabulary_is_one_token(engine, tmp_path):
+  plain = load_tokenizer(write_json(tmp_path, engine))
+  word = next(t for t in engine.get_vocab() if len(t) > 2 and t.isascii() and t.isalpha())
+  assert plain.decode(plain.encode(word)) == word
+  marked = load_tokenizer(
+    write_json(tmp_path, engine, tokenizer_config={"extra_special_tokens": {"x_token": word}})
+  )
+  assert marked.encode(f"a{word}b") == [*plain.encode("a"), engine.token_to_id(word), *plain.encode("b")]
+  assert marked.decode(marked.encode(f"a{word}b")) == "ab"
 
 
 def test_a_bos_that_is_not_there(engine, tmp_path):
@@ -331,12 +502,149 @@ def test_the_chat_template_by_the_name_that_trainers_call(chatty):
 def test_chat_from_json_is_the_same(chatty, engine, tmp_path):
   write_json(tmp_path, engine, tokenizer_config={"chat_template": TEMPLATE})
   assert load_tokenizer(tmp_path).chat(MESSAGES) == chatty.chat(MESSAGES)
-  several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
-  write_json(tmp_path, engine, tokenizer_config={"chat_template": several})
-  assert load_tokenizer(tmp_path).chat(MESSAGES) == chatty.chat(MESSAGES)
-  (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}newer{{ eos_token }}")
-  write_json(tmp_path, engine, tokenizer_config={"chat_template": TEMPLATE, "bos_token": "<|im_start|>"})
-  assert load_tokenizer(tmp_path).render(MESSAGES) == "<|im_start|>newer"
+
+
+TWO = [
+  {"name": "tool_use", "template": "T{{ tools | tojson }}"},
+  {"name": "default", "template": "D{{ documents }}"},
+]
+SCHEMA = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+  ("config", "files", "plain", "tools"),
+  [
+    (TWO, {}, "DNone", 'T[{"type": "function", "function": {"name": "f"}}]'),
+    ({"default": "D", "tool_use": "T"}, {}, "D", "T"),
+    ("S", {}, "S", "S"),
+    ("S", {"chat_template.jinja": "J"}, "J", "J"),
+    (TWO, {"chat_template.jinja": "J"}, "J", "J"),
+    ("S", {"chat_template.jinja": "J", "additional_chat_templates/tool_use.jinja": "A"}, "J", "A"),
+    (None, {"chat_template.json": '{"chat_template": "P"}'}, "P", "P"),
+    ("S", {"chat_template.json": '{"chat_template": "P"}'}, "S", "S"),
+    ("S", {"additional_chat_templates/default.jinja": "A", "additional_chat_templates/n.txt": "B"}, "A", "A"),
+  ],
+)
+def test_which_template_is_taken(engine, tmp_path, config, files, plain, tools):
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": config})
+  (tmp_path / "additional_chat_templates").mkdir()
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.render(MESSAGES) == plain
+  assert tokenizer.render(MESSAGES, tools=[SCHEMA]) == tools
+  assert tokenizer.render(MESSAGES, chat_template="{{ messages | length }}") == "1"
+
+
+def test_a_template_that_is_not_read_is_noted(engine, tmp_path, caplog):
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": TWO})
+  (tmp_path / "chat_template.jinja").write_text("J")
+  load_tokenizer(tmp_path)
+  assert (
+    "are those of chat_template.jinja; 'default' of tokenizer_config.json differs and is not read"
+    in caplog.text
+  )
+  caplog.clear()
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": "J"})
+  load_tokenizer(tmp_path)
+  assert caplog.text == ""
+
+
+def test_without_a_default_a_name_is_needed(engine, tmp_path):
+  write_json(tmp_path, engine, tokenizer_config={"chat_template": "S"})
+  (tmp_path / "additional_chat_templates").mkdir()
+  for name in ("rag", "tool_use"):
+    (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(name)
+  tokenizer = load_tokenizer(tmp_path)
+  with pytest.raises(
+    ConfigError, match="several chat templates and no default: choose by chat_template= one of rag"
+  ):
+    tokenizer.render(MESSAGES)
+  assert tokenizer.chat_template is None
+  assert tokenizer.render(MESSAGES, tools=[]) == "tool_use"
+  assert tokenizer.render(MESSAGES, chat_template="rag") == "rag"
+
+
+def test_templates_of_gguf_files_have_names_too(engine, tmp_path):
+  path = write_gguf(tmp_path / "m.gguf", engine, "smollm", chat_template=TWO)
+  tokenizer = load_tokenizer(path)
+  assert tokenizer.render(MESSAGES) == "DNone"
+  assert tokenizer.render(MESSAGES, tools=[]) == "T[]"
+
+
+def test_errors_name_the_template(engine, tmp_path):
+  bad = [{"name": name, "template": "{{ raise_exception('no') }}"} for name in ("default", "tool_use")]
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config={"chat_template": bad}))
+  with pytest.raises(
+    ConfigError, match=r"the chat template 'tool_use' of tokenizer_config\.json refuses these messages: no"
+  ):
+    tokenizer.render(MESSAGES, tools=[])
+
+
+@pytest.mark.parametrize(
+  ("messages", "template", "field", "text"),
+  [
+    (
+      [("user", "a"), ("assistant", "b ")],
+      "{% for m in messages %}<{{ m.content }}>{% endfor %}",
+      True,
+      "<a><b ",
+    ),
+    ([("assistant", "b ")], "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", True, "<b"),
+    (
+      [("assistant", [{"type": "text", "text": "b"}, {"type": "x"}])],
+      "{{ messages[0].content[0].text }}>",
+      True,
+      "b",
+    ),
+    ([("assistant", "b")], "{{ messages[0].content }}{{ 'x' if add_generation_prompt }}", "content", "b"),
+  ],
+)
+def test_the_last_message_is_continued(engine, tmp_path, messages, template, field, text):
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config={"chat_template": template}))
+  messages = [{"role": role, "content": content} for role, content in messages]
+  assert tokenizer.render(messages, continue_final_message=field) == text
+
+
+def test_reasoning_is_continued_under_each_of_its_names(engine, tmp_path):
+  template = "{{ messages[0].thinking }}</think>"
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config={"chat_template": template}))
+  message = {"role": "assistant", "reasoning_content": "hm"}
+  assert tokenizer.render([message], continue_final_message="reasoning_content") == "hm"
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"continue_final_message": True, "add_generation_prompt": True}, "contradict each other"),
+    ({"continue_final_message": "name"}, "the last message has no 'name'"),
+    ({"continue_final_message": True, "chat_template": "{# content #}"}, "leaves out, or changes"),
+    (
+      {"continue_final_message": True, "chat_template": "{# x #}"},
+      "'content', or the chat template that was passed does not read",
+    ),
+    (
+      {"tools": [print]},
+      r"tools\[0\] is a builtin_function_or_method, expected a dict: of a function pass the JSON schema",
+    ),
+    ({"documents": ["a"]}, r"documents\[0\] is a str, expected a dict$"),
+    ({"return_dict": True}, r"apply_chat_template\(return_dict=...\) is not implemented"),
+  ],
+)
+def test_what_a_conversation_may_not_be_rendered_with(chatty, options, message):
+  with pytest.raises(ConfigError, match=message):
+    chatty.apply_chat_template(MESSAGES, **options)
+
+
+def test_neutral_arguments_of_transformers_are_accepted(chatty):
+  options = {"return_dict": False, "return_tensors": None, "padding": False, "max_length": None}
+  assert chatty.apply_chat_template(MESSAGES, **options) == chatty.render(MESSAGES)
+
+
+def test_messages_may_hold_null_and_reasoning(engine, tmp_path):
+  template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
+  tokenizer = load_tokenizer(write_json(tmp_path, engine, tokenizer_config={"chat_template": template}))
+  assert tokenizer.render([{"role": "a", "content": None, "reasoning": "r"}]) == "r"
 
 
 def test_a_template_refuses(chatty):
@@ -362,6 +670,17 @@ def test_no_template(engine, tmp_path):
     ),
     ("tokenizer_config.json", b'{"bos_token": "a", "bos_token": "b"}', "the key 'bos_token' occurs twice"),
     ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a string"),
+    (
+      "tokenizer_config.json",
+      b'{"chat_template": [{"name": "a"}]}',
+      "chat_template is not a string, nor a list",
+    ),
+    ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
+    (
+      "chat_template.jinja",
+      b"a" * 1048577,
+      "chat_template.jinja has 1,048,577 bytes, more than the 1,048,576",
+    ),
     ("config.json", b'{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ("generation_config.json", b"\xff", "generation_config.json is not valid JSON: 'utf-8' codec"),
   ],

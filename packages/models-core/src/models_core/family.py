@@ -32,8 +32,8 @@ class Family(Generic[C, M]):
     model_types: the values of `model_type` in config.json that belong to the family.
     model_class: the model, called as `model_class(config, rngs=...)`.
     config_class: a frozen dataclass with a classmethod for each published size.
-    read_config: config.json -> configuration. Raises ConfigError on a key that it neither uses nor knows to be
-      harmless, and on two spellings of one key with different values.
+    read_config: config.json -> configuration. Raises ConfigError on a key that it does not use and on which numbers may
+      depend, and on two spellings of one key with different values.
     write_config: configuration -> config.json, in the spellings of older and newer versions of transformers.
     weights: the weight table of each naming scheme. "huggingface" is required. "gguf" is present if the architecture
       has GGUF files, "orbax" if somebody publishes Orbax trees in a naming scheme of their own, "tunix" and "maxtext" if

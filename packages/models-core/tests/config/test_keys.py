@@ -1,6 +1,7 @@
 import pytest
 
-from models_core.config.keys import ConfigKeys, write_scaling
+from models_core.config.keys import ConfigKeys, collect_notes
+from models_core.config.rope import write_scaling
 from models_core.errors import ConfigError
 from models_core.rope_scaling import FrequencyFactors, LinearScaling, Llama3Scaling, YarnScaling
 
@@ -65,12 +66,22 @@ class TestValues:
     with pytest.raises(ConfigError, match="here: expected an object"):
       ConfigKeys(raw, "here")
 
-  @pytest.mark.parametrize("config", [{"quant_method": "fp8"}, {}, "awq"])
+  @pytest.mark.parametrize("config", [{"quant_method": "fp8"}, {"bits": 4}, "awq"])
   def test_quantised_weights_are_refused_by_name(self, config):
     name = config.get("quant_method", "unknown") if isinstance(config, dict) else config
     with pytest.raises(ConfigError, match=rf"quantization_config \({name}\)"):
       ConfigKeys({"quantization_config": config})
-    ConfigKeys({"quantization_config": None})
+
+  @pytest.mark.parametrize("config", [None, {}])
+  def test_an_empty_quantisation_is_none(self, config, caplog):
+    ConfigKeys({"quantization_config": config}).done()
+    assert not caplog.records
+
+  def test_null_is_not_absent_where_a_family_asks(self):
+    keys = ConfigKeys({"null": None, "number": 1})
+    assert keys.is_null("null")
+    assert not keys.is_null("number")
+    assert not keys.is_null("absent")
 
 
 class TestUnknownKeys:
@@ -80,10 +91,15 @@ class TestUnknownKeys:
     keys.done()
 
   def test_all_others_are_one_error(self):
-    keys = ConfigKeys({"b_key": 1, "a_key": [2], "read": 1})
+    keys = ConfigKeys({"sliding_window": 1, "layer_types": [2] * 99, "read": 1})
     keys.integer("read")
-    with pytest.raises(ConfigError, match=r"a_key=\[2\], b_key=1: not known"):
+    with pytest.raises(ConfigError) as caught:
       keys.done()
+    words = str(caught.value)
+    assert "layer_types=[2, 2, " in words
+    assert "sliding_window=1 (a key of " in words
+    assert "ignore_config_keys=['layer_types', 'sliding_window']" in words
+    assert len(words) < 500
 
   def test_a_key_counts_as_read_also_where_its_default_was_taken(self):
     keys = ConfigKeys({"flag": False})
@@ -115,7 +131,7 @@ class TestUnknownKeys:
       ConfigKeys({"layer_types": value}).sliding_layers(2)
 
   def test_a_family_names_further_harmless_keys(self):
-    ConfigKeys({"router_aux_loss_coef": 0.1}).done(["router_aux_loss_coef"])
+    ConfigKeys({"max_window_layers": 7}).done(["max_window_layers"])
 
 
 class TestRope:
@@ -134,7 +150,7 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}, 1e4, LinearScaling(2)),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "frequency_factors", "factors": [1, 2.5]}}, 1e4, FrequencyFactors((1, 2.5))),
       ({"rope_theta": 1e4, "rope_scaling": YARN}, 1e4, YarnScaling(4.0, 32)),
-      ({"rope_theta": 1e4, "rope_scaling": YARN | {"attn_factor": 0.9, "beta_fast": None}}, 1e4, YarnScaling(4.0, 32)),
+      ({"rope_theta": 1e4, "rope_scaling": YARN | {"beta_fast": None}}, 1e4, YarnScaling(4.0, 32)),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 64}, 1e4, YarnScaling(4, 64)),
     ],
     ids=range(14),
@@ -145,8 +161,52 @@ class TestRope:
     keys.done()
 
   def test_a_family_may_have_a_default_theta(self):
-    assert ConfigKeys({}).rope(1e4) == (1e4, None)
-    assert ConfigKeys({"rope_theta": 5.0}).rope(1e4) == (5.0, None)
+    with collect_notes() as notes:
+      assert ConfigKeys({"rope_theta": 5.0}).rope(1e4) == (5.0, None)
+      assert not notes
+      assert ConfigKeys({}).rope(1e4) == (1e4, None)
+    assert notes == ["config.json: rope_theta is not stated, and is 10000 as in transformers"]
+
+  @pytest.mark.parametrize(
+    ("scaling", "read", "unread"),
+    [
+      ({}, None, ""),
+      ({"rope_type": "default"}, None, ""),
+      ({"rope_type": "default", "factor": 1.0, "partial_rotary_factor": 1.0}, None, "factor"),
+      ({"rope_type": "default", "mrope_section": [4, 2, 2]}, None, "mrope_section"),
+      ({"finetuned": True}, None, "finetuned"),
+      ({"original_max_position_embeddings": 64}, None, "original_max_position_embeddings"),
+      ({"type": "linear", "factor": 2.0, "finetuned": True}, LinearScaling(2.0), "finetuned"),
+      ({"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}, LinearScaling(2.0), "original_max_position_embeddings"),
+      (LLAMA3 | {"beta_fast": 32, "mscale": 1.0}, SCALING, "beta_fast, rope_scaling.mscale"),
+      (YARN | {"attn_factor": 0.9}, YarnScaling(4.0, 32), "attn_factor"),
+    ],
+    ids=str,
+  )  # fmt: skip
+  def test_what_transformers_does_not_read_is_noted(self, scaling, read, unread):
+    keys = ConfigKeys({"rope_theta": 1e4, "rope_scaling": scaling})
+    assert keys.rope() == (1e4, read)
+    with collect_notes() as notes:
+      keys.done()
+    assert notes == ([f"config.json: not read by this architecture: rope_scaling.{unread}"] if unread else [])
+
+  def test_the_length_of_pretraining_may_stand_beside_the_scaling(self):
+    rest = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    for scaling in (rest, LLAMA3):
+      keys = ConfigKeys(
+        {"rope_theta": 1e4, "rope_scaling": scaling, "original_max_position_embeddings": 8192}
+      )
+      assert keys.rope() == (1e4, SCALING)
+      with collect_notes() as notes:
+        keys.done()
+      assert not notes
+    with collect_notes() as notes:
+      ConfigKeys({"original_max_position_embeddings": 8192}).done()
+    assert len(notes) == 1
+
+  def test_an_empty_object_is_none(self):
+    keys = ConfigKeys({"rope_theta": 1e4, "rope_scaling": {}, "rope_parameters": LLAMA3})
+    assert keys.rope() == (1e4, SCALING)
 
   @pytest.mark.parametrize(
     ("raw", "message"),
@@ -166,12 +226,18 @@ class TestRope:
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}}, "lacks factor, original_max_position_embeddings"),
       ({"rope_theta": 1e4, "rope_scaling": YARN | {"truncate": 1}}, "truncate is 1, expected true or false"),
       ({"rope_theta": 1e4, "rope_scaling": YARN | {"beta_slow": -1}}, "beta_slow is -1"),
-      ({"rope_theta": 1e4, "rope_scaling": YARN | {"low_freq_factor": 1}}, "low_freq_factor not known to rope_type 'yarn'"),
+      ({"rope_theta": 1e4, "rope_scaling": {"factor": 8.0}}, "rope_scaling has factor=8.0, but rope_type is missing"),
+      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": None, "short_factor": [1.0]}}, "rope_type is missing"),
+      ({"rope_theta": 1e4, "rope_parameters": {"beta_fast": 32}}, "rope_parameters has beta_fast=32, but rope_type is missing"),
+      ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"rope_type": "default"}}, "high_freq_factor=4.0, low_freq_factor=1.0, but its rope_type is 'default'"),
+      ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5"),
+      ({"rope_theta": 1e4, "rope_scaling": {"full_attention": LLAMA3}}, r"objects for kinds of layers \(full_attention\)"),
+      ({"rope_theta": 1e4, "rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "is 8192 in config.json: rope_scaling and 64 beside it"),
+      ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": ["llama3"]}}, "not implemented"),
       ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor, high_freq"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
       ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
-      ({"rope_theta": 1e4, "rope_scaling": LLAMA3 | {"beta_fast": 32}}, "beta_fast not known to rope_type 'llama3'"),
     ],
     ids=str,
   )  # fmt: skip

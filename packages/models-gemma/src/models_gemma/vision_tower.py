@@ -52,10 +52,11 @@ def text_keys(raw: Mapping[str, Any]) -> ConfigKeys:
   outer = ConfigKeys(raw)
   if (text := outer.get("text_config", Mapping)) is None:
     return outer
+  defaults = DEFAULTS if text.get("rope_parameters") is not None else DEFAULTS | THETAS
+  inner = {**defaults, **text}
   for key in IMAGE_KEYS.split():
     outer.get(key)
   outer.expect("tie_word_embeddings", True)
-  outer.done()
-  stated = {key: value for key, value in text.items() if value is not None}
-  defaults = DEFAULTS if "rope_parameters" in stated else DEFAULTS | THETAS
-  return ConfigKeys(defaults | stated, "config.json: text_config")
+  # Some trainers repeat keys of the language model, of which those in text_config count.
+  outer.done([key for key in raw if key in inner and raw[key] == inner[key]])
+  return ConfigKeys(inner, "config.json: text_config")

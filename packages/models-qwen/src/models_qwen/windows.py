@@ -24,14 +24,12 @@ def read_window(keys: ConfigKeys, num_layers: int) -> tuple[int | None, int]:
   Raises:
     ConfigError: if the sliding layers are not the last ones, or if `use_sliding_window` contradicts `layer_types`.
   """
-  slides, types = keys.boolean("use_sliding_window", False), keys.sliding_layers(num_layers)
-  if not slides:
+  window, types = _window(keys), keys.sliding_layers(num_layers)
+  if window is None:
     if types is not None and any(types):
-      raise ConfigError(
-        "config.json: layer_types names sliding layers, but use_sliding_window is false: correct one of them"
-      )
+      why = "sliding_window is null" if keys.get("use_sliding_window") else "use_sliding_window is false"
+      raise ConfigError(f"config.json: layer_types names sliding layers, but {why}: correct one of them")
     return None, 0
-  window = keys.integer("sliding_window")
   if types is None:
     return window, keys.integer("max_window_layers", minimum=0)
   first = num_layers - sum(types)
@@ -51,13 +49,19 @@ def read_common_window(keys: ConfigKeys, num_layers: int) -> int | None:
   Raises:
     ConfigError: if `layer_types` says that only some layers slide.
   """
-  slides = keys.boolean("use_sliding_window", False)
-  if keys.sliding_layers(num_layers) not in (None, (slides,) * num_layers):
+  window = _window(keys)
+  if keys.sliding_layers(num_layers) not in (None, (window is not None,) * num_layers):
     raise ConfigError(
-      f"config.json: layer_types differs from use_sliding_window={slides}, which applies to all layers of a model with "
-      "experts: remove layer_types"
+      f"config.json: layer_types differs from use_sliding_window={window is not None}, which applies to all layers of a "
+      "model with experts: remove layer_types"
     )
-  return keys.integer("sliding_window") if slides else None
+  return window
+
+
+def _window(keys: ConfigKeys) -> int | None:
+  """The sliding window in tokens; None if it is switched off, or null."""
+  off = not keys.boolean("use_sliding_window", False) or keys.is_null("sliding_window")
+  return None if off else keys.integer("sliding_window")
 
 
 def write_window(window: int | None, first: int, num_layers: int) -> dict[str, Any]:

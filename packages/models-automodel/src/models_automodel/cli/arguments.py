@@ -32,6 +32,7 @@ def model_arguments() -> argparse.ArgumentParser:
     "--download-path",
     help="directory that downloads are kept in (default: the source's cache; object stores are read in place)",
   )
+  add_ignored_keys(parser)
   parser.add_argument("--dtype", help="dtype of the parameters, such as bfloat16 (default: as stored)")
   add_selectors(parser)
   return parser
@@ -54,6 +55,17 @@ def add_selectors(parser: argparse.ArgumentParser) -> None:
 def selectors_of(options: argparse.Namespace) -> dict[str, Any]:
   """The options that choose one of several checkpoints, as keyword arguments."""
   return {name: getattr(options, name) for name in _SELECTORS}
+
+
+def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
+  """Adds `--ignore-config-key`."""
+  parser.add_argument(
+    "--ignore-config-key",
+    metavar="KEY",
+    action="append",
+    default=[],
+    help="a key of config.json to leave out, such as residual_multiplier or rope_scaling.factor; may be repeated",
+  )
 
 
 def where_of(options: argparse.Namespace) -> Where:

@@ -54,7 +54,12 @@ def _generate(options: argparse.Namespace) -> None:
   from models_automodel.automodel import AutoModel
 
   prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-  model, path = AutoModel.from_pretrained(where_of(options), make_mesh(options.mesh), dtype=options.dtype)
+  model, path = AutoModel.from_pretrained(
+    where_of(options),
+    make_mesh(options.mesh),
+    dtype=options.dtype,
+    ignore_config_keys=options.ignore_config_key,
+  )
   _print_stream(
     _continue(
       model,
@@ -73,7 +78,7 @@ def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any)
   from models_automodel.text import generate, load_tokenizer
 
   tokenizer = load_tokenizer(path)
-  chat = not raw and tokenizer.chat_template is not None
+  chat = not raw and bool(tokenizer.chat_templates)
   ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
   return tokenizer.stream(generate(model, ids, stop_ids=tokenizer.stop_ids, **sampling))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from models_automodel.cli.arguments import (
   Commands,
+  add_ignored_keys,
   add_selectors,
   mesh_arguments,
   model_arguments,
@@ -109,7 +110,7 @@ def _found(options: argparse.Namespace) -> tuple[Family, Any]:
   from models_automodel.presets import call_model_config
 
   if "/" in options.model or os.path.exists(os.path.expanduser(options.model)):
-    found = find(where_of(options))
+    found = find(where_of(options), ignore_config_keys=options.ignore_config_key)
     return found.family, found.config
   config = call_model_config(options.model)
   return load_family(models_naming.get_model_config_category(options.model), options.model), config
@@ -147,6 +148,7 @@ def _plan(options: argparse.Namespace) -> None:
     where_of(options),
     make_mesh(options.mesh),
     dtype=options.dtype,
+    ignore_config_keys=options.ignore_config_key,
     strict_sharding=options.strict_sharding,
   )
   print(plan)
@@ -166,7 +168,12 @@ def add_digest(commands: Commands) -> None:
 def _digest(options: argparse.Namespace) -> None:
   from models_automodel.digest import digest
 
-  found = digest(where_of(options), mesh=make_mesh(options.mesh), dtype=options.dtype)
+  found = digest(
+    where_of(options),
+    mesh=make_mesh(options.mesh),
+    dtype=options.dtype,
+    ignore_config_keys=options.ignore_config_key,
+  )
   if options.parameters:
     for name, number in found.parameters.items():
       print(f"{number:016x}  {name}")
@@ -181,6 +188,7 @@ def add_verify(commands: Commands) -> None:
   parser.set_defaults(run=_verify)
   parser.add_argument("directory", help="directory of the checkpoint, or a GGUF file")
   add_selectors(parser)
+  add_ignored_keys(parser)
   parser.add_argument(
     "--values", action="store_true", help="also read all weights, and fail on NaN or infinity"
   )
@@ -195,7 +203,12 @@ def add_verify(commands: Commands) -> None:
 def _verify(options: argparse.Namespace) -> None:
   from models_automodel.verify import check_checksums, checksums, read_checksums, verify
 
-  plan = verify(options.directory, values=options.values, **selectors_of(options))
+  plan = verify(
+    options.directory,
+    values=options.values,
+    ignore_config_keys=options.ignore_config_key,
+    **selectors_of(options),
+  )
   if options.checksums:
     check_checksums(options.directory, read_checksums(options.checksums))
   if options.sha256:

@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from models_automodel.text.chat_template import DEFAULT, ChatTemplate
 from models_core.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
+MODEL = f"{_PREFIX}model"
+_TEMPLATE = "tokenizer.chat_template"
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
@@ -81,7 +84,7 @@ class GgufTokenizer:
     ids: role -> token id, for those of "bos", "eos", "eot", "eom", "unknown" and "padding" that the file states.
     add_bos: whether a text begins with the token "bos".
     add_eos: whether a text ends with the token "eos".
-    chat_template: Jinja source, or None.
+    chat_templates: the chat templates, by name.
   """
 
   json: str
@@ -89,7 +92,7 @@ class GgufTokenizer:
   ids: Mapping[str, int]
   add_bos: bool
   add_eos: bool
-  chat_template: str | None
+  chat_templates: Mapping[str, ChatTemplate]
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufTokenizer:
@@ -121,8 +124,17 @@ def read_gguf_tokenizer(metadata: Mapping[str, object], where: str) -> GgufToken
     ids=known,
     add_bos="bos" in known and keys.flag("add_bos_token", add_bos),
     add_eos="eos" in known and keys.flag("add_eos_token", False),
-    chat_template=keys.text("tokenizer.chat_template"),
+    chat_templates=_templates(keys),
   )
+
+
+def _templates(keys: _Keys) -> dict[str, ChatTemplate]:
+  """The default template, and others under keys that end with their names."""
+  names = {_TEMPLATE: DEFAULT} | {
+    key: key.removeprefix(f"{_TEMPLATE}.") for key in keys.metadata if key.startswith(f"{_TEMPLATE}.")
+  }
+  found = {name: (keys.text(key), key) for key, name in names.items()}
+  return {name: ChatTemplate(text, key) for name, (text, key) in found.items() if text is not None}
 
 
 def _byte_level(

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import models_sources
 from models_automodel.errors import source_errors
-from models_automodel.text.chat_template import render
+from models_automodel.text.chat_template import (
+  DEFAULT,
+  ChatTemplate,
+  choose,
+  plain_messages,
+  render,
+  render_unfinished,
+)
+from models_automodel.text.gguf_files import ROLES, TOKENIZER
 from models_automodel.text.gguf_tokenizer import read_gguf_tokenizer
+from models_automodel.text.special_tokens import framing, read_special_tokens, tokenizer_class
+from models_automodel.text.template_files import TEMPLATES, read_templates
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import GGUF, Checkpoint, Files, as_files, read_json, strangeness
+from models_core.formats import GGUF, Checkpoint, Files, as_files, names_in, read_json, strangeness
 
-TOKENIZER = "tokenizer.json"
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_log = logging.getLogger(__name__)
+
 # Special tokens that end a turn or a text, even if the configuration does not list them.
 _ENDS = frozenset(
   (
@@ -30,6 +41,17 @@ _ENDS = frozenset(
   )
 )
 _INCOMPLETE = "\ufffd"
+# Arguments of transformers' apply_chat_template that ask for something else than a text or a list of ids.
+_NOT_IMPLEMENTED = (
+  "padding",
+  "truncation",
+  "max_length",
+  "return_tensors",
+  "return_dict",
+  "return_assistant_tokens_mask",
+  "sanitize_control_tokens",
+  "tokenizer_kwargs",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +62,19 @@ class Tokenizer:
     engine: a `tokenizers.Tokenizer`.
     before: token ids that are put before a text, such as BOS.
     after: token ids that are put after a text, such as EOS.
-    chat_template: Jinja source, or None.
-    special_tokens: role -> token, such as "bos_token" -> "<s>".
+    chat_templates: the chat templates, by name. Most checkpoints have one, "default".
+    special_tokens: role -> token, such as "bos_token" -> "<s>", and names of the tokenizer's own, such as "image_token".
     stop_ids: token ids that end an answer, from generation_config.json, config.json and the tokenizer together.
+    additional_special_tokens: special tokens without a name.
   """
 
   engine: Any = dataclasses.field(repr=False)
   before: tuple[int, ...]
   after: tuple[int, ...]
-  chat_template: str | None = dataclasses.field(repr=False)
+  chat_templates: Mapping[str, ChatTemplate]
   special_tokens: Mapping[str, str]
   stop_ids: frozenset[int]
+  additional_special_tokens: tuple[str, ...] = ()
 
   def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Encodes a text.
@@ -104,31 +128,79 @@ class Tokenizer:
     """The token of `eos_id`."""
     return self.special_tokens.get("eos_token")
 
-  def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+  @property
+  def chat_template(self) -> str | None:
+    """Jinja source of the template "default"; None if there is none."""
+    return self.chat_templates[DEFAULT].source if DEFAULT in self.chat_templates else None
+
+  def render(
+    self,
+    messages: Sequence[Any],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str = False,
+    **variables: Any,
+  ) -> str:
     """Renders a conversation as the text that the model continues.
 
     Args:
       messages: each with "role" and "content", as the checkpoint's chat template expects them.
-      **variables: of the template, such as `tools` or `enable_thinking`. `add_generation_prompt` is True by
-        default: the text ends where the answer begins.
+      tools: JSON schemas of tools. With them, the template "tool_use" is taken where there is one.
+      documents: each with "title" and "text".
+      chat_template: name of the template to take, or Jinja source of another.
+      add_generation_prompt: whether the text ends where the answer begins. None is True, unless the last message is
+        continued.
+      continue_final_message: whether the text ends with that of the last message, which the model goes on with; a name,
+        such as "reasoning_content", says in which field of the message.
+      **variables: of the template, such as `enable_thinking`.
 
     Raises:
-      ConfigError: if the checkpoint has no chat template, or the template refuses the messages.
+      ConfigError: if the checkpoint has no chat template, or the template fails, exceeds a bound on time or memory, or
+        refuses the messages.
       MissingExtraError: if jinja2 is not installed.
     """
-    if self.chat_template is None:
-      raise ConfigError("the checkpoint has no chat template (a base model?): encode plain text instead")
-    defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
-    return render(self.chat_template, {"messages": messages, **defaults, **self.special_tokens, **variables})
+    template = choose(self.chat_templates, chat_template, tools=tools)
+    if continue_final_message and add_generation_prompt:
+      raise ConfigError("continue_final_message and add_generation_prompt contradict each other: choose one")
+    for name, given in (("tools", tools), ("documents", documents)):
+      for i, item in enumerate(given or ()):
+        if not isinstance(item, Mapping):
+          raise ConfigError(
+            f"{name}[{i}] is a {type(item).__name__}, expected a dict"
+            + (": of a function pass the JSON schema" if name == "tools" else "")
+          )
+    prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+    found = {"tools": tools, "documents": documents, "add_generation_prompt": prompt}
+    special: dict[str, Any] = dict(self.special_tokens)
+    if self.additional_special_tokens:
+      special["additional_special_tokens"] = list(self.additional_special_tokens)
+    found |= special | variables
+    plain = plain_messages(messages)
+    if continue_final_message:
+      field = "content" if continue_final_message is True else continue_final_message
+      return render_unfinished(template, found, plain, field)
+    return render(template.source, found | {"messages": plain}, origin=template.origin)
 
-  def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+  def chat(self, messages: Sequence[Any], **variables: Any) -> list[int]:
     """Encodes the text of `render`. Adds no BOS token, because the template adds it if the model needs it."""
     return self._ids(self.render(messages, **variables))
 
   def apply_chat_template(
-    self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, **variables: Any
+    self, messages: Sequence[Any], *, tokenize: bool = False, **variables: Any
   ) -> str | list[int]:
-    """`render` or, with `tokenize`, `chat`, under the name by which trainers call both."""
+    """`render` or, with `tokenize`, `chat`, under the name by which trainers call both.
+
+    Raises:
+      ConfigError: as `render`, or for an argument of transformers that asks for something else.
+    """
+    for name in _NOT_IMPLEMENTED:
+      if variables.pop(name, None):
+        raise ConfigError(
+          f"apply_chat_template({name}=...) is not implemented: it gives a text or a list of ids"
+        )
     return self.chat(messages, **variables) if tokenize else self.render(messages, **variables)
 
   def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -178,7 +250,7 @@ def load_tokenizer(place: str | os.PathLike | Files | Checkpoint) -> Tokenizer:
       return _from_gguf(place)
     place = place.files
   files = as_files(place)
-  names = frozenset(files.names())
+  names = frozenset(files.names()) | frozenset(names_in(files, TEMPLATES))
   if TOKENIZER in names:
     return _from_json(files, names)
   if GGUF.is_in(files):
@@ -195,13 +267,12 @@ def _from_gguf(checkpoint: Checkpoint) -> Tokenizer:
   where = checkpoint.files.path
   read = read_gguf_tokenizer(checkpoint.metadata, where)
   engine = _engine(read.json, where)
-  roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
   return Tokenizer(
     engine=engine,
     before=(read.ids["bos"],) if read.add_bos else (),
     after=(read.ids["eos"],) if read.add_eos else (),
-    chat_template=read.chat_template,
-    special_tokens={name: read.tokens[read.ids[role]] for role, name in roles.items() if role in read.ids},
+    chat_templates=read.chat_templates,
+    special_tokens={name: read.tokens[read.ids[role]] for role, name in ROLES.items() if role in read.ids},
     stop_ids=frozenset(read.ids[role] for role in ("eos", "eot", "eom") if role in read.ids)
     | _named_ends(engine),
   )
@@ -210,29 +281,39 @@ def _from_gguf(checkpoint: Checkpoint) -> Tokenizer:
 def _from_json(files: Files, names: frozenset[str]) -> Tokenizer:
   engine = _engine(_text(files, TOKENIZER), files.path)
   config = _read_json(files, names, "tokenizer_config.json")
-  special = _special_tokens(_read_json(files, names, "special_tokens_map.json") | config)
-  before, after = _framing(engine)
+  model = _read_json(files, names, "config.json")
+  kind = tokenizer_class(config, model)
+  named, unnamed, stated = read_special_tokens(config, _read_json(files, names, "special_tokens_map.json"))
+  vocabulary = {role: token for role, token in kind.roles.items() if engine.token_to_id(token) is not None}
+  special = {role: token for role, token in vocabulary.items() if role not in stated} | named
+  _make_special(engine, [*special.values(), *unnamed])
   ids = {role: engine.token_to_id(token) for role, token in special.items()}
-  framing: dict[str, tuple[int, ...]] = {"bos_token": before, "eos_token": after}
-  for role in framing:
-    # As in transformers, the configuration overrules the post-processor of tokenizer.json.
-    if isinstance(stated := config.get(f"add_{role}"), bool):
-      if stated and ids.get(role) is None:
-        raise CheckpointError(
-          files.path, [f"tokenizer_config.json: add_{role} is true, but there is no {role}"]
-        )
-      framing[role] = (ids[role],) if stated else ()
+  before, after = _framing(engine)
+  try:
+    frames, notes = framing(kind, config, {"bos_token": before, "eos_token": after}, ids.get)
+  except LookupError as error:
+    raise CheckpointError(files.path, [str(error)]) from None
+  for note in notes:
+    _log.warning("%s: %s", files.path, note)
   stops = {ids["eos_token"]} if ids.get("eos_token") is not None else set()
-  for name in ("generation_config.json", "config.json"):
-    stops |= _end_ids(files, name, _read_json(files, names, name))
+  stops |= _end_ids(files, "config.json", model)
+  stops |= _end_ids(files, "generation_config.json", _read_json(files, names, "generation_config.json"))
+  processor = _read_json(files, names, "chat_template.json")
   return Tokenizer(
     engine=engine,
-    before=framing["bos_token"],
-    after=framing["eos_token"],
-    chat_template=_chat_template(files, names, config),
+    before=frames["bos_token"],
+    after=frames["eos_token"],
+    chat_templates=read_templates(files, names, config, processor),
     special_tokens=special,
     stop_ids=frozenset(stops) | _named_ends(engine),
+    additional_special_tokens=tuple(unnamed),
   )
+
+
+def _make_special(engine: Any, tokens: Sequence[str]) -> None:
+  """Makes tokens of the vocabulary special, as transformers does when it loads them."""
+  added = {token.content for token in engine.get_added_tokens_decoder().values()}
+  engine.add_special_tokens([t for t in tokens if t not in added and engine.token_to_id(t) is not None])
 
 
 def _engine(source: str, where: str) -> Any:
@@ -268,31 +349,6 @@ def _end_ids(files: Files, name: str, config: Mapping[str, Any]) -> set[int]:
       files.path, [f"{name}: eos_token_id is {value!r}, expected a token id or a list of them"]
     )
   return set(ids)
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-  """Role -> token. The files state a token as a string or as an object."""
-  found = {}
-  for role in _ROLES:
-    value = config.get(role)
-    token = value.get("content") if isinstance(value, dict) else value
-    if isinstance(token, str):
-      found[role] = token
-  return found
-
-
-def _chat_template(files: Files, names: frozenset[str], config: Mapping[str, Any]) -> str | None:
-  """The template in chat_template.jinja, else that of tokenizer_config.json; of several, the one named "default"."""
-  if "chat_template.jinja" in names:
-    return _text(files, "chat_template.jinja")
-  value = config.get("chat_template")
-  if isinstance(value, list):
-    value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get(
-      "default"
-    )
-  if value is not None and not isinstance(value, str):
-    raise CheckpointError(files.path, ["tokenizer_config.json: chat_template is not a string"])
-  return value
 
 
 def _text(files: Files, name: str) -> str:

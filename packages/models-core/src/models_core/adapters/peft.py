@@ -25,7 +25,16 @@ from models_core.errors import AdapterError, CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import Files, as_files, read_json, read_safetensors_file
 from models_core.loading import abstract_model
-from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
+from models_core.saving import (
+  Place,
+  SavedFile,
+  file_bytes,
+  plan_state,
+  put_files,
+  replace_directory,
+  write_files,
+  write_texts,
+)
 from models_core.weights import Form, Piece, WeightTable, letter_sizes, pieces
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -53,7 +62,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 def save_peft_adapter(
   adapter: Adapter,
-  save_dir: str | os.PathLike,
+  save_dir: Place,
   family: Family,
   config: Any,
   *,
@@ -64,7 +73,7 @@ def save_peft_adapter(
 
   Args:
     adapter: the adapter, such as `adapter_of` returns.
-    save_dir: directory to write; it may be missing or empty. The write is atomic.
+    save_dir: directory to write, or a target that a source provides; it may be missing or empty. The write is atomic.
     family: family of the model.
     config: configuration of the model.
     base_model: repository or directory of the model that the adapter changes, for adapter_config.json.
@@ -84,9 +93,13 @@ def save_peft_adapter(
         tensors[_PREFIX + module + side] = data
   file = SavedFile(ADAPTER_WEIGHTS, tuple(plan_state(tensors)))
   text = json.dumps(_config(adapter, tensors, table, shapes, base_model), indent=2).encode() + b"\n"
-  with replace_directory(os.fspath(save_dir), overwrite=overwrite) as directory:
-    write_files(directory, [file], tensors.__getitem__)
-    write_texts(directory, {ADAPTER_CONFIG: text})
+  if isinstance(save_dir, str | os.PathLike):
+    with replace_directory(os.fspath(save_dir), overwrite=overwrite, nbytes=file.nbytes) as directory:
+      write_files(directory, [file], tensors.__getitem__)
+      write_texts(directory, {ADAPTER_CONFIG: text})
+  else:
+    contents = {ADAPTER_WEIGHTS: file_bytes(file, tensors.__getitem__), ADAPTER_CONFIG: text}
+    put_files(save_dir, contents, overwrite=overwrite, last=ADAPTER_CONFIG)
 
 
 def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: Any) -> Adapter:

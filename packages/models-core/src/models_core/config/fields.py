@@ -6,7 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from models_core.config.keys import ConfigKeys, write_scaling
+from models_core.config.keys import ConfigKeys
+from models_core.config.rope import write_scaling
 from models_core.errors import ConfigError
 from models_core.layers import RematConfig
 from models_core.rope_scaling import RopeScaling

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models_core.config.keys import write_scaling
+from models_core.config.rope import write_scaling
 from models_core.errors import CheckpointError
 from models_core.formats import Checkpoint, TensorInfo
 from models_core.rope_scaling import Llama3Scaling

@@ -1,17 +1,21 @@
-"""Reading config.json: each key is used, known to be harmless, or an error."""
+"""Reading config.json: each key is used, ignored with a note, or an error."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from models_core.config.harmless import ADDED, NEUTRAL, WRITTEN
+from models_core.config.harmless import is_silent, refusal
+from models_core.config.rope import positive, read_scaling
 from models_core.errors import ConfigError
-from models_core.rope_scaling import FrequencyFactors, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from models_core.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling
 
 _log = logging.getLogger(__name__)
+_collected: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)
 
 # Numbers of parts that are made or listed one by one: beyond these a file is damaged, and reading it would take hours.
 MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
@@ -25,7 +29,7 @@ class ConfigKeys:
   def __init__(self, raw: Mapping[str, Any], where: str = "config.json"):
     if not isinstance(raw, Mapping):
       raise ConfigError(f"{where}: expected an object, found {type(raw).__name__}")
-    if raw.get("quantization_config") is not None:
+    if raw.get("quantization_config") not in (None, {}):
       method = raw["quantization_config"]
       method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
       raise ConfigError(
@@ -33,7 +37,9 @@ class ConfigKeys:
         "load the unquantised repository or a GGUF file"
       )
     self._raw, self._where = raw, where
-    self._read: set[str] = set()
+    self._read: set[str] = {"quantization_config"}
+    # Keys inside objects that were read.
+    self._unread: list[str] = []
 
   def _take(self, key: str, default: Any) -> Any:
     self._read.add(key)
@@ -92,12 +98,15 @@ class ConfigKeys:
 
   def number(self, key: str, default: Any = _MISSING) -> float:
     """A positive number."""
-    return _positive(self._take(key, default), f"{self._where}: {key}")
+    return positive(self._take(key, default), f"{self._where}: {key}")
+
+  def is_null(self, key: str) -> bool:
+    """Whether the file has the key, and says null."""
+    return key in self._raw and self._raw[key] is None
 
   def number_or_null(self, key: str) -> float | None:
     """A positive number, or None where the file says null. The key must be there."""
-    null = key in self._raw and self._raw[key] is None
-    return self.get(key) if null else self.number(key)
+    return self.get(key) if self.is_null(key) else self.number(key)
 
   def boolean(self, key: str, default: Any = _MISSING) -> bool:
     """True or false."""
@@ -119,178 +128,102 @@ class ConfigKeys:
     """RoPE's theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`, or both.
 
     Args:
-      default_theta: where neither spelling states it.
+      default_theta: where neither spelling states it. It is noted.
 
     Raises:
-      ConfigError: where the spellings differ, or for a kind of scaling that is not implemented.
+      ConfigError: where the spellings differ, for a kind of scaling that is not implemented, or if a key of a scaling
+        would have no effect because its type is missing.
     """
-    old, new = self._take("rope_scaling", None), self._take("rope_parameters", None)
+    objects = {name: self.get(name) for name in ("rope_scaling", "rope_parameters")}
     theta = self._take("rope_theta", None)
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
+    for name, value in objects.items():
       if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{self._where}: {name} is {value!r}, expected an object")
-    thetas = {"rope_theta": theta, "rope_parameters.rope_theta": (new or {}).get("rope_theta")}
     # rope_scaling carries a theta of its own where new transformers wrote it under the old name.
-    thetas["rope_scaling.rope_theta"] = (old or {}).get("rope_theta")
+    thetas = {"rope_theta": theta} | {
+      f"{name}.rope_theta": (value or {}).get("rope_theta") for name, value in objects.items()
+    }
     stated = {
-      name: _positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None
+      name: positive(value, f"{self._where}: {name}") for name, value in thetas.items() if value is not None
     }
     if len(set(stated.values())) > 1:
       raise ConfigError(
         f"{self._where}: RoPE's theta is stated twice and differs: {_spell(stated)}; remove one"
       )
-    theta = next(iter(stated.values()), default_theta)
-    if theta is None:
-      raise ConfigError(
-        f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it"
-      )
-    scalings = {
-      name: _scaling(value, f"{self._where}: {name}", self._raw)
-      for name, value in (("rope_scaling", old), ("rope_parameters", new))
-      if value is not None
-    }
+    scalings: dict[str, RopeScaling | None] = {}
+    for name, value in objects.items():
+      if value:
+        scalings[name], left = read_scaling(value, f"{self._where}: {name}", self._raw)
+        self._unread += [f"{name}.{key}" for key in left]
     if len(set(scalings.values())) > 1:
       raise ConfigError(
         f"{self._where}: RoPE's scaling is stated twice and differs: {_spell(scalings)}; remove one"
       )
-    return theta, next(iter(scalings.values()), None)
+    scaling = next(iter(scalings.values()), None)
+    if isinstance(scaling, (Llama3Scaling, YarnScaling)):
+      self._read.add("original_max_position_embeddings")
+    if stated:
+      return next(iter(stated.values())), scaling
+    if default_theta is None:
+      raise ConfigError(
+        f"{self._where}: rope_theta is missing, and no default is right for every checkpoint: add it"
+      )
+    note(f"{self._where}: rope_theta is not stated, and is {default_theta:g} as in transformers")
+    return default_theta, scaling
 
   def done(self, harmless: Collection[str] = ()) -> None:
-    """Refuses keys that nobody read and that are not known to be harmless.
+    """Refuses keys that nobody read and on which logits may depend, and notes all others.
 
-    Those that are, and that not every config.json has, are named in the log, once in a process.
+    No note is made of those that transformers itself writes into every config.json.
 
     Args:
-      harmless: further keys that change no logit of this architecture.
+      harmless: further keys that change no logit of this architecture, and of which no note is made.
 
     Raises:
       ConfigError: naming all that are refused.
     """
-    known = self._read | WRITTEN | set(harmless)
+    known = self._read | set(harmless)
     left = sorted(key for key, value in self._raw.items() if key not in known and value is not None)
-    left = [key for key in left if self._raw[key] not in NEUTRAL.get(key, ())]
-    if unknown := [key for key in left if key not in ADDED]:
+    refused = {key: why for key in left if (why := refusal(key, self._raw)) is not None}
+    if refused:
+      keys = ", ".join(f"{key}={_short(self._raw[key])} ({why})" for key, why in refused.items())
       raise ConfigError(
-        f"{self._where}: {', '.join(f'{key}={self._raw[key]!r}' for key in unknown)}: not known to this "
-        "architecture. If the model's numbers don't depend on it, remove it from config.json or pass config="
+        f"{self._where}: {keys}: not known to this architecture, and the model's numbers may depend on it. If they do "
+        f"not, pass ignore_config_keys={list(refused)} to AutoModel, or remove them"
       )
-    if left:
-      _note_unread(self._where, ", ".join(left))
+    if noted := [key for key in left if not is_silent(key)] + sorted(set(self._unread)):
+      note(f"{self._where}: not read by this architecture: {', '.join(noted)}")
+
+
+@contextlib.contextmanager
+def collect_notes() -> Iterator[list[str]]:
+  """Collects the notes that reading configurations makes in the block, which otherwise go to the log."""
+  notes: list[str] = []
+  token = _collected.set(notes)
+  try:
+    yield notes
+  finally:
+    _collected.reset(token)
+
+
+def note(text: str) -> None:
+  """Notes what a user may not expect of a configuration: to `collect_notes`, or else once in the log."""
+  if (notes := _collected.get()) is None:
+    _log_once(text)
+  elif text not in notes:
+    notes.append(text)
 
 
 @functools.cache
-def _note_unread(where: str, keys: str) -> None:
-  """Says that keys are not read. A configuration is read anew whenever its model is saved: once is enough."""
-  _log.warning("%s: keys on which no logit depends are not read: %s", where, keys)
+def _log_once(text: str) -> None:
+  """A configuration is read anew whenever its model is saved: once is enough."""
+  _log.warning("%s", text)
 
 
-def _positive(value: Any, what: str) -> float:
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e308:
-    raise ConfigError(f"{what} is {value!r}, expected a positive number")
-  return float(value)
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _spell(values: Mapping[str, Any]) -> str:
   return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _fields(
-  cls: Callable[..., RopeScaling], **keys: str
-) -> tuple[Callable[..., RopeScaling], frozenset[str]]:
-  def read(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling:
-    missing = [key for key in keys.values() if value.get(key) is None]
-    if missing:
-      raise ConfigError(f"{where} lacks {', '.join(missing)}")
-    return cls(**{field: _numbers(value[key], f"{where}.{key}") for field, key in keys.items()})
-
-  return read, frozenset(keys.values())
-
-
-def _numbers(value: Any, what: str) -> Any:
-  """A positive number as it is, or a tuple of such numbers."""
-  numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-  for number in numbers:
-    _positive(number, what)
-  return numbers if isinstance(value, (list, tuple)) else value
-
-
-def _yarn(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> YarnScaling:
-  length = value.get("original_max_position_embeddings")
-  if length is None:  # as transformers has it
-    length = raw.get("max_position_embeddings")
-  options = {k: v for k in _YARN_OPTIONS if (v := value.get(k)) is not None}
-  numbers = {"factor": value.get("factor"), "original_max_position_embeddings": length, **options}
-  if missing := [key for key, number in numbers.items() if number is None]:
-    raise ConfigError(f"{where} lacks {', '.join(missing)}")
-  for key, number in numbers.items():
-    _positive(number, f"{where}.{key}")
-  if not isinstance(truncate := value.get("truncate", True), bool):
-    raise ConfigError(f"{where}.truncate is {truncate!r}, expected true or false")
-  return YarnScaling(value["factor"], **{"original_max_position": length, **options}, truncate=truncate)
-
-
-_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-# transformers ignores attn_factor, which other implementations multiply in: the logits are those of transformers.
-_YARN_KEYS = frozenset(
-  {"factor", "original_max_position_embeddings", "truncate", "attn_factor", *_YARN_OPTIONS}
-)
-
-# rope_type -> the class of the scaling and, field by field, the key that holds it.
-_SCALINGS: dict[str, tuple[Callable[..., RopeScaling | None], frozenset[str]]] = {
-  "default": (lambda value, where, raw: None, frozenset()),
-  "linear": _fields(LinearScaling, factor="factor"),
-  "llama3": _fields(
-    Llama3Scaling,
-    factor="factor",
-    low_freq_factor="low_freq_factor",
-    high_freq_factor="high_freq_factor",
-    original_max_position="original_max_position_embeddings",
-  ),
-  "yarn": (_yarn, _YARN_KEYS),
-  "frequency_factors": _fields(FrequencyFactors, factors="factors"),
-}
-
-
-def _scaling(value: Mapping[str, Any], where: str, raw: Mapping[str, Any]) -> RopeScaling | None:
-  kinds = {str(value[key]) for key in ("rope_type", "type") if value.get(key) is not None}
-  if len(kinds) > 1:
-    raise ConfigError(
-      f"{where} states rope_type and type, and they differ: {', '.join(map(repr, sorted(kinds)))}"
-    )
-  kind = next(iter(kinds), "default")
-  if kind not in _SCALINGS:
-    raise ConfigError(f"{where}: rope_type {kind!r} is not implemented; known are {', '.join(_SCALINGS)}")
-  read, keys = _SCALINGS[kind]
-  unknown = [k for k in value if k not in keys | {"rope_type", "type", "rope_theta"} and value[k] is not None]
-  if kind != "default" and unknown:
-    raise ConfigError(f"{where}: {', '.join(sorted(unknown))} not known to rope_type {kind!r}")
-  return read(value, where, raw)
-
-
-def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
-  """The keys of a scaling, as `rope_scaling` and `rope_parameters` hold them. Empty without scaling."""
-  match scaling:
-    case None:
-      return {}
-    case LinearScaling(factor):
-      return {"rope_type": "linear", "factor": factor}
-    case Llama3Scaling(factor, low, high, length):
-      return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": length,
-      }
-    case YarnScaling():
-      options = {k: v for k in _YARN_OPTIONS if (v := getattr(scaling, k)) is not None}
-      return {
-        "rope_type": "yarn",
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-        "truncate": scaling.truncate,
-        **options,
-      }
-    case FrequencyFactors(factors):
-      return {"rope_type": "frequency_factors", "factors": list(factors)}
-  raise ConfigError(f"a RoPE scaling of type {type(scaling).__name__} cannot be written to config.json")

@@ -1,5 +1,5 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries
+from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
 from .kinds import strangeness
@@ -15,6 +15,7 @@ from .safetensors import (
   file_layout,
   read_safetensors,
   read_safetensors_file,
+  safetensors_entries,
   shard_name,
 )
 from .safetensors_files import INDEX, SINGLE
@@ -57,12 +58,14 @@ __all__ = [
   "file_layout",
   "formats_in",
   "is_part",
+  "names_in",
   "open_folder",
   "read_gguf",
   "read_json",
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",
+  "safetensors_entries",
   "select",
   "shard_name",
   "strangeness",

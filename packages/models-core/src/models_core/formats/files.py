@@ -37,6 +37,35 @@ class Files(Protocol):
     """Makes the named files local, complete or not at all. Returns the directory that holds them."""
 
 
+@contextlib.contextmanager
+def read_errors(path: str) -> Iterator[None]:
+  """Turns an error of the file system while a path is read into one that names the path and the remedy.
+
+  An error of a file that does not exist stays as it is: callers may ask for one that need not be there.
+
+  Raises:
+    CheckpointError: if the file system refuses.
+  """
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    if error.errno is None:
+      raise
+    remedy = _REMEDIES.get(error.errno, "")
+    raise CheckpointError(path, [f"cannot be read: {error.strerror or error}{remedy}"]) from error
+
+
+_REMEDIES = {
+  errno.EACCES: "; make it readable for this user",
+  errno.EPERM: "; make it readable for this user",
+  errno.EMFILE: "; raise the limit on open files, which `ulimit -n` shows",
+  errno.ENFILE: "; raise the system's limit on open files",
+  errno.ELOOP: "; the link leads back to itself: restore the file",
+}
+
+
 @runtime_checkable
 class RangeFiles(Files, Protocol):
   """Files that many threads can read in place, range by range. All ranges belong to one version of a file."""
@@ -66,7 +95,8 @@ class LocalFiles:
     if not os.path.isdir(self.path):
       raise CheckpointError(self.path, ["there is no such file or directory"])
     # Not entry.is_file(), which raises an error for a symbolic link that leads back to itself.
-    return sorted(entry.name for entry in os.scandir(self.path) if os.path.isfile(entry.path))
+    with read_errors(self.path), os.scandir(self.path) as entries:
+      return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
   def locate(self, name: str) -> str:
     """The path of the file with this name."""
@@ -74,11 +104,14 @@ class LocalFiles:
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
-    return os.stat(self.locate(name)).st_size
+    path = self.locate(name)
+    with read_errors(path):
+      return os.stat(path).st_size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
-    with open(self.locate(name), "rb") as file:
+    path = self.locate(name)
+    with read_errors(path), open(path, "rb") as file:
       file.seek(start)
       return file.read(stop - start)
 
@@ -156,5 +189,22 @@ def open_file(files: Files, name: str) -> Iterator[ReadRange]:
   if path is None:
     yield functools.partial(files.read, name)
     return
-  with open(path, "rb", buffering=0) as file:
-    yield lambda start, stop: os.pread(file.fileno(), max(0, stop - start), start)
+  with read_errors(path):
+    file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+  def read(start: int, stop: int) -> bytes:
+    with read_errors(path):
+      return os.pread(file.fileno(), max(0, stop - start), start)
+
+  with file:
+    yield read
+
+
+def names_in(files: Files, folder: str) -> list[str]:
+  """Sorted names of the files in a folder, such as "folder/file". `files.names()` may list the top level alone."""
+  found = {name for name in files.names() if name.rpartition("/")[0] == folder}
+  path = os.path.join(files.path, folder)
+  if os.path.isdir(path):
+    with read_errors(path), os.scandir(path) as entries:
+      found |= {f"{folder}/{entry.name}" for entry in entries if os.path.isfile(entry.path)}
+  return sorted(found)

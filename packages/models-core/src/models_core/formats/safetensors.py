@@ -35,7 +35,7 @@ from models_core.formats.safetensors_files import (
 )
 from models_core.formats.tensors import TensorInfo
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-(?:[0-9a-f]{16}-)?\d{5}-of-\d{5}\.safetensors")
 
 # In bytes: three times all headers of the largest published checkpoint. A longer header, with millions of invented
 # tensors, would take minutes and gigabytes to refuse.
@@ -305,19 +305,27 @@ def file_layout(
   return beginning, {name: len(beginning) + start for name, start in starts.items()}
 
 
-def shard_name(number: int, count: int) -> str:
-  """The name of one of several files, counted from 1."""
-  return f"model-{number:05}-of-{count:05}.safetensors"
+def shard_name(number: int, count: int, token: str = "") -> str:
+  """The name of one of several files, counted from 1; with a token, a name that only one save uses."""
+  return f"model-{token and token + '-'}{number:05}-of-{count:05}.safetensors"
+
+
+def safetensors_entries(files: Files) -> set[str]:
+  """Names of the index, of the files that it lists, and of other files with the names that savers use."""
+  names = set(files.names())
+  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
+  with contextlib.suppress(ConfigError, AttributeError):
+    weight_map = read_json(files, INDEX).get("weight_map", {}) if INDEX in names else {}
+    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
+  return found
 
 
 def _entries(directory: str) -> set[str]:
-  """Names of the index, of the files that it lists, and of other files with the names that savers use."""
-  names = set(os.listdir(directory))
-  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
-  with contextlib.suppress(OSError, ConfigError, AttributeError):
-    weight_map = read_json(LocalFiles(directory), INDEX).get("weight_map", {})
-    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
-  return found
+  # A link that leads nowhere is no file, but is replaced, too.
+  dangling = {name for name in os.listdir(directory) if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
+  with contextlib.suppress(OSError):
+    return dangling | safetensors_entries(LocalFiles(directory))
+  return dangling
 
 
 SAFETENSORS = Format(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 
-from models_core.formats import Files
+from models_core.formats import Files, names_in
 
 CONFIG = "config.json"
 # The key of config.json that names the file of the weights. Savers name their files as usual and drop it.
 WEIGHTS_KEY = "transformers_weights"
+
+# Chat templates besides the default one.
+_TEMPLATES = "additional_chat_templates"
 
 # In lower case. Savers write these themselves.
 _WRITTEN = (CONFIG, "*.safetensors.index.json")
@@ -37,13 +40,19 @@ _COPIED = (
 
 def is_companion(name: str) -> bool:
   """Whether a file belongs to a model besides its weights, such as config.json and the tokenizer's files."""
-  return _matches(name, _WRITTEN + _COPIED)
+  return _matches(name, _WRITTEN + _COPIED) or _is_template(name)
 
 
 def companions_of(files: Files) -> list[str]:
   """Names of the files that are copied when a model is saved, in whatever format its weights are written."""
-  return sorted(name for name in files.names() if _matches(name, _COPIED))
+  own = [name for name in files.names() if _matches(name, _COPIED)]
+  return sorted(own + [name for name in names_in(files, _TEMPLATES) if _is_template(name)])
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
   return "/" not in name and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def _is_template(name: str) -> bool:
+  folder, _, file = name.rpartition("/")
+  return folder == _TEMPLATES and file.endswith(".jinja")

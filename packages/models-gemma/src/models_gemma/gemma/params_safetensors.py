@@ -63,11 +63,13 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     ConfigError: if a key is missing, contradicts another one, has an unsupported value or is unknown.
   """
   keys = ConfigKeys(raw)
-  if keys.get("hidden_act") is not None and keys.get("hidden_activation") is None:
+  if raw.get("model_type") == "gemma":
     # The first Gemma files say "gelu" and mean its tanh approximation.
     keys.expect("hidden_act", GELU_TANH, "gelu")
+  else:
+    keys.get("hidden_act")  # without effect: hidden_activation decides
   common = read_common(keys)
-  theta, scaling = keys.rope()
+  theta, scaling = keys.rope(10_000.0)
   if scaling is not None:
     raise ConfigError(f"config.json: RoPE scaling {scaling} is not implemented for Gemma 1 and 2")
   if raw.get("model_type") == "gemma":

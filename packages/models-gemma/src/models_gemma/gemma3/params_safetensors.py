@@ -80,8 +80,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   common = read_common(keys)
   keys.expect("attn_logit_softcapping", None)
   keys.get("hidden_act")  # without effect: hidden_activation decides
-  theta, scaling = _rope(keys, AttentionType.GLOBAL, "rope_theta", "rope_scaling")
-  local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq")
+  theta, scaling = _rope(keys, AttentionType.GLOBAL, "rope_theta", 1_000_000.0)
+  local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq", 10_000.0)
   if local_scaling is not None:
     raise ConfigError(f"config.json: RoPE scaling {local_scaling} of sliding layers is not implemented")
   # transformers writes this key even where layer_types differs, and never reads it: it is only the default.
@@ -101,21 +101,39 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rope(
-  keys: ConfigKeys, kind: AttentionType, theta: str, scaling: str | None = None
+  keys: ConfigKeys, kind: AttentionType, theta: str, default_theta: float
 ) -> tuple[float, RopeScaling | None]:
   """Reads RoPE's theta and scaling for one kind of layer, from the older flat keys, the newer nested ones, or both."""
-  nested = keys.get("rope_parameters", Mapping) or {}
-  if unknown := nested.keys() - {kind.value for kind in AttentionType}:
+  own = ConfigKeys(
+    {
+      "rope_theta": keys.get(theta),
+      "rope_scaling": _of_kind(keys, "rope_scaling", kind),
+      "rope_parameters": _of_kind(keys, "rope_parameters", kind),
+      "max_position_embeddings": keys.get("max_position_embeddings"),
+    },
+    f"config.json, {kind.value} ({theta})",
+  )
+  found = own.rope(default_theta)
+  own.done()
+  return found
+
+
+def _of_kind(keys: ConfigKeys, name: str, kind: AttentionType) -> Any:
+  """An object of RoPE for one kind of layer. A flat `rope_scaling` is that of the global layers.
+
+  Raises:
+    ConfigError: if the object is neither nested nor a flat `rope_scaling`.
+  """
+  value, kinds = keys.get(name, Mapping) or {}, {one.value for one in AttentionType}
+  flat = sorted(value.keys() - kinds)
+  if flat and (name == "rope_parameters" or len(flat) < len(value)):
     raise ConfigError(
-      f"config.json: rope_parameters has {', '.join(sorted(unknown))}; expected an object for each kind of layer: "
-      + " and ".join(kind.value for kind in AttentionType)
+      f"config.json: {name} has {', '.join(flat)}; expected an object for each kind of layer: "
+      + " and ".join(one.value for one in AttentionType)
     )
-  own = {
-    "rope_theta": keys.get(theta),
-    "rope_scaling": keys.get(scaling) if scaling else None,
-    "rope_parameters": nested.get(kind.value),
-  }
-  return ConfigKeys(own, f"config.json, {kind.value} ({theta})").rope()
+  if flat:
+    return value if kind is AttentionType.GLOBAL else None
+  return value.get(kind.value)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -79,9 +79,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   keys = ConfigKeys(raw)
   heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
   keys.expect("hidden_act", "silu", "swish")
-  for bias in ("attention_bias", "mlp_bias", "rope_interleaved"):
+  for bias in ("attention_bias", "mlp_bias"):
     keys.expect(bias, False)
-  theta, scaling = keys.rope()
+  theta, scaling = keys.rope(10_000.0)
   config = ModelConfig(
     **read_sizes(keys, head_dim=hidden // heads, num_kv_heads=heads),
     rope_theta=theta,

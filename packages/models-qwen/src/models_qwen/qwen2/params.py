@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_core.adapters import save_lora_merged
-from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
+from models_core.config import SIZES, ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.family import Family
 from models_core.rollout import backend_mappings
 from models_core.safetensors_loader import load_and_create_model
@@ -47,9 +47,6 @@ TUNIX = tunix_table(HUGGINGFACE)
 
 MAXTEXT = maxtext_table(HUGGINGFACE)
 
-# transformers ignores dual_chunk_attention_config, too, and computes full attention.
-HARMLESS = ("dual_chunk_attention_config", *windows.KEYS)
-
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   """Reads a config.json whose `model_type` is "qwen2".
@@ -62,18 +59,22 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     keys.integer(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
   )
   keys.expect("hidden_act", "silu", "swish")
-  keys.expect("use_mrope", False)
-  theta, scaling = keys.rope()
+  # The projections have biases, whatever these keys say: the tensors tell.
+  for bias in ("attention_bias", "qkv_bias"):
+    keys.expect(bias, True, False)
+  theta, scaling = keys.rope(10_000.0)
   sliding_window, max_window_layers = windows.read_window(keys, layers)
+  # Only where it says null; no default is right where it says nothing.
+  null = {"num_kv_heads": heads} if keys.is_null("num_key_value_heads") else {}
   config = ModelConfig(
-    **read_sizes(keys, head_dim=hidden // heads),
+    **read_sizes(keys, SIZES, head_dim=hidden // heads, **null),
     rope_theta=theta,
     rope_scaling=scaling,
     use_tied_embedding=keys.boolean("tie_word_embeddings", False),
     sliding_window=sliding_window,
     max_window_layers=max_window_layers,
   )
-  keys.done(HARMLESS)
+  keys.done(windows.KEYS)
   return config
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_core.adapters import save_lora_merged
-from models_core.config import ConfigKeys, read_sizes, write_rope, write_sizes
+from models_core.config import SIZES, ConfigKeys, read_sizes, write_rope, write_sizes
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.rollout import SGLANG_EXPERTS, backend_mappings
@@ -82,13 +82,15 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     keys.expect(bias, False)
   keys.expect("use_qk_norm", True)
   keys.expect("shared_expert_intermediate_size", 0)
-  theta, scaling = keys.rope()
+  theta, scaling = keys.rope(10_000.0)
   if sparse:
     sliding_window, max_window_layers = windows.read_common_window(keys, layers), 0
   else:
     sliding_window, max_window_layers = windows.read_window(keys, layers)
+  # Only where it says null; no default is right where it says nothing.
+  null = {"num_kv_heads": heads} if keys.is_null("num_key_value_heads") else {}
   config = ModelConfig(
-    **read_sizes(keys, head_dim=hidden // heads if sparse else 128),
+    **read_sizes(keys, SIZES, head_dim=hidden // heads if sparse else 128, **null),
     rope_theta=theta,
     rope_scaling=scaling,
     use_tied_embedding=keys.boolean("tie_word_embeddings", False),
