@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from models_sources.testing import StoreServer
+
 SCRIPT = """
 import json, os, sys
 import jax
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from models_core.saving import safetensors_writer
 from models_core.errors import SaveError
 from models_core.safetensors_saver import save_model_to_safetensors
+from models_automodel.targets import open_target
 
 mesh = jax.make_mesh((2, 2), ("fsdp", "tp"))
 SPECS = {"rows": P("fsdp"), "columns": P(None, "fsdp"), "grid": P("fsdp", "tp"), "own": P("tp"), "whole": P(),
@@ -39,7 +42,7 @@ def write(path, *args):
   return original(path, *args)
 safetensors_writer._write_file = write
 try:
-  save_model_to_safetensors(state, target, 800, overwrite=mode == "overwrite")
+  save_model_to_safetensors(state, open_target(target), 800, overwrite=mode == "overwrite")
   outcome = "saved"
 except SaveError as error:
   outcome = str(error)
@@ -47,13 +50,13 @@ print("RESULT", json.dumps({"written": written, "outcome": outcome}))
 """
 
 
-def run(target, mode):
+def run(target, mode, **variables):
   """Both processes' results."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  environment["JAX_PLATFORMS"] = "cpu"
+  environment |= {"JAX_PLATFORMS": "cpu", **variables}
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", SCRIPT, str(number), str(port), str(target), mode],
@@ -126,3 +129,37 @@ def test_a_target_that_exists_is_refused_in_all_processes(tmp_path):
   assert "overwrite=True" in first["outcome"]
   assert "is unchanged" in second["outcome"]
   assert (tmp_path / "target" / "model.safetensors").read_bytes() == b"old"
+
+
+@pytest.fixture
+def store():
+  pytest.importorskip("obstore")
+  with StoreServer() as server:
+    server.make("bucket")
+    yield server
+
+
+def test_each_process_uploads_files_of_its_own(store):
+  store.put("bucket/target/model.safetensors", b"old")
+  store.put("bucket/target/notes.txt", b"mine")
+  first, second = run("gs://bucket/target", "overwrite", STORAGE_EMULATOR_HOST=store.endpoint)
+  assert first["outcome"] == second["outcome"] == "saved"
+  objects = store.objects("bucket/target")
+  files = [name for name in objects if name.endswith(".safetensors")]
+  assert len(files) == 3
+  assert objects.keys() - set(files) == {"model.safetensors.index.json", "notes.txt"}
+  found = {}
+  for name in files:
+    found |= safetensors.numpy.load(objects[name])
+  assert found.keys() == expected().keys()
+  for name, array in expected().items():
+    np.testing.assert_array_equal(found[name], array, name)
+
+
+def test_where_one_process_cannot_upload_all_say_so_and_nothing_changes(store):
+  store.put("bucket/target/model.safetensors", b"old")
+  store.fail("PUT .*00002", status=403, times=9)
+  first, second = run("gs://bucket/target", "overwrite", STORAGE_EMULATOR_HOST=store.endpoint)
+  assert "another process could not write its part" in first["outcome"]
+  assert "may not be written with these credentials" in second["outcome"]
+  assert store.objects("bucket/target") == {"model.safetensors": b"old"}

@@ -62,7 +62,6 @@ REFUSED = [
   # What transformers reads for these models.
   ("llama", {"is_causal": False}, "is_causal=False"),
   ("llama", {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
-  ("qwen3", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
   ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
   ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "hidden_act is 'silu'"),
   ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),

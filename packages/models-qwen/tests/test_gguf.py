@@ -70,6 +70,21 @@ def test_a_file_is_read_bit_by_bit(name, tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_experts_may_be_fused(tmp_path):
+  """As `convert_hf_to_gguf.py --fuse-gate-up-exps` writes them: the gate first."""
+  family, config = MODELS["qwen3moe"]
+  model = create_dummy_model(family.model_class, config)
+  tensors = to_tensors(model, family.weights["gguf"])
+  for layer in range(config.num_layers):
+    parts = [tensors.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+    tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
+  write(tmp_path / "model.gguf", "qwen3moe", config, tensors)
+  checkpoint = read_gguf(LocalFiles(str(tmp_path)))
+  loaded = load(plan_load(checkpoint, abstract_model(family.model_class, config), family.weights["gguf"]))
+  for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(loaded), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_tied_model_whose_file_holds_a_head(same, tmp_path):
   family, config = MODELS["qwen3, tied"]

@@ -242,9 +242,9 @@ def test_an_object_that_is_removed(store, files, store_waits):
 def test_a_store_that_ignores_conditions_is_noticed(store, files, monkeypatch):
   answer = StoreServer._answer
 
-  def unconditional(server, request, query):
+  def unconditional(server, request, query, body):
     request.headers.pop("if-match", None)
-    return answer(server, request, query)
+    return answer(server, request, query, body)
 
   monkeypatch.setattr(StoreServer, "_answer", unconditional)
   store.put(KEY, DATA[::-1])
@@ -297,7 +297,13 @@ def test_a_full_disk_is_an_error_of_the_disk_and_leaves_nothing(store, files, tm
   process = child(FETCH, store.address, str(tmp_path / "c"), preexec_fn=limit)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 1
-  assert errors.strip().splitlines()[-1].startswith("OSError: [Errno 27]")
+  message = errors.strip().splitlines()[-1]
+  assert message.startswith(
+    f"models_sources.errors.DiskError: {tmp_path}/c/gs--bucket cannot be written: File too large"
+  )
+  assert (
+    "gs://bucket/m needs 3,000,710 bytes there, and a file may have 1,048,576: raise the limit" in message
+  )
   assert blobs(tmp_path / "c") == []
   where = open_files(store.address, download_path=str(tmp_path / "c")).fetch(["model.safetensors"])
   assert pathlib.Path(where, "model.safetensors").read_bytes() == DATA

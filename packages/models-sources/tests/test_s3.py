@@ -2,13 +2,14 @@
 
 import pathlib
 import urllib.request
+from contextlib import nullcontext
 
 import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
-from models_sources import CorruptFilesError, FilesNotFoundError, get_source
+from models_sources import CorruptFilesError, FilesNotFoundError, SourceError, get_source
 
 from .checkpoint import CONFIG, WEIGHTS
 
@@ -58,3 +59,39 @@ def test_a_missing_bucket_and_folder_of_s3(bucket):
   for address in ("s3://no-such-bucket/m", "s3://bucket/nothing"):
     with pytest.raises(FilesNotFoundError, match=f"there is nothing at {address}"):
       open_files(address)
+
+
+def test_a_checkpoint_is_written_to_s3(bucket):
+  """Parts, conditions and removals as others understand them."""
+  target = get_source("s3").open_target("s3://bucket/written")
+  for number in range(2):
+    draft = target.begin(overwrite=bool(number), last="config.json")
+    name, data = f"model-{draft.token}.safetensors", WEIGHTS * 30
+    with draft.create(name, len(data)) as put:
+      for start in range(0, len(data), 1 << 20):
+        put(data[start : start + (1 << 20)])
+    with (
+      pytest.raises(FilesNotFoundError, match="holds no whole checkpoint") if not number else nullcontext()
+    ):
+      open_files(target.path)
+    draft.put("config.json", CONFIG + b" " * number)
+    draft.put("tokenizer.json", b"[%d]" % number)
+    draft.commit({name: len(data)}, [old for old in draft.files.names() if old.endswith(".safetensors")])
+    files = open_files(target.path)
+    assert files.names() == ["config.json", name, "tokenizer.json"]
+    assert files.read(name, 0, len(data)) == data
+  with pytest.raises(SourceError, match="exists and is not empty"):
+    target.begin(overwrite=False, last="config.json")
+  draft = target.begin(overwrite=True, last="config.json")
+
+  def fail():
+    with draft.create(f"x-{draft.token}", 100 << 20) as put:
+      put(bytes(20 << 20))
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    fail()
+  draft.discard()
+  listed = urllib.request.urlopen(f"{bucket.config['endpoint']}/bucket?uploads").read().decode()
+  assert "<UploadId>" not in listed
+  assert open_files(target.path).names() == ["config.json", name, "tokenizer.json"]

@@ -22,16 +22,17 @@ from models_automodel.finding import AdapterFoundError, Found, find
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
+from models_automodel.targets import check_place, files_at, open_target
 from models_automodel.text import with_tokenizer
 from models_automodel.where import ModelSource, Where
 from models_core.adapters import Adapter, load_peft_adapter
 from models_core.dtypes import as_dtype
-from models_core.errors import ConfigError, ModelsError
+from models_core.errors import CheckpointError, ConfigError, ModelsError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, Files, RangeFiles, as_files
+from models_core.formats import SAFETENSORS, Files, RangeFiles
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
-from models_core.saving import Base, flatten, is_companion, save_parameters_to_safetensors
+from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.sharding import check_mesh
 from models_core.weights import letter_sizes
@@ -54,6 +55,9 @@ class AutoModel:
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    file: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     intermediate_ckpt_dir: str | os.PathLike | None = None,
     rng_seed: int | None = None,
     **kwargs: Any,
@@ -62,9 +66,9 @@ class AutoModel:
 
     Args:
       model_id: a repository id on the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
-        object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local. A
-        `Where` holds this and all other arguments up to `progress`. A LoRA adapter of peft is merged into the base that
-        it names.
+        object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local.
+        "org/repo:Q8_0" chooses a GGUF file, "org/repo/folder" a folder. A `Where` holds this and all other arguments up
+        to `variant`. A LoRA adapter of peft is merged into the base that it names.
       mesh: a `jax.sharding.Mesh` with auto or explicit axes; None is one device.
       model_source: the source of the checkpoint. Local paths and addresses in object stores do not need it.
       model_path: a local directory or GGUF file, or an address in the source, to load instead of `model_id`.
@@ -73,8 +77,11 @@ class AutoModel:
       revision: branch, tag or commit.
       token: the user's token for the source.
       progress: whether progress bars are shown on a terminal.
-      intermediate_ckpt_dir: directory that keeps the loaded model as safetensors. The first call writes it; later calls
-        load it instead of the source. It is never overwritten.
+      file: which of several checkpoints: the name of a file or a pattern of names, such as "*Q8_0*".
+      subfolder: path of the checkpoint's folder within the place.
+      variant: of the weights, as in `model.fp16.safetensors`.
+      intermediate_ckpt_dir: directory, or address in an object store, that keeps the loaded model as safetensors. The
+        first call writes it; later calls load it instead of the source. It is never overwritten.
       rng_seed: has no effect, because nothing in a pretrained model is random.
       **kwargs: one of the following, or a field of the model's configuration.
         dtype: of the floating-point parameters, such as "bfloat16"; None keeps each as it is stored.
@@ -96,6 +103,7 @@ class AutoModel:
         `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
       MissingFamilyError: if the architecture's package is not installed.
       ModelNameError: if the model is unknown or not supported.
+      SaveError: if `intermediate_ckpt_dir` cannot be written; before anything is loaded, unless its disk fills up.
       ShardingError: with `strict_sharding`, if the mesh cannot shard an axis.
       SourceFilesError: if the source cannot provide the files.
       TypeError: if a keyword argument is none of these, or a value has the wrong type.
@@ -109,13 +117,17 @@ class AutoModel:
       revision=revision,
       token=token,
       progress=progress,
+      file=file,
+      subfolder=subfolder,
+      variant=variant,
     )
     if intermediate_ckpt_dir is not None:
       intermediate.check_alone()
-      kept, origin = os.fspath(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
+      kept, origin = intermediate.place_of(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
       if intermediate.is_kept(kept, origin):
-        local = Where(kept, ModelSource.LOCAL.value, progress=where.progress)
-        return cls.from_pretrained(local, mesh, **kwargs)
+        known = Where(path_of(kept), ModelSource.LOCAL.value, progress=where.progress)
+        return cls.from_pretrained(known, mesh, **kwargs)
+      check_place(kept)
     plan, adapter = cls._plan_or_adapter(where, mesh, **kwargs)
     files = plan.checkpoint.files
     with source_errors():
@@ -143,6 +155,7 @@ class AutoModel:
     dtype: Any = None,
     overwrite: bool = False,
     progress: bool = True,
+    token: str | bool | None = None,
   ) -> None:
     """Writes a model as a directory that `from_pretrained` and transformers load.
 
@@ -151,8 +164,9 @@ class AutoModel:
 
     Args:
       model: a model of an installed family; its attribute `config` is the family's configuration.
-      save_dir: directory to write; it must be missing or empty unless `overwrite` is set.
-      base: the checkpoint that the model came from, such as the path that `from_pretrained` returned. It provides what
+      save_dir: directory to write, or address in an object store, such as "gs://bucket/folder"; it must be missing or
+        empty unless `overwrite` is set.
+      base: the checkpoint that the model came from, such as the path or address that `from_pretrained` returned. It provides what
         the model does not hold: the forms and names of tensors, a vision tower, tokenizer files, other fields of
         config.json. A base without safetensors provides only its companions. None writes only the weights and a
         config.json.
@@ -160,26 +174,30 @@ class AutoModel:
       dtype: of the written floating-point parameters, such as "bfloat16"; None keeps the dtype of each.
       overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, others stay.
       progress: whether a progress bar is shown on a terminal.
+      token: the user's token for an object store.
 
     Raises:
       CheckpointError: if `base` is broken or of another architecture.
       ConfigError: if config.json cannot express the model's configuration.
       ModelsError: if the model belongs to no installed family.
-      SaveError: if `save_dir` exists, is being written, or the file system refuses. It stays as it was.
+      SaveError: if `save_dir` exists, is being written, cannot be written to at all, or the file system or the store
+        refuses. It stays as it was.
+      SourceFilesError: if a base in an object store cannot be read.
     """
     config = getattr(model, "config", None)
     if config is None:
       raise ModelsError(
         f"{type(model).__name__} has no attribute config: save_pretrained() needs a model of an installed family"
       )
+    place = open_target(save_dir, token=token)
     arrays = flatten(nnx.state(model, nnx.Param))
     family = _family_of_model(model)
-    came_from = None if base is None else Base.of(with_tokenizer(as_files(base)), SAFETENSORS)
-    with weights_bar(progress) as bar:
+    with source_errors(), weights_bar(progress) as bar:
+      came_from = None if base is None else Base.of(with_tokenizer(files_at(base, token=token)), SAFETENSORS)
       save_parameters_to_safetensors(
         arrays,
         arrays.__getitem__,
-        save_dir,
+        place,
         family=family,
         config=config,
         base=came_from,
@@ -202,6 +220,9 @@ class AutoModel:
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    file: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
     dtype: Any = None,
     config: Any = None,
     ignore_config_keys: Collection[str] = (),
@@ -222,6 +243,9 @@ class AutoModel:
       revision=revision,
       token=token,
       progress=progress,
+      file=file,
+      subfolder=subfolder,
+      variant=variant,
     )
     where = agree_on_revision(mesh, where, functools.partial(_open, where))
     with together(mesh):
@@ -275,13 +299,18 @@ class AutoModel:
     # A tensor that holds all layers still holds those that were cut.
     model = dataclasses.replace(model, letters=letter_sizes(whole))
     shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
-    plan = plan_load(
-      checkpoint,
-      model,
-      family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
-      dtype=as_dtype(dtype),
-      layers=None if layers is None else len(layers),
-    )
+    try:
+      plan = plan_load(
+        checkpoint,
+        model,
+        family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
+        dtype=as_dtype(dtype),
+        layers=None if layers is None else len(layers),
+      )
+    except CheckpointError as error:
+      if not found.guess or checkpoint.problems:
+        raise
+      raise CheckpointError(error.where, [found.guess, *error.problems]) from None
     return dataclasses.replace(plan, family=family, config=final)
 
 

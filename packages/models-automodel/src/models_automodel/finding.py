@@ -21,11 +21,13 @@ from models_core.formats import (
   Checkpoint,
   Files,
   Format,
+  dead_entries,
   formats_in,
   read_json,
+  select,
   weight_files,
 )
-from models_core.saving import CONFIG
+from models_core.saving import CONFIG, WEIGHTS_KEY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Found:
     config: of the model.
     format: of the files; None if no format recognises them.
     read: the checkpoint's headers, if they have been read.
+    guess: how the configuration was found if no file states it, for messages; "" otherwise.
     notes: on keys of the configuration that were not read, one sentence each.
   """
 
@@ -46,6 +49,7 @@ class Found:
   config: Any
   format: Format | None
   read: Checkpoint | None = None
+  guess: str = ""
   notes: tuple[str, ...] = ()
 
   @functools.cached_property
@@ -71,7 +75,8 @@ def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] =
     ModelsError: as `AutoModel.from_pretrained` raises it.
     TypeError: if `ignore_config_keys` is a single text.
   """
-  name = where.model_id
+  with source_errors():
+    name = where.name
   check_installed(name)
   with source_errors():
     files = where.open_files()
@@ -79,20 +84,36 @@ def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] =
     refuse_adapter(files, names)
     format, read = next(formats_in(files), None), None
     raw: Mapping[str, Any] | None = None
-    if CONFIG in names:
+    if format is not None and format.name in HEADER_CONFIGS:
+      read = _read(format, files)
+      raw = HEADER_CONFIGS[format.name](read)
+      if CONFIG in names:
+        note = f"{CONFIG} is not read: the {format.name.upper()} file states its own configuration"
+        read = dataclasses.replace(read, notes=(*read.notes, note))
+    elif CONFIG in names:
       raw = read_json(files, CONFIG)
+      if isinstance(stated := raw.get(WEIGHTS_KEY), str) and (where.file, where.variant) == (None, None):
+        files = select(files, file=stated)
+        format = next(formats_in(files), None)
+      raw = {key: value for key, value in raw.items() if key != WEIGHTS_KEY}
     elif (described := next((f for f in formats_in(files) if f.name in HEADER_CONFIGS), None)) is not None:
       format, read = described, _read(described, files)
       raw = HEADER_CONFIGS[format.name](read)
-    elif format not in (None, SAFETENSORS):
-      read = _read(format, files)
+    elif format is not SAFETENSORS:
+      read = _read(format or SAFETENSORS, files)
   if config is not None:
     return Found(files, family_of_config(config, name), config, format, read)
-  if raw is None and read is not None:
-    return Found(files, *preset_of(name, read), format, read)
   if raw is None:
+    if what := dead_entries(files).get(CONFIG):
+      raise ConfigError(f"{files.path}/{CONFIG} {what}: put the model's {CONFIG} in its place")
+    guess = (
+      f"there is no {CONFIG}, and the preset of the name {name!r} does not fit: put the {CONFIG} beside the weights, or "
+      "pass config="
+    )
+    if read is not None and format is not None:
+      return Found(files, *preset_of(name, read), format, read, guess)
     category, config = by_name(name, files.path)
-    return Found(files, load_family(category, name), config, format)
+    return Found(files, load_family(category, name), config, format, read, guess)
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
     raise ConfigError(f"{files.path}/{CONFIG} has no model_type: add it, or pass config=")
@@ -102,7 +123,7 @@ def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] =
     found = family.read_config(raw)
   if left_out:
     notes.insert(0, f"{CONFIG}: not read, as ignore_config_keys asks: {', '.join(left_out)}")
-  return Found(files, family, found, format, read, tuple(notes))
+  return Found(files, family, found, format, read, notes=tuple(notes))
 
 
 def without(raw: Mapping[str, Any], keys: Collection[str]) -> tuple[Mapping[str, Any], list[str]]:

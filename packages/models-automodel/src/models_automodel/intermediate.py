@@ -1,7 +1,7 @@
 """`intermediate_ckpt_dir`: a loaded model, kept as a directory of safetensors that later calls load.
 
-The directory holds config.json, weights under Hugging Face's names, and `origin.json`: the arguments of the call that
-wrote it.
+The directory may be in an object store. It holds config.json, weights under Hugging Face's names, and `origin.json`: the
+arguments of the call that wrote it.
 """
 
 from __future__ import annotations
@@ -16,33 +16,47 @@ from typing import Any
 import jax
 from flax import nnx
 
+import models_sources
+from models_automodel.errors import CheckpointError, ConfigError, SaveError, SourceFilesError, source_errors
+from models_automodel.targets import files_at, open_target
 from models_automodel.where import Where
 from models_core.dtypes import as_dtype
-from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.formats import LocalFiles, read_json
+from models_core.formats import Files, LocalFiles, read_json
 from models_core.safetensors_saver import save_model_to_safetensors
-from models_core.saving import write_texts
+from models_core.saving import Place, local_path
 
 ORIGIN = "origin.json"
 # Arguments that do not change the weights of the model.
 _NO_MATTER = ("strict_sharding", "remat_config")
 
 
-def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
-  """Whether a directory holds the result of the call that `origin` describes; False if it is missing or empty.
+def place_of(directory: str | os.PathLike) -> Place:
+  """The place that a path or an address names.
 
   Raises:
-    ConfigError: if the directory holds anything else.
+    SaveError: if it is an address of no source that can be written to.
   """
-  if not os.path.exists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
+  place = open_target(directory)
+  return local_path(os.fspath(place)) if isinstance(place, str | os.PathLike) else place
+
+
+def is_kept(place: Place, origin: Mapping[str, Any]) -> bool:
+  """Whether a place holds the result of the call that `origin` describes; False if it is missing or empty.
+
+  Raises:
+    ConfigError: if the place holds anything else.
+    SourceFilesError: if an object store cannot be asked.
+  """
+  if (files := _files(place)) is None:
     return False
   remedy = "it stays as it is: give intermediate_ckpt_dir another directory, or remove this one"
   try:
-    found = read_json(LocalFiles(directory), ORIGIN)
-  except (OSError, ConfigError):
+    with source_errors():
+      found = read_json(files, ORIGIN)
+  except (OSError, ConfigError, CheckpointError):
     raise ConfigError(
-      f"{directory} was not written by from_pretrained, because it has no readable {ORIGIN}; {remedy}"
+      f"{files.path} was not written by from_pretrained, because it has no readable {ORIGIN}; {remedy}"
     ) from None
   if found != json.loads(json.dumps(origin)):
     differing = [
@@ -51,15 +65,32 @@ def is_kept(directory: str, origin: Mapping[str, Any]) -> bool:
       if found.get(key) != value
     ]
     raise ConfigError(
-      f"{directory} holds the result of another call, with {', '.join(differing) or 'more arguments'}; {remedy}"
+      f"{files.path} holds the result of another call, with {', '.join(differing) or 'more arguments'}; {remedy}"
     )
   return True
+
+
+def _files(place: Place) -> Files | None:
+  """The files at a place; None if it is missing or empty, or an object store holds no whole checkpoint there."""
+  if isinstance(place, str | os.PathLike):
+    directory = os.fspath(place)
+    if not os.path.exists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
+      return None
+    return LocalFiles(directory)
+  try:
+    return files_at(place.path)
+  except SourceFilesError as error:
+    # Where a save is under way, beginning another one says so.
+    if isinstance(error.__cause__, models_sources.FilesNotFoundError):
+      return None
+    raise
 
 
 def origin_of(where: Where, arguments: Mapping[str, Any]) -> dict[str, Any]:
   """The arguments of a call as JSON values, which can be compared with those of another call."""
   place = {"model_id": where.model_id, "model_source": where.source, "model_path": where.path}
-  arguments = {**arguments, "revision": where.revision}
+  chosen = {"file": where.file, "subfolder": where.subfolder, "variant": where.variant}
+  arguments = {**arguments, **chosen, "revision": where.revision}
   asked = {
     key: str(value)
     for key, value in arguments.items()
@@ -85,18 +116,33 @@ def check_alone() -> None:
     )
 
 
-def keep(directory: str, model: nnx.Module, family: Family, config: Any, origin: Mapping[str, Any]) -> None:
-  """Writes a temporary directory and renames it to `directory`; if another process was faster, its result stays."""
-  directory = os.path.abspath(os.path.expanduser(directory))
+def keep(place: Place, model: nnx.Module, family: Family, config: Any, origin: Mapping[str, Any]) -> None:
+  """Writes a model to a place; if another process was faster, its result stays.
+
+  Raises:
+    SaveError: if the file system or the store refuses.
+  """
+  state = nnx.state(model, nnx.Param)
+  more = {ORIGIN: json.dumps(origin, indent=1).encode()}
+  if not isinstance(place, str | os.PathLike):
+    try:
+      save_model_to_safetensors(state, place, family=family, config=config, more=more)
+    except SaveError:
+      if not is_kept(place, origin):
+        raise
+    return
+  directory = os.fspath(place)
   draft = f"{directory}.{uuid.uuid4().hex}.tmp"
   try:
-    save_model_to_safetensors(nnx.state(model, nnx.Param), draft, family=family, config=config)
-    write_texts(draft, {ORIGIN: json.dumps(origin, indent=1).encode()})
+    try:
+      save_model_to_safetensors(state, draft, family=family, config=config, more=more)
+    except SaveError as error:
+      raise SaveError(str(error).replace(draft, directory), error.errno) from error
     try:
       os.rename(draft, directory)
-    except OSError:
+    except OSError as error:
       if not is_kept(directory, origin):
-        raise
+        raise SaveError(f"{directory} cannot be written: {error.strerror}", error.errno) from error
   finally:
     # Removes the draft if it was not renamed.
     shutil.rmtree(draft, ignore_errors=True)

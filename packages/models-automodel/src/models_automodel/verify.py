@@ -19,7 +19,13 @@ from models_core.loading import LoadPlan
 
 
 def verify(
-  path: str | os.PathLike, *, values: bool = False, ignore_config_keys: Collection[str] = ()
+  path: str | os.PathLike,
+  *,
+  values: bool = False,
+  ignore_config_keys: Collection[str] = (),
+  file: str | None = None,
+  subfolder: str | None = None,
+  variant: str | None = None,
 ) -> LoadPlan:
   """Checks a checkpoint on this machine without loading it as a model.
 
@@ -27,6 +33,9 @@ def verify(
     path: a directory or a GGUF file.
     values: whether all weights are read, too, and NaN and infinity refused.
     ignore_config_keys: keys of config.json to leave out, as `AutoModel.from_pretrained` takes them.
+    file: which of several checkpoints, as `AutoModel.from_pretrained` takes it.
+    subfolder: that holds the checkpoint.
+    variant: of the weights.
 
   Returns:
     The load plan.
@@ -36,7 +45,8 @@ def verify(
       of a shape that config.json does not imply, and with `values` every tensor that holds NaN or infinity.
     ModelsError: as `AutoModel.from_pretrained` raises it.
   """
-  where = Where(os.fspath(path), ModelSource.LOCAL.value, progress=False)
+  place = {"file": file, "subfolder": subfolder, "variant": variant}
+  where = Where(os.fspath(path), ModelSource.LOCAL.value, progress=False, **place)
   plan = AutoModel.plan(where, ignore_config_keys=ignore_config_keys)
   if values:
     with plan.open() as opened:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+import re
 
 import models_naming
 import models_sources
 from models_automodel.errors import name_errors
-from models_core.formats import Files
+from models_core.formats import Files, is_part, open_folder, select
 from models_core.saving import recover
 
 
@@ -24,6 +25,37 @@ class ModelSource(enum.Enum):
   LOCAL = "local"
 
 
+# A quantisation of GGUF files, as it ends the name of a place: `org/repo:Q8_0`.
+_TAGGED = re.compile(r"(?P<place>.+):(?P<quantisation>[A-Za-z0-9][\w-]*)", re.DOTALL)
+# As it may end an address, whose names may have colons.
+_QUANTISATION = re.compile(r"(UD-)?(I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|F16|F32)", re.IGNORECASE)
+# Beginnings of paths. An organisation of the hub has no such name.
+_PATHS = ("/", "./", "../", "~")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """What a source is asked for, and what part of it is meant.
+
+  Attributes:
+    source: name of the source.
+    identifier: that the source is asked for.
+    model_id: that names the model.
+    folder: of the checkpoint, or path of its file, within the files.
+    file: name of one file.
+    quantisation: of a GGUF file, as a part of its name.
+    is_doubtful: whether a local path may be meant that does not exist.
+  """
+
+  source: str
+  identifier: str
+  model_id: str
+  folder: str | None = None
+  file: str | None = None
+  quantisation: str | None = None
+  is_doubtful: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Where:
   """Where a checkpoint lies, and how its source is asked for the files.
@@ -36,6 +68,9 @@ class Where:
     token: the user's token for the source.
     download_path: directory that downloads are kept in.
     progress: whether downloads show progress bars on a terminal.
+    file: which of several checkpoints: the name of a file or a pattern of names, such as "*Q8_0*".
+    subfolder: path of the checkpoint's folder within the place.
+    variant: of the weights, as in `model.fp16.safetensors`.
   """
 
   model_id: str
@@ -45,6 +80,9 @@ class Where:
   token: str | bool | None = dataclasses.field(default=None, repr=False)
   download_path: str | None = None
   progress: bool = True
+  file: str | None = None
+  subfolder: str | None = None
+  variant: str | None = None
 
   @classmethod
   def of(
@@ -57,6 +95,9 @@ class Where:
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
+    file: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
   ) -> Where:
     """Makes a Where of arguments of `AutoModel.from_pretrained`. A `pathlib.Path` is always local."""
     if model_path is None and not isinstance(model_id, str):
@@ -69,32 +110,120 @@ class Where:
       token,
       model_download_path,
       progress,
+      file,
+      subfolder,
+      variant,
     )
 
-  def open_files(self) -> Files:
-    """Asks the source for the files and pins their version.
+  @property
+  def name(self) -> str:
+    """The model id without what chooses a part of the place: `org/repo` for `org/repo:Q8_0`.
 
     Raises:
       ModelNameError: if no Kaggle handle is known for the model.
+      models_sources.SourceError: if a path is meant that does not exist.
+    """
+    return self._place().model_id
+
+  def open_files(self) -> Files:
+    """Asks the source for the files, pins their version, and chooses the folder and the checkpoint that are meant.
+
+    Raises:
+      CheckpointError: if the folder or the file does not exist, or several checkpoints are meant.
+      ConfigError: if several arguments choose the weights.
+      ModelNameError: if no Kaggle handle is known for the model.
       models_sources.SourceError: if the source cannot provide the files.
     """
-    source, place = self.source, self.path or self.model_id
-    if (named := models_sources.source_of_address(place)) is not None:
-      source = named
-    elif source == ModelSource.KAGGLE.value and self.path is None:
+    place = self._place()
+    identifier, folder = place.identifier, self.subfolder
+    if folder is not None and models_sources.source_of_address(identifier) is not None:
+      # A store lists one folder at a time.
+      identifier, folder = f"{identifier.rstrip('/')}/{folder.strip('/')}", None
+    try:
+      files: Files = models_sources.get_source(place.source).open_files(
+        identifier,
+        revision=self.revision,
+        token=self.token,
+        download_path=self.download_path,
+        progress=self.progress,
+      )
+    except (
+      models_sources.FilesNotFoundError,
+      models_sources.AccessError,
+      models_sources.ConnectionFailedError,
+    ) as error:
+      if not place.is_doubtful:
+        raise
+      raise type(error)(
+        f"there is no file or directory {place.identifier}, and on the hub: {error}"
+      ) from error
+    file = place.file
+    if place.folder is not None:
+      if place.folder in files.names():
+        file = place.folder
+      else:
+        files = open_folder(files, place.folder)
+    if folder is not None:
+      files = open_folder(files, folder)
+    if None not in (file, self.file):
+      return select(select(files, file=file), file=self.file)
+    return select(files, file=file or self.file, variant=self.variant, quantisation=place.quantisation)
+
+  def _place(self) -> _Place:
+    place = self.path or self.model_id
+    if (source := models_sources.source_of_address(place)) is not None:
+      tagged = _TAGGED.fullmatch(place)
+      if tagged and _QUANTISATION.fullmatch(tagged["quantisation"]):
+        return self._of_path(source, tagged["place"], tagged["quantisation"])
+      return self._of_path(source, place)
+    if self.source == ModelSource.KAGGLE.value and self.path is None:
       with name_errors():
-        place = models_naming.kaggle_handle(self.model_id)
-    elif not os.path.exists(os.path.expanduser(place)):
+        return _Place(self.source, models_naming.kaggle_handle(self.model_id), self.model_id)
+    if self.source not in (ModelSource.HUGGINGFACE.value, ModelSource.LOCAL.value):
+      return _Place(self.source, place, self.model_id)
+    if not _exists(place):
       # A save that was killed between two renames may have left the directory under a temporary name.
       recover(place)
-    if source == ModelSource.HUGGINGFACE.value and (
-      self.path is not None or os.path.exists(os.path.expanduser(place))
-    ):
-      source = ModelSource.LOCAL.value
-    return models_sources.get_source(source).open_files(
-      place,
-      revision=self.revision,
-      token=self.token,
-      download_path=self.download_path,
-      progress=self.progress,
-    )
+    local = ModelSource.LOCAL.value
+    if _exists(place):
+      return self._of_path(local, place)
+    tagged = _TAGGED.fullmatch(place)
+    if tagged and _exists(tagged["place"]):
+      return self._of_path(local, tagged["place"], tagged["quantisation"])
+    if self.source == local or self.path is not None or _is_path(place):
+      return _Place(local, place, self.model_id)
+    return _of_hub(tagged["place"] if tagged else place, tagged["quantisation"] if tagged else None)
+
+  def _of_path(self, source: str, place: str, quantisation: str | None = None) -> _Place:
+    """The place of a path or an address. One file of a checkpoint stands for the folder that holds all its files."""
+    folder, file = os.path.split(place)
+    if not is_part(file) or os.path.isdir(os.path.expanduser(place)):
+      folder, file = place, ""
+    folder = folder or os.curdir
+    named = folder if self.path is None else self.model_id
+    return _Place(source, folder, named, file=file or None, quantisation=quantisation)
+
+
+def _exists(place: str) -> bool:
+  return os.path.exists(os.path.expanduser(place))
+
+
+def _is_path(place: str) -> bool:
+  """Whether a path is meant, which does not exist, and not a repository."""
+  beyond = place.count("/") > 1 and os.path.isdir(os.path.dirname(os.path.expanduser(place)))
+  return place.startswith(_PATHS) or place in (".", "..") or "\\" in place or beyond
+
+
+def _of_hub(place: str, quantisation: str | None) -> _Place:
+  """The place of a repository: `org/repo`, or `org/repo/folder` and `org/repo/file` for a part of it."""
+  organisation, _, rest = place.strip("/").partition("/")
+  name, _, inner = rest.partition("/")
+  repository = f"{organisation}/{name}" if rest else organisation
+  return _Place(
+    ModelSource.HUGGINGFACE.value,
+    repository,
+    repository,
+    folder=inner.strip("/") or None,
+    quantisation=quantisation,
+    is_doubtful=bool(rest) and os.path.isdir(organisation),
+  )

@@ -8,12 +8,12 @@ from typing import Any
 
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, Files, OnBytes
-from models_core.saving import Base, flatten, save_parameters_to_safetensors
+from models_core.saving import Base, Place, flatten, save_parameters_to_safetensors
 
 
 def save_model_to_safetensors(
   state_dict: Mapping[Any, Any],
-  save_dir: str | os.PathLike,
+  save_dir: Place,
   max_shard_size: int | str = "5GB",
   *,
   family: Family | None = None,
@@ -23,6 +23,7 @@ def save_model_to_safetensors(
   overwrite: bool = False,
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
+  more: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes a state dictionary. The write is atomic: `save_dir` is either unchanged or holds the complete checkpoint.
 
@@ -32,7 +33,7 @@ def save_model_to_safetensors(
 
   Args:
     state_dict: nested or flat dictionary of arrays, such as `nnx.state(model, nnx.Param)` or its `to_pure_dict()`.
-    save_dir: directory to write; it may be missing or empty.
+    save_dir: directory to write, or a target that a source provides; it may be missing or empty.
     max_shard_size: most bytes of tensor data in one file, as a number or a string such as "5GB", "200MB" or "2GiB".
     family: family of the model.
     config: configuration of the model; required with a family.
@@ -44,6 +45,7 @@ def save_model_to_safetensors(
     overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, all others stay.
     on_total: called once with the number of bytes that this process will write.
     on_bytes: called with the number of bytes of each write, from several threads.
+    more: contents of further files, by name.
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
@@ -66,5 +68,6 @@ def save_model_to_safetensors(
     overwrite=overwrite,
     on_total=on_total,
     on_bytes=on_bytes,
+    more=more,
     max_shard_size=max_shard_size,
   )

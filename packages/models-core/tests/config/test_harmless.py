@@ -36,7 +36,6 @@ STRICT = (
   "rotary_pct",
   "sliding_window",
   "tie_word_embeddings",
-  "transformers_weights",
   "use_qk_norm",
 )
 # What transformers, trainers and people leave in files of every architecture.
@@ -188,7 +187,6 @@ def test_a_refused_configuration_makes_no_note(caplog):
     ("partial_rotary_factor", 1.0, 0.5),
     ("per_layer_config", {}, {"1": {"head_dim": 8}}),
     ("pruned_heads", {}, {"0": [1]}),
-    ("transformers_weights", None, "other.safetensors"),
   ],
 )
 def test_what_transformers_reads_for_every_model(key, neutral, other, caplog):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import random
 import struct
@@ -13,7 +14,9 @@ from models_core import extras
 from models_core.config.gguf import gguf_config
 from models_core.errors import CheckpointError, ModelsError
 from models_core.formats.files import LocalFiles
-from models_core.formats.gguf import _PLAIN, _QUANTISED, read_gguf
+from models_core.formats.gguf import _PLAIN, _QUANTISED, GGUF, read_gguf
+from models_core.formats.registry import formats_in
+from models_core.formats.selection import show
 
 
 @dataclasses.dataclass
@@ -223,7 +226,7 @@ def test_split(split):
 
 def test_split_with_a_missing_part(split):
   (split / "m-00002-of-00003.gguf").unlink()
-  with pytest.raises(CheckpointError, match=r"m-00002-of-00003.gguf is missing: pass the directory"):
+  with pytest.raises(CheckpointError, match=r"2 of 3 parts are here, but m-00002-of-00003.gguf is missing"):
     read_gguf(LocalFiles(str(split)))
 
 
@@ -237,9 +240,23 @@ def test_a_part_that_is_not_one_of_the_count(split):
     read_gguf(LocalFiles(str(split)))
 
 
-def test_one_part_alone(split):
-  with pytest.raises(CheckpointError, match=r"1 of 3 parts .* pass the directory"):
-    read_gguf(LocalFiles(str(split / "m-00001-of-00003.gguf")))
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_any_part_stands_for_all(split, number):
+  write(split / "other.gguf")
+  expected = read_gguf(show(LocalFiles(str(split)), [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]))
+  read = read_gguf(LocalFiles(str(split / f"m-0000{number}-of-00003.gguf")))
+  assert read.tensors == expected.tensors
+  assert read.files.path == str(split / f"m-0000{number}-of-00003.gguf")
+  with contextlib.closing(read.open([info.file for info in read.tensors.values()])) as reader:
+    assert reader.tensors == read.tensors
+
+
+def test_one_part_alone(split, tmp_path):
+  alone = tmp_path / "alone"
+  alone.mkdir()
+  (split / "m-00001-of-00003.gguf").rename(alone / "m-00001-of-00003.gguf")
+  with pytest.raises(CheckpointError, match=r"1 of 3 parts are here, but m-00002-of-00003.gguf is missing"):
+    read_gguf(LocalFiles(str(alone / "m-00001-of-00003.gguf")))
 
 
 def test_an_absurd_number_of_parts(tmp_path):
@@ -267,9 +284,42 @@ def test_a_renamed_part(split):
 
 def test_unrelated_files(tmp_path):
   write(tmp_path / "a.gguf"), write(tmp_path / "b.gguf")
-  with pytest.raises(CheckpointError, match=r"a.gguf, b.gguf.*pass the path of one file"):
+  with pytest.raises(
+    CheckpointError, match=r"\(a.gguf, b.gguf\): choose one with file=, or pass the path of one file"
+  ):
     read_gguf(LocalFiles(str(tmp_path)))
   assert read_gguf(LocalFiles(str(tmp_path / "b.gguf"))).tensors["token_embd.weight"].file == "b.gguf"
+
+
+@pytest.mark.parametrize(
+  ("name", "kind"), [("mmproj-f16.gguf", "mmproj"), ("vision.gguf", "mmproj"), ("imatrix.gguf", "imatrix")]
+)
+def test_files_beside_the_language_model_are_left_out(tmp_path, name, kind):
+  write(tmp_path / "m.gguf")
+  write(tmp_path / name, "clip", {}, extra={"general.type": kind})
+  read = read_gguf(LocalFiles(str(tmp_path)))
+  assert {info.file for info in read.tensors.values()} == {"m.gguf"}
+  assert kind == "imatrix" or any(note.startswith(f"{name} is not loaded") for note in read.notes)
+
+
+@pytest.mark.parametrize(
+  ("kind", "what"), [("mmproj", "the projector of a vision tower"), ("adapter", "a LoRA adapter")]
+)
+def test_a_file_without_a_language_model_says_what_it_is(tmp_path, kind, what):
+  write(tmp_path / "m.gguf", "clip", {}, extra={"general.type": kind})
+  with pytest.raises(CheckpointError, match=f"m.gguf is {what}, not a language model"):
+    read_gguf(LocalFiles(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["sha256-4d7a2146", "model.bin", "m.safetensors"])
+def test_the_first_bytes_tell_the_kind(tmp_path, name):
+  """Ollama keeps files without a suffix; older converters wrote `.bin`."""
+  write(tmp_path / name)
+  (tmp_path / "README.md").write_text("beside") if name != "m.safetensors" else None
+  for place in (tmp_path, tmp_path / name):
+    (format,) = formats_in(LocalFiles(str(place)))
+    assert format is GGUF
+    assert list(format.read(LocalFiles(str(place))).tensors) == ["token_embd.weight"]
 
 
 def test_no_file(tmp_path):

@@ -9,11 +9,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
-from models_core.layers.attention import visible_keys
 from models_core.layers.causal_lm import _period
 from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
 from models_core.layers.remat import RematConfig
 from models_core.layers.rope import rotary
+from models_core.layers.visibility import visible_keys
 
 from .tiny_lm import POSITIONS, TOKENS, Config, D, H, Model, T, V, make, run
 

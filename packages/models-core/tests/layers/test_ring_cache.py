@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_core.errors import CacheError
 from models_core.hlo import Program
 from models_core.layers import cache as cache_lib
-from models_core.layers.attention import attend, visible_keys
+from models_core.layers.attention import attend
 from models_core.layers.cache import extend_cache, init_layer
+from models_core.layers.visibility import visible_keys
 
 B, K, H, WINDOW, SIZE = 2, 1, 4, 4, 32
 # Negative: padding, on the left, between chunks and in rows of different lengths.
@@ -43,7 +44,7 @@ def run(layer, chunks, mask=None):
     cut = np.s_[:, start:stop]
     visible = visible_keys(POSITIONS[cut], layer, None if mask is None else mask[cut], window=WINDOW)
     layer, keys, values = extend_cache(layer, *(jnp.asarray(x[cut]) for x in (KEYS, VALUES, POSITIONS)))
-    assert visible.shape == (B, stop - start, keys.shape[1])
+    assert visible["key_slots"].shape == (B, keys.shape[1])
     out.append(attend(jnp.asarray(Q[cut]), keys, values, visible, scale=1.0))
     start = stop
   return np.concatenate(out, axis=1), layer

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import os
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CheckpointError, ModelsError, ShardingError
 from models_core.formats.files import LocalFiles
-from models_core.formats.safetensors import read_safetensors
+from models_core.formats.safetensors import INDEX, read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.plan import loaded_dtype, plan_load
 from models_core.weights.table import Form, Ignored, Tied, WeightTable
@@ -96,10 +98,54 @@ class TestProblems:
     (directory / "m-2.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError) as caught:
       plan(directory, {"a": ((3,), P()), "b": ((2,), P())}, WeightTable(("a", "a", "d"), ("b", "b", "d")))
-    broken, shape, missing = caught.value.problems
+    # b is not missing: it is in the broken file.
+    broken, shape = caught.value.problems
     assert broken.startswith("m-2.safetensors: not a safetensors file: it has only 0 bytes")
     assert shape.startswith("a has shape (2,)")
-    assert missing.startswith("b is missing")
+
+  @pytest.mark.parametrize("damage", ["truncated", "absent"])
+  def test_one_broken_or_missing_shard_is_one_problem(self, save_sharded, plan, damage):
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    groups = {
+      names[0]: {f"m.{i}.w": zeros(2) for i in range(6)},
+      names[1]: {f"m.{i}.w": zeros(2) for i in range(6, 12)},
+    }
+    directory = save_sharded(groups | {names[1]: groups[names[1]] | {"head": zeros(4)}})
+    parameters = {f"layers.{i}.w": ((2,), P()) for i in range(12)} | {"emb": ((4,), P())}
+    table = WeightTable((f"{L}.w", "m.{i}.w", "d"), ("emb", "embed", "d"), tied=[Tied("head", "embed")])
+    if damage == "truncated":
+      os.truncate(directory / names[0], os.path.getsize(directory / names[0]) - 1)
+    else:
+      (directory / names[0]).unlink()
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"]["embed"] = names[0]
+    for has_index in (True, False):
+      (directory / INDEX).write_text(json.dumps(index)) if has_index else (directory / INDEX).unlink()
+      with pytest.raises(CheckpointError) as caught:
+        plan(directory, parameters, table)
+      (problem,) = caught.value.problems
+      assert problem.startswith(names[0])
+      assert ("download it again" if damage == "truncated" else "incomplete") in problem
+
+  def test_a_tensor_that_no_broken_file_should_hold_is_missing(self, save_sharded, plan):
+    directory = save_sharded({"m-1.safetensors": {"a": zeros(2)}, "m-2.safetensors": {"b": zeros(2)}})
+    (directory / "m-2.safetensors").write_bytes(b"")
+    table = WeightTable(*((name, name, "d") for name in "abc"))
+    with pytest.raises(CheckpointError) as caught:
+      plan(directory, {name: ((2,), P()) for name in "abc"}, table)
+    assert [problem.split()[0] for problem in caught.value.problems] == ["m-2.safetensors:", "c"]
+
+  def test_what_many_layers_have_in_common_is_one_problem(self, save, plan):
+    tensors = {f"m.{i}.w": zeros(3) for i in range(12)}
+    with pytest.raises(CheckpointError) as caught:
+      plan(
+        save(tensors),
+        {f"layers.{i}.w": ((2,), P()) for i in range(12)},
+        WeightTable((f"{L}.w", "m.{i}.w", "d")),
+      )
+    (problem,) = caught.value.problems
+    assert problem.startswith("m.0.w has shape (3,), but the parameter layers.0.w (2,) needs (2,)")
+    assert problem.endswith("; the same in 11 other layers")
 
   def test_a_likely_misspelling_is_pointed_out(self, save, plan):
     with pytest.raises(

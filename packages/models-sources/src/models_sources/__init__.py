@@ -7,20 +7,22 @@ the name that users ask for:
     huggingface = "models_sources.huggingface"
 
 `open_files` finds the files of an identifier, pins one version of them, and returns a `Files`. It reads no weights.
-Only the requested source is imported, together with its client library.
+A source that can be written to has a second function, `open_target`, which returns a `Target`. Only the requested source is imported, together with its client library.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, cast, runtime_checkable
 
 from models_sources.errors import (
   AccessError,
   ConnectionFailedError,
   CorruptFilesError,
+  DiskError,
   FilesNotFoundError,
   InvalidNameError,
   MissingClientError,
@@ -32,6 +34,8 @@ __all__ = [
   "AccessError",
   "ConnectionFailedError",
   "CorruptFilesError",
+  "DiskError",
+  "Draft",
   "Files",
   "FilesNotFoundError",
   "InvalidNameError",
@@ -39,6 +43,8 @@ __all__ = [
   "RangeFiles",
   "Source",
   "SourceError",
+  "Target",
+  "WritableSource",
   "get_source",
   "source_names",
   "source_of_address",
@@ -90,6 +96,7 @@ class Files(Protocol):
       FilesNotFoundError: some files do not exist; the message names all of them.
       ConnectionFailedError: a file could not be downloaded, after all retries.
       CorruptFilesError: a file was downloaded twice, and neither copy matches the hash that its source states.
+      DiskError: the file system of this machine refuses, for example because it is full.
     """
 
 
@@ -128,6 +135,77 @@ class RangeFiles(Files, Protocol):
     Raises:
       CorruptFilesError: the file was replaced after it was opened, or ends before the buffer is full.
       ConnectionFailedError: the bytes could not be read, after all retries.
+    """
+
+
+class Draft(Protocol):
+  """A save that is under way: data is created at once, small files wait for the commit."""
+
+  @property
+  def token(self) -> str:
+    """Names the save. The name of each file that `create` makes holds it."""
+
+  @property
+  def files(self) -> Files:
+    """The files that were there when the save began."""
+
+  def create(self, name: str, nbytes: int) -> AbstractContextManager[Callable[[bytes | memoryview], None]]:
+    """A context in which a new file is written. It gives a function that takes the bytes, piece by
+    piece; they must not change before the context is left."""
+
+  def put(self, name: str, data: bytes) -> None:
+    """Keeps a small file until `commit`, where it replaces one of the same name."""
+
+  def commit(
+    self, sizes: Mapping[str, int], outdated: Collection[str], conflicting: Collection[str] = ()
+  ) -> None:
+    """Makes the checkpoint whole in one step: readers find the old one, the new one, or an error.
+
+    Args:
+      sizes: bytes of all files that `create` made, in whatever process, by name.
+      outdated: names of old files that are not kept.
+      conflicting: those of them that would be read instead of the new ones.
+    """
+
+  def discard(self) -> None:
+    """Removes what the save has made so far. Raises no SourceError."""
+
+
+class Target(Protocol):
+  """A folder that a checkpoint can be written to."""
+
+  @property
+  def path(self) -> str:
+    """Its address."""
+
+  def begin(self, *, overwrite: bool, last: str) -> Draft:
+    """Begins a save.
+
+    Args:
+      overwrite: whether the folder may hold files.
+      last: name of the file that is written last; without it the folder holds no checkpoint.
+
+    Raises:
+      SourceError: the folder cannot be written, or holds files and `overwrite` is false. Nothing has changed.
+    """
+
+  def join(self, token: str, last: str) -> Draft:
+    """Takes part in a save that another process has begun, to create some of its files."""
+
+
+@runtime_checkable
+class WritableSource(Protocol):
+  """A source that checkpoints can be written to."""
+
+  def open_target(self, place: str, *, token: str | bool | None = None) -> Target:
+    """Opens a folder for writing.
+
+    Args:
+      place: its address.
+      token: of the user's account; None takes the platform's credentials.
+
+    Raises:
+      SourceError: a subclass whose message says what is wrong and what to do.
     """
 
 

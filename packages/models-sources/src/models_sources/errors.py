@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SourceError(OSError):
   """Root of all errors of sources. The message says what is wrong, where, and what to do; it never holds a token."""
@@ -31,6 +33,21 @@ class ConnectionFailedError(SourceError, ConnectionError):
 
 class CorruptFilesError(SourceError):
   """The content of a file differs from what its source states, or the file was replaced while it was read."""
+
+
+class DiskError(SourceError):
+  """The file system of this machine refuses, for example because it is full.
+
+  Attributes:
+    errno: the error number of the operating system.
+  """
+
+  def __init__(self, message: str, number: int | None = None):
+    super().__init__(message)
+    self.errno = number
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (str(self), self.errno), self.__dict__
 
 
 class MissingClientError(ImportError):

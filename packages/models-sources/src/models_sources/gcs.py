@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from models_sources import object_store
+from models_sources import object_store, object_target
 from models_sources.object_store import CachedFiles, Provider, StoreFiles
+from models_sources.object_target import StoreTarget
 
 # Imported after object_store, whose error says how to install a missing obstore.
 from obstore.store import GCSStore  # isort: skip
@@ -21,13 +22,13 @@ def _endpoint() -> str:
   return host.rstrip("/") if "://" in host or not host else f"http://{host.rstrip('/')}"
 
 
-def _connect(bucket: str, token: str | bool | None, client_options: Any) -> GCSStore:
+def _connect(bucket: str, token: str | bool | None, client_options: Any, retries: Any) -> GCSStore:
   config: dict[str, Any] = {"base_url": endpoint} if (endpoint := _endpoint()) else {}
   if isinstance(token, str):
     config["bearer_token"] = token
   elif token is False or os.environ.get("STORAGE_EMULATOR_HOST"):
     config["skip_signature"] = True
-  return GCSStore(bucket, config=config, client_options=client_options, retry_config={"max_retries": 0})  # type: ignore[arg-type]
+  return GCSStore(bucket, config=config, client_options=client_options, retry_config=retries)  # type: ignore[arg-type]
 
 
 _PROVIDER = Provider(
@@ -37,7 +38,7 @@ _PROVIDER = Provider(
   connect=_connect,
   remedy=(
     "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or pass an access token as "
-    "token=; the account must be allowed to list and read the bucket"
+    "token=; the account must be allowed to {rights} the bucket"
   ),
   misplaced="check GOOGLE_BASE_URL, STORAGE_EMULATOR_HOST and the proxy settings",
 )
@@ -67,3 +68,19 @@ def open_files(
   return object_store.open_files(
     _PROVIDER, identifier, revision=revision, token=token, download_path=download_path
   )
+
+
+def open_target(place: str, *, token: str | bool | None = None) -> StoreTarget:
+  """Opens a folder of a bucket for writing. No request is made.
+
+  Args:
+    place: `gs://bucket/folder`.
+    token: an OAuth access token; None takes the platform's credentials.
+
+  Raises:
+    SourceError: as `models_sources.object_target.open_target`.
+  """
+  if os.environ.get("STORAGE_EMULATOR_HOST") and token in (None, True):
+    # The client does not change objects without a token, whatever the emulator asks for.
+    token = "emulator"
+  return object_target.open_target(_PROVIDER, place, token=token)

@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from models_sources.disk import local_directory, read_errors, write_errors
 from models_sources.errors import (
   AccessError,
   ConnectionFailedError,
@@ -63,6 +64,8 @@ _PAGE = 200
 _BLOCK = 1 << 20
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
 _HANDLE = re.compile(r"([\w.-]+)/([\w.-]+)/(\w+)/([\w.-]+)(?:/(\d+))?")
+
+_ELSEWHERE = "give another download_path, or set KAGGLEHUB_CACHE"
 
 _log = logging.getLogger(__name__)
 
@@ -242,7 +245,8 @@ class KaggleFiles:
 
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file. Fetches the file first, because Kaggle serves whole files only."""
-    with open(self.locate(name), "rb") as file:
+    path = self.locate(name)
+    with read_errors(path), open(path, "rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 
@@ -258,6 +262,11 @@ class KaggleFiles:
     self._check(names)
     if all(self._is_here(name) for name in names):
       return self.path
+    nbytes = sum(self.sizes[name] for name in names if not self._is_here(name))
+    with write_errors(self.path, str(self._kaggle.handle), nbytes, _ELSEWHERE):
+      return self._fetch(names)
+
+  def _fetch(self, names: Sequence[str]) -> str:
     os.makedirs(os.path.dirname(self.path), exist_ok=True)
     with filelock.FileLock(f"{self.path}.lock"):
       # Another process may have fetched them while this one waited for the lock.
@@ -332,7 +341,7 @@ def open_files(
       "revision"
     )
   kaggle = _Kaggle(ModelHandle(found[1], found[2], found[3], found[4], version and int(version)), token)
-  root = os.path.abspath(os.path.expanduser(download_path or get_cache_folder()))
+  root = os.path.abspath(local_directory(download_path or get_cache_folder(), "download_path"))
   if not kaggle.handle.is_versioned():
     folder = _folder(root, kaggle.handle.with_version(1))
     try:

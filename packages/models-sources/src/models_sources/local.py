@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from models_sources.disk import read_errors
 from models_sources.errors import FilesNotFoundError, InvalidNameError
 from models_sources.names import check_name, missing_files
 
@@ -26,7 +27,7 @@ class LocalFiles:
     """Names of the regular files at the top level, sorted. A symbolic link counts as the file it points to."""
     if os.path.isfile(self.path):
       return [os.path.basename(self.path)]
-    with os.scandir(self.path) as entries:
+    with read_errors(self.path), os.scandir(self.path) as entries:
       # `entry.is_file()` would raise on a loop of symbolic links.
       return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
@@ -49,11 +50,14 @@ class LocalFiles:
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
-    return os.stat(self.locate(name)).st_size
+    path = self.locate(name)
+    with read_errors(path):
+      return os.stat(path).st_size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
-    with open(self.locate(name), "rb") as file:
+    path = self.locate(name)
+    with read_errors(path), open(path, "rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 
@@ -91,12 +95,14 @@ def open_files(
 
   Raises:
     FilesNotFoundError: the path does not exist.
-    InvalidNameError: a revision is given.
+    InvalidNameError: a revision is given, or the path holds a NUL.
   """
   if revision is not None:
     raise InvalidNameError(
       f"{identifier} is a local path and has no revision {revision!r}: leave revision out"
     )
+  if "\0" in identifier:
+    raise InvalidNameError(f"{identifier!r} holds a NUL, which no path can: check the spelling")
   path = os.path.abspath(os.path.expanduser(identifier))
   if not os.path.exists(path):
     raise FilesNotFoundError(

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from filelock import FileLock
 
+from models_sources.disk import local_directory
+
 # Bytes per request, and number of simultaneous requests.
 _RANGE = 8 << 20
 _REQUESTS = 16
@@ -56,7 +58,8 @@ class ObjectCache:
       versions: name of an object -> what identifies its content; the blob is named by a hash of its `repr`.
     """
     return cls(
-      pathlib.Path(root).absolute() / bucket, {name: _hash(version) for name, version in versions.items()}
+      pathlib.Path(local_directory(root, "directory of the cache")).absolute() / bucket,
+      {name: _hash(version) for name, version in versions.items()},
     )
 
   @property

@@ -3,21 +3,23 @@
 The objects below an address are listed once. Every later request carries the ETag of that listing (`If-Match`): if an
 object is replaced meanwhile, the request fails, so old and new bytes are never mixed. Ranges go straight into the
 reader's memory; a cut or stalled answer is resumed where it ended. Only `retry` decides about further attempts; the
-client's own retries are off.
+client's own retries are off. `object_target` writes to the same stores.
 
 The module of a provider, `gcs` or `s3`, says how to connect, and what to tell a user who lacks access.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from models_sources.disk import read_errors, write_errors
 from models_sources.errors import (
   AccessError,
   ConnectionFailedError,
@@ -45,6 +47,7 @@ POLICY = Policy(attempts=8)
 # Seconds without a byte after which a connection is given up, unless MODELS_SOURCES_TIMEOUT is set.
 STALL = 20.0
 _CONNECT = 10.0
+_ELSEWHERE = "give another download_path, or set MODELS_SOURCES_CACHE"
 # Bytes taken from an answer at a time; a cut answer loses at most this many.
 _BLOCK = 1 << 20
 
@@ -57,15 +60,15 @@ class Provider:
     name: of the service, as its users call it.
     scheme: of its addresses, such as "gs".
     endpoint: returns the address of the server that the environment names; empty for the provider's own.
-    connect: (bucket, token, client options) -> a client; with token=False its requests are not signed.
-    remedy: tells a user how to get credentials, for messages.
+    connect: (bucket, token, client options, retry options) -> a client; with token=False its requests are not signed.
+    remedy: tells a user how to get credentials, for messages; `{rights}` in it are those that the account needs.
     misplaced: tells a user what to do if the server says that the bucket is elsewhere, for messages.
   """
 
   name: str
   scheme: str
   endpoint: Callable[[], str]
-  connect: Callable[[str, str | bool | None, Any], Any]
+  connect: Callable[[str, str | bool | None, Any, Any], Any]
   remedy: str
   misplaced: str
 
@@ -96,7 +99,7 @@ def parse_address(identifier: str, scheme: str) -> Address:
   """
   match = re.fullmatch(rf"{scheme}://([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(.*))?", identifier)
   key = (match[2] or "").strip("/") if match else ""
-  if match is None or any(part in ("", ".", "..") for part in key.split("/") if key):
+  if match is None or "\0" in key or any(part in ("", ".", "..") for part in key.split("/") if key):
     raise InvalidNameError(f"{identifier!r} is not an address of the form {scheme}://bucket/folder")
   return Address(scheme, match[1], key)
 
@@ -117,13 +120,39 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bucket:
-  """The requests to one bucket; each translates its errors and retries."""
+class Use:
+  """What the requests to a bucket are made for.
+
+  Attributes:
+    done: what is done to the objects, for messages.
+    rights: what the account must be allowed to do with the bucket, for messages.
+  """
+
+  done: str
+  rights: str
+
+
+READING = Use("read", "list and read")
+WRITING = Use("written", "list, read, write and delete in")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """The requests to one bucket; each translates its errors and retries.
+
+  Attributes:
+    provider: of the store.
+    name: of the bucket.
+    client: of the provider's library.
+    anonymous: whether requests are not signed.
+    use: what the requests are made for.
+  """
 
   provider: Provider
   name: str
   client: Any = dataclasses.field(repr=False)
   anonymous: bool
+  use: Use = READING
 
   def ask(self, action: Callable[[], T], what: str, gone: str) -> T:
     """Calls `action`; translates its errors, and retries if another attempt may succeed.
@@ -138,16 +167,25 @@ class _Bucket:
     """
 
     def attempt() -> T:
-      try:
+      with self.errors(what, gone):
         return action()
-      except (obstore.exceptions.BaseError, FileNotFoundError) as error:
-        # The original error quotes addresses and answers.
-        raise self._translated(str(error), what, gone) from None
 
     return with_retries(attempt, POLICY)
 
+  @contextlib.contextmanager
+  def errors(self, what: str, gone: str) -> Iterator[None]:
+    """Translates an error of the client. Takes the last two arguments of `ask`."""
+    try:
+      yield
+    except SourceError:
+      raise
+    # The client raises some errors of an upload as the system's.
+    except (obstore.exceptions.BaseError, OSError) as error:
+      # The original error quotes addresses and answers.
+      raise self._translated(str(error), what, gone) from None
+
   def _translated(self, message: str, what: str, gone: str) -> SourceError:
-    # Object names are cut out first: a name could look like one of the patterns.
+    # Names are cut out first: one of an object, or of an option, could look like one of the patterns.
     said = _NAMES.sub(lambda m: _NO_ACCOUNT if _METADATA.search(m[0]) else "", message)
     status = match[1] if (match := _STATUS.search(said)) else "none"
     kind, template = next(
@@ -161,8 +199,9 @@ class _Bucket:
         gone=gone,
         status=status,
         place=f"{self.provider.name} ({_public(self.provider.endpoint()) or 'its own endpoint'})",
+        done=self.use.done,
         who="without credentials" if self.anonymous else "with these credentials",
-        remedy=self.provider.remedy,
+        remedy=self.provider.remedy.format(rights=self.use.rights),
         misplaced=self.provider.misplaced,
       )
     )
@@ -173,13 +212,15 @@ class _NoCredentialsError(AccessError):
 
 
 _STATUS = re.compile(r"status code: (\d{3})\b")
-_NAMES = re.compile(r"https?://\S+|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\"")
+_NAMES = re.compile(
+  r"https?://\S+|retry_timeout|(for path|at location) .*?(?=: Error| not found: Error)|path: \".*\""
+)
 # Both providers look for credentials last at the metadata service of a virtual machine.
 _METADATA = re.compile(r"^https?://[^/]+/(computeMetadata|latest/(api/token|meta-data))\b")
 _NO_ACCOUNT = "<metadata service>"
 _REFUSED = frozenset({"400", "401", "403", "404"})
 _LATER = frozenset({"408", "425", "429", "500", "502", "503", "504"})
-_REPLACED = "{what} was replaced while it was read: load it again once nothing writes to it"
+_REPLACED = "{what} was replaced while it was {done}: load it again once nothing writes to it"
 _SETTINGS = "check the endpoint and the proxy settings"
 
 # Statuses (None is any, "none" is no answer), a pattern in the client's message, error class, our message. The first
@@ -188,7 +229,7 @@ _FAILURES: tuple[tuple[frozenset[str] | None, str, type[SourceError], str], ...]
   (_LATER, "", ConnectionFailedError, "{place} answers {status} about {what}: try later"),
   (None, _NO_ACCOUNT, _NoCredentialsError, "there are no credentials for {what}: {remedy}"),
   (_REFUSED, "token request|AssumeRole", AccessError, "the credentials for {what} do not work: {remedy}"),
-  (frozenset({"401", "403"}), "", AccessError, "{what} may not be read {who}: {remedy}"),
+  (frozenset({"401", "403"}), "", AccessError, "{what} may not be {done} {who}: {remedy}"),
   (frozenset({"404"}), "", FilesNotFoundError, "{gone}"),
   (frozenset({"412", "416"}), "", CorruptFilesError, _REPLACED),
   (
@@ -235,7 +276,7 @@ class StoreFiles:
     listing: the objects by name.
   """
 
-  bucket: _Bucket
+  bucket: Bucket
   address: Address
   listing: Mapping[str, Entry] = dataclasses.field(repr=False)
 
@@ -286,7 +327,7 @@ class StoreFiles:
       answer = obstore.get(self.bucket.client, entry.key, options=options)  # type: ignore[arg-type]
       # A store that ignores If-Match still states the version that it sends.
       if _bare(answer.meta["e_tag"]) != _bare(entry.etag) or answer.meta["size"] != entry.size:
-        raise CorruptFilesError(_REPLACED.format(what=what))
+        raise CorruptFilesError(_REPLACED.format(what=what, done=READING.done))
       for block in answer.stream(_BLOCK):
         if done + len(block) > len(buffer):
           raise SourceError(
@@ -359,7 +400,7 @@ class CachedFiles:
     self.store.entry(name)
     if (path := self.cache.file(name)) is None:
       return self.store.read(name, start, stop)
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
       file.seek(start)
       return file.read(max(0, stop - start))
 
@@ -370,12 +411,14 @@ class CachedFiles:
       FilesNotFoundError: some objects do not exist; the message names all of them.
       CorruptFilesError: an object was replaced after it was listed.
       ConnectionFailedError: an object could not be downloaded, after all retries.
-      OSError: the disk refuses, for example because it is full.
+      DiskError: the disk refuses, for example because it is full.
     """
     if absent := [name for name in names if check_name(name) not in self.store.listing]:
       raise missing_files(self.store.path, absent, self.store.listing)
-    for name in names:
-      self.cache.add(name, self.store.size(name), self.store.read_into)
+    nbytes = sum(self.store.size(name) for name in names if self.cache.file(name) is None)
+    with write_errors(self.cache.folder, self.store.path, nbytes, _ELSEWHERE):
+      for name in names:
+        self.cache.add(name, self.store.size(name), self.store.read_into)
     return self.path
 
 
@@ -420,12 +463,12 @@ def open_files(
       f"{address} has no revision {revision!r}: folders of object stores have no branches, tags or commits"
     )
   try:
-    bucket = _connected(provider, address, token)
+    bucket = connected(provider, address, token)
     listing = _listed(bucket, address)
   except _NoCredentialsError:
     if token is True:
       raise
-    bucket = _connected(provider, address, False)
+    bucket = connected(provider, address, False)
     listing = _listed(bucket, address)
   files = StoreFiles(bucket, address, listing)
   if revision not in (None, files.revision):
@@ -433,59 +476,144 @@ def open_files(
       f"{address} has changed since revision {revision}: load it again, without a revision, once nothing writes to "
       "it"
     )
-  return files if download_path is None else cached(files, os.path.expanduser(download_path))
+  return files if download_path is None else cached(files, download_path)
 
 
-def _connected(provider: Provider, address: Address, token: str | bool | None) -> _Bucket:
-  stall = _stall()
+def connected(provider: Provider, address: Address, token: str | bool | None, use: Use = READING) -> Bucket:
+  """The bucket of an address. No request is made.
+
+  Raises:
+    AccessError: the credentials or the endpoint cannot be used.
+    SourceError: MODELS_SOURCES_TIMEOUT is not a positive number.
+  """
+  return _connected(provider, address, token, use, stall(), {"max_retries": 0})
+
+
+def connected_for_uploads(
+  provider: Provider, address: Address, token: str | bool | None, silence: float, longest: float
+) -> Bucket:
+  """The bucket of an address, whose client itself tries single parts of an upload again, as often as `POLICY` says.
+
+  Args:
+    provider: of the store.
+    address: within the bucket.
+    token: as for `connected`.
+    silence: seconds without an answer after which a part is sent again.
+    longest: seconds after which no part is sent again.
+  """
+  retries = {
+    "max_retries": POLICY.attempts - 1,
+    "backoff": {
+      "init_backoff": datetime.timedelta(seconds=POLICY.first_wait),
+      "max_backoff": datetime.timedelta(seconds=POLICY.longest_wait),
+      "base": 2,
+    },
+    "retry_timeout": datetime.timedelta(seconds=longest),
+  }
+  return _connected(provider, address, token, WRITING, silence, retries)
+
+
+def _connected(
+  provider: Provider, address: Address, token: str | bool | None, use: Use, silence: float, retries: Any
+) -> Bucket:
   options = {
     "allow_http": provider.endpoint().startswith("http://"),
-    "connect_timeout": datetime.timedelta(seconds=min(_CONNECT, stall)),
+    "connect_timeout": datetime.timedelta(seconds=min(_CONNECT, silence)),
     # Limits the silence between two bytes; a limit for the whole answer would end slow but steady ones.
-    "read_timeout": datetime.timedelta(seconds=stall),
+    "read_timeout": datetime.timedelta(seconds=silence),
     "timeout": datetime.timedelta(days=1),
   }
   try:
-    client = provider.connect(address.bucket, token, options)
+    client = provider.connect(address.bucket, token, options, retries)
   except (obstore.exceptions.BaseError, ValueError):
     raise AccessError(
-      f"the credentials or the endpoint for {address} cannot be used: {provider.remedy}"
+      f"the credentials or the endpoint for {address} cannot be used: "
+      f"{provider.remedy.format(rights=use.rights)}"
     ) from None
-  return _Bucket(provider, address.bucket, client, token is False)
+  return Bucket(provider, address.bucket, client, token is False, use)
 
 
-def _stall() -> float:
+def stall() -> float:
+  """Seconds without a byte after which a connection is given up.
+
+  Raises:
+    SourceError: MODELS_SOURCES_TIMEOUT is not a positive number.
+  """
   text = os.environ.get("MODELS_SOURCES_TIMEOUT") or str(STALL)
   if re.fullmatch(r"\d+(\.\d+)?", text) is None or not float(text):
     raise SourceError(f"MODELS_SOURCES_TIMEOUT is {text!r}: set it to a positive number of seconds")
   return float(text)
 
 
-def _listed(bucket: _Bucket, address: Address) -> dict[str, Entry]:
+def _listed(bucket: Bucket, address: Address) -> dict[str, Entry]:
   """The objects of a folder by name; if there are none, the object whose key is the address itself.
 
   Raises:
-    FilesNotFoundError: there is neither.
+    FilesNotFoundError: there is neither, or the checkpoint in the folder is not whole.
     SourceError: the store gives an object no ETag.
   """
   nothing = f"there is nothing at {address}: check the spelling of bucket and folder"
-  found = bucket.ask(
-    lambda: obstore.list_with_delimiter(bucket.client, address.key or None)["objects"], str(address), nothing
-  )
-  folder = f"{address.key}/" if address.key else ""
-  # Some tools mark an empty folder by an object with the folder's own name.
-  objects = {meta["path"].removeprefix(folder): meta for meta in found if meta["path"] != address.key}
+  objects = entries(bucket, address, nothing)
   if not objects:
     if not address.key:
       raise FilesNotFoundError(nothing)
     meta = bucket.ask(lambda: obstore.head(bucket.client, address.key), str(address), nothing)
-    objects = {address.key.rpartition("/")[2]: meta}
+    objects = entries_of({address.key.rpartition("/")[2]: meta}, address)
+  saves = unfinished(objects)
+  if lacking := [last for last in saves.values() if last not in objects]:
+    raise FilesNotFoundError(
+      f"{address} holds no whole checkpoint: {lacking[0]} is written last, and is not there yet. Wait for the save that "
+      "is under way; if it was interrupted, save the checkpoint again with overwrite=True"
+    )
+  return {name: entry for name, entry in objects.items() if name not in saves}
+
+
+def entries(bucket: Bucket, address: Address, gone: str) -> dict[str, Entry]:
+  """The objects directly below an address, by name.
+
+  Args:
+    bucket: makes the requests.
+    address: of the folder.
+    gone: message of the error if there is no such bucket.
+  """
+  found = bucket.ask(
+    lambda: obstore.list_with_delimiter(bucket.client, address.key or None)["objects"], str(address), gone
+  )
+  folder = f"{address.key}/" if address.key else ""
+  # Some tools mark an empty folder by an object with the folder's own name.
+  return entries_of({m["path"].removeprefix(folder): m for m in found if m["path"] != address.key}, address)
+
+
+def entries_of(objects: Mapping[str, Any], address: Address) -> dict[str, Entry]:
+  """The client's descriptions of objects as entries.
+
+  Raises:
+    SourceError: the store gives an object no ETag.
+  """
   if unmarked := [name for name, meta in objects.items() if not meta["e_tag"]]:
     raise SourceError(
       f"{address}: the store gives no ETag for {unmarked[0]}, so a replaced object would go unnoticed: copy the files "
       "to a local directory and load that"
     )
   return {name: Entry(meta["path"], meta["size"], str(meta["e_tag"])) for name, meta in objects.items()}
+
+
+def mark_of(token: str, last: str) -> str:
+  """The name of the object that says that a save is under way.
+
+  Args:
+    token: names the save: 16 hexadecimal digits.
+    last: name of the object that the save writes last.
+  """
+  return f".saving-{token}.{last}"
+
+
+def unfinished(names: Iterable[str]) -> dict[str, str]:
+  """The saves that are under way, or were interrupted: the name that `mark_of` gives -> the object written last."""
+  return {match[0]: match[1] for name in names if (match := _MARK.fullmatch(name))}
+
+
+_MARK = re.compile(r"\.saving-[0-9a-f]{16}\.(.+)")
 
 
 def _public(endpoint: str) -> str:

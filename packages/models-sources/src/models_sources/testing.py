@@ -12,6 +12,8 @@ name and another port.
     with StoreServer() as store:
       store.put("bucket/folder/config.json", b"{}")
       monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)  # or AWS_ENDPOINT_URL
+      ...
+      assert store.objects("bucket/folder") == {"config.json": b"{}"}
 
 Needs only the standard library.
 """
@@ -30,14 +32,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 LARGE = (".safetensors", ".gguf", ".bin")
 SIGNATURE = "X-Signature=not-to-be-shown"
+_XET_TOKEN = "/api/xet-read-token"
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 _BLOCK = 64 * 1024
 _DRIP = 1024
+# Methods of requests that change something, and may have a body.
+_WITH_BODY = ("PUT", "POST", "DELETE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +51,17 @@ class Request:
 
   Attributes:
     host: the server: "hub" or "storage" of a HubServer, "store" of a StoreServer.
-    method: GET or HEAD.
+    method: GET or HEAD; of a StoreServer also PUT, POST or DELETE.
     path: of the address, without the query.
     headers: by name in lower case.
+    query: of the address.
   """
 
   host: str
   method: str
   path: str
   headers: Mapping[str, str]
+  query: str = ""
   _sent: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
 
   @property
@@ -78,7 +85,7 @@ class Fault:
   """How the next answers to matching requests go wrong.
 
   Attributes:
-    where: regular expression that is searched for in "host METHOD path".
+    where: regular expression that is searched for in "host METHOD path", or "host METHOD path?query" if there is one.
     times: number of answers that the fault changes.
     status: HTTP status of an error that is sent instead of the answer.
     headers: sent in addition; they replace headers of the same name.
@@ -86,6 +93,8 @@ class Fault:
     cut: bytes of the body after which the connection is closed.
     reset: whether the connection is reset instead of closed; without `cut`, before any answer.
     stall: seconds of silence before the body.
+    silence: seconds of silence before any answer.
+    take: bytes of the request's body after which the connection is closed.
     drip: seconds of silence before each KiB of the body.
     ignore_range: whether the whole file is sent although a range was requested.
     shift: bytes by which the range that is sent is off.
@@ -99,6 +108,8 @@ class Fault:
   cut: int | None = None
   reset: bool = False
   stall: float = 0.0
+  silence: float = 0.0
+  take: int | None = None
   drip: float = 0.0
   ignore_range: bool = False
   shift: int = 0
@@ -147,7 +158,7 @@ class _Loopback:
     """Makes the next answers to matching requests go wrong.
 
     Args:
-      where: regular expression that is searched for in "host METHOD path".
+      where: as the field of `Fault`.
       **how: other fields of `Fault`.
     """
     fault = Fault(where, **how)
@@ -160,15 +171,16 @@ class _Loopback:
     return [request.line for request in list(self.requests) if host in ("", request.host)]
 
   def _take_fault(self, request: Request) -> Fault:
+    asked = {f"{request.host} {request.line}", f"{request.host} {request.line}?{request.query}"}
     with self._lock:
       self.requests.append(request)
       for fault in self._faults:
-        if fault.times > 0 and re.search(fault.where, f"{request.host} {request.line}"):
+        if fault.times > 0 and any(re.search(fault.where, line) for line in asked):
           fault.times -= 1
           return fault
     return Fault("", 0)
 
-  def _answer(self, request: Request, query: str) -> _Answer:
+  def _answer(self, request: Request, query: str, body: bytes) -> _Answer:
     raise NotImplementedError
 
 
@@ -177,10 +189,13 @@ class HubServer(_Loopback):
 
   Attributes:
     requests: all received requests, in order. A test may clear the list.
+    has_xet: whether large files are offered by the protocol Xet, too. Its host, "xet", only hands out tokens: a client
+      that uses it fails there, as `fail` says, or with 404.
   """
 
-  def __init__(self) -> None:
-    super().__init__("hub", "storage")
+  def __init__(self, *, has_xet: bool = False) -> None:
+    super().__init__("hub", "storage", "xet")
+    self.has_xet = has_xet
     self._repos: dict[str, _Repo] = {}
     self._blobs: dict[str, bytes] = {}
     self._moved: dict[str, str] = {}
@@ -228,9 +243,19 @@ class HubServer(_Loopback):
       self._repos[new] = self._repos.pop(old)
       self._moved[old] = new
 
-  def _answer(self, request: Request, query: str) -> _Answer:
+  def _answer(self, request: Request, query: str, body: bytes) -> _Answer:
     if request.host == "storage":
       return self._stored(request.path)
+    if request.host == "xet":
+      return _Answer(404)
+    if request.path == _XET_TOKEN:
+      address = self._servers["xet"].address
+      lasting = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": str(int(time.time()) + 3600)}
+      return _Answer(
+        200,
+        {"X-Xet-Cas-Url": address, **lasting},
+        json.dumps({"casUrl": address, "exp": int(time.time()) + 3600, "accessToken": "token"}).encode(),
+      )
     for old, new in self._moved.items():
       if (
         target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)
@@ -294,6 +319,8 @@ class HubServer(_Loopback):
       "X-Linked-Size": str(len(data)),
       "ETag": f'"{_git_hash(linked.encode())}"',
     }
+    if self.has_xet:
+      headers |= {"X-Xet-Hash": linked, "X-Xet-Refresh-Route": f"{self.endpoint}{_XET_TOKEN}"}
     return _Answer(302, headers | {"Location": f"{self.storage}/blobs/{linked}?{SIGNATURE}"})
 
   def _stored(self, path: str) -> _Answer:
@@ -313,18 +340,24 @@ class StoreServer(_Loopback):
   """An object store on the loopback with the protocols of Google Cloud Storage (XML interface) and S3.
 
   It answers list, HEAD and GET requests, with ranges, `If-Match`, pages of listings, private buckets, and a virtual
-  machine's metadata service that has no account. It does not check signatures.
+  machine's metadata service that has no account. It takes objects whole, with a condition or without, and in parts, and
+  removes them one by one or many at a time. It does not check signatures.
 
   Attributes:
     requests: all received requests, in order. A test may clear the list.
     page: number of keys in one page of a listing.
+    part: the fewest bytes of a part that is not an object's last one.
+    uploads: objects that are being uploaded in parts: by the upload's name, the path and the parts so far.
   """
 
-  def __init__(self, page: int = 1000) -> None:
+  def __init__(self, page: int = 1000, part: int = 5 << 20) -> None:
     super().__init__("store")
-    self.page = page
+    self.page, self.part = page, part
+    self.uploads: dict[str, tuple[str, dict[int, bytes]]] = {}
     self._objects: dict[str, _Object] = {}
+    self._buckets: set[str] = set()
     self._readers: dict[str, str] = {}
+    self._frozen: set[str] = set()
 
   @property
   def endpoint(self) -> str:
@@ -332,9 +365,24 @@ class StoreServer(_Loopback):
     return self._servers["store"].address
 
   def put(self, path: str, data: bytes) -> None:
-    """Creates or replaces the object `bucket/key` in one step."""
+    """Creates or replaces the object `bucket/key` in one step, and the bucket if there is none."""
     with self._lock:
-      self._objects[path] = _Object(data, hashlib.md5(data, usedforsecurity=False).hexdigest())
+      self._buckets.add(path.partition("/")[0])
+      self._objects[path] = _Object(data, _md5(data).hexdigest())
+
+  def make(self, bucket: str) -> None:
+    """Creates an empty bucket."""
+    self._buckets.add(bucket)
+
+  def freeze(self, bucket: str) -> None:
+    """Refuses to change a bucket from now on; it can still be read."""
+    self._frozen.add(bucket)
+
+  def objects(self, folder: str) -> dict[str, bytes]:
+    """The objects below `bucket/folder`, by the rest of their names."""
+    start = f"{folder}/"
+    found = sorted(self._objects.items())
+    return {path.removeprefix(start): one.data for path, one in found if path.startswith(start)}
 
   def remove(self, path: str) -> None:
     """Removes an object."""
@@ -349,7 +397,7 @@ class StoreServer(_Loopback):
     """Bytes of an object that have been sent so far, over all requests."""
     return sum(r.sent for r in list(self.requests) if r.method == "GET" and unquote(r.path) == f"/{path}")
 
-  def _answer(self, request: Request, query: str) -> _Answer:
+  def _answer(self, request: Request, query: str, body: bytes) -> _Answer:
     path, asked = unquote(request.path).strip("/"), parse_qs(query)
     if path.startswith(("computeMetadata/", "latest/")):
       return _Answer(404)
@@ -360,8 +408,10 @@ class StoreServer(_Loopback):
       sent = request.headers.get("authorization")
       if sent != f"Bearer {token}":
         return _xml_error(401 if sent is None else 403, "AccessDenied")
-    if not any(name.startswith(f"{bucket}/") for name in list(self._objects)):
+    if bucket not in self._buckets:
       return _xml_error(404, "NoSuchBucket")
+    if request.method in _WITH_BODY:
+      return self._changed(request, path, parse_qs(query, keep_blank_values=True), body)
     if not key:
       return self._listed(bucket, asked)
     found = self._objects.get(path)
@@ -371,6 +421,58 @@ class StoreServer(_Loopback):
     if condition is not None and condition.strip('"') != found.etag:
       return _xml_error(412, "PreconditionFailed")
     return _Answer(200, {"ETag": f'"{found.etag}"', "Last-Modified": _NOON}, found.data, ranges=True)
+
+  def _changed(self, request: Request, path: str, asked: Mapping[str, list[str]], body: bytes) -> _Answer:
+    """Answers a request that changes something."""
+    if path.partition("/")[0] in self._frozen:
+      return _xml_error(403, "AccessDenied")
+    upload = asked.get("uploadId", [""])[0]
+    with self._lock:
+      match request.method, sorted(asked):
+        case "POST", ["delete"]:
+          keys = [unescape(key) for key in re.findall("<Key>(.*?)</Key>", body.decode())]
+          for key in keys:
+            self._objects.pop(f"{path}/{key}", None)
+          return _xml("DeleteResult", "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys))
+        case "POST", ["uploads"]:
+          upload = f"upload-{len(self.requests)}"
+          self.uploads[upload] = path, {}
+          return _xml("InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>")
+        case "DELETE", []:
+          return _Answer(204) if self._objects.pop(path, None) else _xml_error(404, "NoSuchKey")
+        case "PUT", []:
+          exists = path in self._objects
+          wanted_new = "if-none-match" in request.headers or (
+            request.headers.get("x-goog-if-generation-match") == "0"
+          )
+          if wanted_new and exists:
+            return _xml_error(412, "PreconditionFailed")
+          return self._stored(path, body, _md5(body).hexdigest())
+        case _ if upload not in self.uploads:
+          return _xml_error(404, "NoSuchUpload")
+        case "PUT", ["partNumber", "uploadId"]:
+          self.uploads[upload][1][int(asked["partNumber"][0])] = body
+          return _Answer(200, {"ETag": f'"{_md5(body).hexdigest()}"', **_GENERATION})
+        case "POST", ["uploadId"]:
+          wanted = [int(number) for number in re.findall(r"<PartNumber>(\d+)<", body.decode())]
+          parts = self.uploads[upload][1]
+          if any(number not in parts for number in wanted):
+            return _xml_error(400, "InvalidPart")
+          if any(len(parts[number]) < self.part for number in wanted[:-1]):
+            return _xml_error(400, "EntityTooSmall")
+          etag = _md5(b"".join(_md5(parts[number]).digest() for number in wanted)).hexdigest()
+          del self.uploads[upload]
+          answer = self._stored(path, b"".join(parts[number] for number in wanted), f"{etag}-{len(wanted)}")
+          done = _xml("CompleteMultipartUploadResult", f"<ETag>{answer.headers['ETag']}</ETag>")
+          return dataclasses.replace(done, headers={**answer.headers, **done.headers})
+        case "DELETE", ["uploadId"]:
+          del self.uploads[upload]
+          return _Answer(204)
+    return _xml_error(400, "InvalidRequest")
+
+  def _stored(self, path: str, data: bytes, etag: str) -> _Answer:
+    self._objects[path] = _Object(data, etag)
+    return _Answer(200, {"ETag": f'"{etag}"', **_GENERATION})
 
   def _listed(self, bucket: str, asked: Mapping[str, list[str]]) -> _Answer:
     prefix, delimiter = (asked.get(name, [""])[0] for name in ("prefix", "delimiter"))
@@ -415,6 +517,16 @@ class StoreServer(_Loopback):
 # Google's JSON interface, which TensorStore uses.
 _JSON_INTERFACE = re.compile(r"storage/v1/b/(?P<bucket>[^/]+)/o(?:/(?P<key>.+))?")
 _NOON = "Mon, 01 Jan 2024 12:00:00 GMT"
+# Google's client wants a version in the answer to a change, but does nothing with it here.
+_GENERATION = {"x-goog-generation": "1"}
+
+
+def _md5(data: bytes) -> Any:
+  return hashlib.md5(data, usedforsecurity=False)
+
+
+def _xml(name: str, content: str) -> _Answer:
+  return _Answer(200, {"Content-Type": "application/xml"}, f"<{name}>{content}</{name}>".encode())
 
 
 def _xml_error(status: int, code: str) -> _Answer:
@@ -491,15 +603,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_HEAD(self) -> None:
     self.do_GET()
 
+  def do_PUT(self) -> None:
+    self.do_GET()
+
+  def do_POST(self) -> None:
+    self.do_GET()
+
+  def do_DELETE(self) -> None:
+    self.do_GET()
+
   def do_GET(self) -> None:
     url, hub = urlsplit(self.path), self.server.hub
     headers = {name.lower(): value for name, value in self.headers.items()}
-    request = Request(self.server.host, self.command, url.path, headers)
+    request = Request(self.server.host, self.command, url.path, headers, url.query)
     fault = hub._take_fault(request)
-    if fault.reset and fault.cut is None:
+    if fault.reset and fault.cut is None and fault.take is None:
       return self._hang_up(reset=True)
+    length = int(headers.get("content-length") or 0) if self.command in _WITH_BODY else 0
+    sent = self.rfile.read(length if fault.take is None else min(fault.take, length))
+    if fault.take is not None:
+      return self._hang_up(fault.reset)
+    time.sleep(fault.silence)
     answer = (
-      hub._answer(request, url.query) if fault.status is None else _error(fault.status, "", "told to fail")
+      hub._answer(request, url.query, sent)
+      if fault.status is None
+      else _error(fault.status, "", "told to fail")
     )
     status, body = answer.status, answer.body
     extra: dict[str, str] = {}
@@ -513,7 +641,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for name, value in {"Content-Length": str(len(body)), **answer.headers, **extra, **fault.headers}.items():
       self.send_header(name, value)
     self.end_headers()
-    if self.command == "GET":
+    if self.command != "HEAD":
       self._send(body, fault, request)
     return None
 

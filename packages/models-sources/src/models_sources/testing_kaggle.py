@@ -62,7 +62,7 @@ class KaggleServer(HubServer):
         self._private.add(handle)
       return len(versions)
 
-  def _answer(self, request: Request, query: str) -> _Answer:
+  def _answer(self, request: Request, query: str, body: bytes) -> _Answer:
     if request.path.startswith("/blobs/"):
       stored = self._stored(request.path)
       digest = base64.b64encode(hashlib.md5(stored.body, usedforsecurity=False).digest()).decode()

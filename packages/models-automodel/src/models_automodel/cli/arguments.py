@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models_automodel.cli.mesh_argument import parse_mesh
 
@@ -19,8 +19,8 @@ def model_arguments() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument(
     "model",
-    help="repository id, local directory, GGUF file, or gs:// or s3:// address; "
-    "show also takes a name such as llama-3.1-8b",
+    help="repository id, local directory, GGUF file, or gs:// or s3:// address; org/repo:Q8_0 and org/repo/folder choose "
+    "a part; show also takes a name such as llama-3.1-8b",
   )
   parser.add_argument(
     "--source",
@@ -34,7 +34,27 @@ def model_arguments() -> argparse.ArgumentParser:
   )
   add_ignored_keys(parser)
   parser.add_argument("--dtype", help="dtype of the parameters, such as bfloat16 (default: as stored)")
+  add_selectors(parser)
   return parser
+
+
+# Options that choose one of several checkpoints of a place.
+_SELECTORS = {
+  "file": "name of a file, or a pattern such as '*Q8_0*', that chooses one of several checkpoints",
+  "subfolder": "folder of the checkpoint within the place",
+  "variant": "variant of the weights, as in model.fp16.safetensors",
+}
+
+
+def add_selectors(parser: argparse.ArgumentParser) -> None:
+  """Adds the options that choose one of several checkpoints."""
+  for name, text in _SELECTORS.items():
+    parser.add_argument(f"--{name}", help=text)
+
+
+def selectors_of(options: argparse.Namespace) -> dict[str, Any]:
+  """The options that choose one of several checkpoints, as keyword arguments."""
+  return {name: getattr(options, name) for name in _SELECTORS}
 
 
 def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +72,13 @@ def where_of(options: argparse.Namespace) -> Where:
   """The place that the options name."""
   from models_automodel.where import Where
 
-  return Where(options.model, options.source, revision=options.revision, download_path=options.download_path)
+  return Where(
+    options.model,
+    options.source,
+    revision=options.revision,
+    download_path=options.download_path,
+    **selectors_of(options),
+  )
 
 
 def mesh_arguments() -> argparse.ArgumentParser:

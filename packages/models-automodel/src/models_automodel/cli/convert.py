@@ -15,7 +15,10 @@ def add_convert(commands: Commands) -> None:
     help="convert a checkpoint: from GGUF, from or to an Orbax tree, to another dtype or shard size",
   )
   parser.set_defaults(run=_convert)
-  parser.add_argument("target", help="directory to write; missing or empty, unless --overwrite is given")
+  parser.add_argument(
+    "target",
+    help="directory or address in an object store to write; missing or empty, unless --overwrite is given",
+  )
   parser.add_argument(
     "--to",
     default="huggingface",

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from models_automodel.cli.arguments import (
   Commands,
   add_ignored_keys,
+  add_selectors,
   mesh_arguments,
   model_arguments,
+  selectors_of,
   where_of,
 )
 from models_automodel.cli.mesh_argument import make_mesh
@@ -185,6 +187,7 @@ def add_verify(commands: Commands) -> None:
   )
   parser.set_defaults(run=_verify)
   parser.add_argument("directory", help="directory of the checkpoint, or a GGUF file")
+  add_selectors(parser)
   add_ignored_keys(parser)
   parser.add_argument(
     "--values", action="store_true", help="also read all weights, and fail on NaN or infinity"
@@ -200,7 +203,12 @@ def add_verify(commands: Commands) -> None:
 def _verify(options: argparse.Namespace) -> None:
   from models_automodel.verify import check_checksums, checksums, read_checksums, verify
 
-  plan = verify(options.directory, values=options.values, ignore_config_keys=options.ignore_config_key)
+  plan = verify(
+    options.directory,
+    values=options.values,
+    ignore_config_keys=options.ignore_config_key,
+    **selectors_of(options),
+  )
   if options.checksums:
     check_checksums(options.directory, read_checksums(options.checksums))
   if options.sha256:

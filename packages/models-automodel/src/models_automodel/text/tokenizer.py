@@ -24,7 +24,7 @@ from models_automodel.text.special_tokens import framing, read_special_tokens, t
 from models_automodel.text.template_files import TEMPLATES, read_templates
 from models_core.errors import CheckpointError, ConfigError
 from models_core.extras import require
-from models_core.formats import GGUF, Checkpoint, Files, as_files, names_in, read_json
+from models_core.formats import GGUF, Checkpoint, Files, as_files, names_in, read_json, strangeness
 
 _log = logging.getLogger(__name__)
 
@@ -352,8 +352,11 @@ def _end_ids(files: Files, name: str, config: Mapping[str, Any]) -> set[int]:
 
 
 def _text(files: Files, name: str) -> str:
+  data = files.read(name, 0, files.size(name))
+  if what := strangeness(data):
+    raise CheckpointError(files.path, [f"{name} {what}"])
   try:
-    return files.read(name, 0, files.size(name)).decode()
+    return data.decode()
   except UnicodeDecodeError as error:
     raise CheckpointError(files.path, [f"{name} is not UTF-8: {error}"]) from error
 

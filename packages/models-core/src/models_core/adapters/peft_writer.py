@@ -22,13 +22,22 @@ from models_core.errors import AdapterError
 from models_core.family import Family
 from models_core.formats import Files, as_files, read_safetensors
 from models_core.loading import abstract_model
-from models_core.saving import SavedFile, plan_state, replace_directory, write_files, write_texts
+from models_core.saving import (
+  Place,
+  SavedFile,
+  file_bytes,
+  plan_state,
+  put_files,
+  replace_directory,
+  write_files,
+  write_texts,
+)
 from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 
 def save_peft_adapter(
   adapter: Adapter,
-  save_dir: str | os.PathLike,
+  save_dir: Place,
   family: Family,
   config: Any,
   *,
@@ -40,7 +49,7 @@ def save_peft_adapter(
 
   Args:
     adapter: the adapter, such as `adapter_of` returns.
-    save_dir: directory to write; it may be missing or empty. The write is atomic.
+    save_dir: directory to write, or a target that a source provides; it may be missing or empty. The write is atomic.
     family: family of the model.
     config: configuration of the model that the adapter changes.
     base_model: repository or directory of the model that the adapter changes, for adapter_config.json; None is `base`, if
@@ -60,9 +69,13 @@ def save_peft_adapter(
   tensors, keys = _contents(adapter, model)
   text = json.dumps(_config(adapter, model, base_model, keys), indent=2).encode() + b"\n"
   file = SavedFile(ADAPTER_WEIGHTS, tuple(plan_state(tensors)))
-  with replace_directory(os.fspath(save_dir), overwrite=overwrite) as directory:
-    write_files(directory, [file], tensors.__getitem__)
-    write_texts(directory, {ADAPTER_CONFIG: text})
+  if isinstance(save_dir, str | os.PathLike):
+    with replace_directory(os.fspath(save_dir), overwrite=overwrite, nbytes=file.nbytes) as directory:
+      write_files(directory, [file], tensors.__getitem__)
+      write_texts(directory, {ADAPTER_CONFIG: text})
+  else:
+    contents = {ADAPTER_WEIGHTS: file_bytes(file, tensors.__getitem__), ADAPTER_CONFIG: text}
+    put_files(save_dir, contents, overwrite=overwrite, last=ADAPTER_CONFIG)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,6 @@ UNIMPLEMENTED: Mapping[str, tuple[object, ...]] = {
   "partial_rotary_factor": (1,),
   "per_layer_config": ({},),
   "pruned_heads": ({}, []),
-  "transformers_weights": (),  # name of a file of weights
   "use_bidirectional_attention": (False,),
 }
 

@@ -1,7 +1,8 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files, names_in
+from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
+from .kinds import strangeness
 from .memory import ALIGNMENT, aligned_empty
 from .orbax import METADATA, ORBAX, read_orbax
 from .reader import CellReader, OnBytes, RunReader, TensorReader
@@ -9,15 +10,16 @@ from .registry import FORMATS, checkpoint_entries, formats_in, weight_files
 from .safetensors import (
   CODES,
   DTYPES,
-  INDEX,
   SAFETENSORS,
-  SINGLE,
   SafetensorsCheckpoint,
   file_layout,
   read_safetensors,
   read_safetensors_file,
+  safetensors_entries,
   shard_name,
 )
+from .safetensors_files import INDEX, SINGLE
+from .selection import checkpoint_folders, is_part, open_folder, select
 from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
 
 __all__ = [
@@ -51,14 +53,21 @@ __all__ = [
   "bounds_of",
   "cells_of",
   "checkpoint_entries",
+  "checkpoint_folders",
+  "dead_entries",
   "file_layout",
   "formats_in",
+  "is_part",
   "names_in",
+  "open_folder",
   "read_gguf",
   "read_json",
   "read_orbax",
   "read_safetensors",
   "read_safetensors_file",
+  "safetensors_entries",
+  "select",
   "shard_name",
+  "strangeness",
   "weight_files",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 
 from models_core.errors import CheckpointError
 from models_core.formats.checkpoint import Checkpoint, Header
-from models_core.formats.files import Files, RangeFiles
+from models_core.formats.files import Files, RangeFiles, read_errors
 from models_core.formats.memory import ALIGNMENT, aligned_empty
 from models_core.formats.reader import OnBytes, RunReader
 from models_core.formats.tensors import Index, TensorInfo
@@ -174,7 +174,11 @@ class _File:
   """
 
   def __init__(self, path: str):
-    self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+      with read_errors(path):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+      raise CheckpointError(path, ["it was removed after its header was read: load it again"]) from error
     self.pages: mmap.mmap | None = None
     self.close = weakref.finalize(self, os.close, self.descriptor)
 
@@ -281,7 +285,8 @@ class LocalReader(ByteReader):
     view, file = buffer.data, self._file(info.file)
     offset, done = info.start + start, 0
     while done < len(view):
-      count = os.preadv(file.descriptor, [view[done : done + (1 << 30)]], offset + done)
+      with read_errors(f"{self.where}/{info.file}"):
+        count = os.preadv(file.descriptor, [view[done : done + (1 << 30)]], offset + done)
       if not count:
         raise CheckpointError(
           f"{self.where}/{info.file}",
@@ -301,7 +306,10 @@ class LocalReader(ByteReader):
     if file.pages is None:
       if len(self._maps) >= self._most:
         return None
-      file.pages = mmap.mmap(file.descriptor, 0, prot=mmap.PROT_READ)
+      try:
+        file.pages = mmap.mmap(file.descriptor, 0, prot=mmap.PROT_READ)
+      except OSError:
+        return None  # out of descriptors, or a file system that maps no files: the elements are read
       file.pages.madvise(mmap.MADV_WILLNEED)
       self._maps.add(file.pages)
     self._on_bytes(count * info.dtype.itemsize)

@@ -68,6 +68,8 @@ class Checkpoint(abc.ABC):
     problems: errors in the headers, one sentence each. They are reported together with tensors that do not fit a model.
     notes: on files that are left out, one sentence each.
     shared_files: names of the files that are needed whichever tensors are read.
+    unread: names of the files whose headers could not be read, with the tensors that each should hold; None if nothing
+      tells. A tensor that may be in one of them is not missing.
   """
 
   files: Files
@@ -76,6 +78,11 @@ class Checkpoint(abc.ABC):
   problems: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
   shared_files: tuple[str, ...] = ()
+  unread: Mapping[str, frozenset[str] | None] = dataclasses.field(default_factory=dict)
+
+  def may_hold(self, tensor: str) -> bool:
+    """Whether a tensor may be in a file whose header could not be read."""
+    return any(held is None or tensor in held for held in self.unread.values())
 
   @property
   @abc.abstractmethod

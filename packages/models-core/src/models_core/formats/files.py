@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from models_core.errors import CheckpointError
+from models_core.errors import CheckpointError, ModelsError
 
 # Reads bytes [start, stop) of one file; returns fewer where it ends before `stop`.
 ReadRange = Callable[[int, int], bytes]
@@ -34,6 +35,35 @@ class Files(Protocol):
 
   def fetch(self, names: Sequence[str]) -> str:
     """Makes the named files local, complete or not at all. Returns the directory that holds them."""
+
+
+@contextlib.contextmanager
+def read_errors(path: str) -> Iterator[None]:
+  """Turns an error of the file system while a path is read into one that names the path and the remedy.
+
+  An error of a file that does not exist stays as it is: callers may ask for one that need not be there.
+
+  Raises:
+    CheckpointError: if the file system refuses.
+  """
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    if error.errno is None:
+      raise
+    remedy = _REMEDIES.get(error.errno, "")
+    raise CheckpointError(path, [f"cannot be read: {error.strerror or error}{remedy}"]) from error
+
+
+_REMEDIES = {
+  errno.EACCES: "; make it readable for this user",
+  errno.EPERM: "; make it readable for this user",
+  errno.EMFILE: "; raise the limit on open files, which `ulimit -n` shows",
+  errno.ENFILE: "; raise the system's limit on open files",
+  errno.ELOOP: "; the link leads back to itself: restore the file",
+}
 
 
 @runtime_checkable
@@ -65,7 +95,8 @@ class LocalFiles:
     if not os.path.isdir(self.path):
       raise CheckpointError(self.path, ["there is no such file or directory"])
     # Not entry.is_file(), which raises an error for a symbolic link that leads back to itself.
-    return sorted(entry.name for entry in os.scandir(self.path) if os.path.isfile(entry.path))
+    with read_errors(self.path), os.scandir(self.path) as entries:
+      return sorted(entry.name for entry in entries if os.path.isfile(entry.path))
 
   def locate(self, name: str) -> str:
     """The path of the file with this name."""
@@ -73,11 +104,14 @@ class LocalFiles:
 
   def size(self, name: str) -> int:
     """Bytes of a file."""
-    return os.stat(self.locate(name)).st_size
+    path = self.locate(name)
+    with read_errors(path):
+      return os.stat(path).st_size
 
   def read(self, name: str, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` of a file, fewer where it ends before `stop`."""
-    with open(self.locate(name), "rb") as file:
+    path = self.locate(name)
+    with read_errors(path), open(path, "rb") as file:
       file.seek(start)
       return file.read(stop - start)
 
@@ -86,11 +120,61 @@ class LocalFiles:
     return os.path.dirname(self.path) if os.path.isfile(self.path) else self.path
 
 
+def dead_entries(files: Files) -> dict[str, str]:
+  """The entries of a directory on this machine that are in the place of a file and cannot be read.
+
+  Returns:
+    What each is, by its name, as the rest of a sentence that begins with the name.
+  """
+  if not os.path.isdir(files.path):
+    return {}
+  names = set(files.names())
+  found = {}
+  for entry in os.scandir(files.path):
+    if entry.name in names or os.path.isfile(entry.path):
+      continue
+    if os.path.isdir(entry.path):
+      found[entry.name] = "is a folder"
+    elif not os.path.islink(entry.path):
+      found[entry.name] = "is not a regular file"
+    elif os.path.exists(os.path.join(files.path, target := os.readlink(entry.path))):
+      found[entry.name] = f"is a link to {target}, which is not a regular file"
+    else:
+      loops = "a link that leads back to itself" if _loops(entry.path) else None
+      found[entry.name] = f"is {loops or f'a link to {target}, which does not exist'}"
+  return found
+
+
+def _loops(path: str) -> bool:
+  try:
+    os.stat(path)
+  except OSError as error:
+    return error.errno == errno.ELOOP
+  return False
+
+
+def has_file(files: Files, name: str) -> bool:
+  """Whether there is a file of this name, also below the top level of a directory."""
+  return name in files.names() or os.path.isfile(os.path.join(files.path, name))
+
+
 def as_files(place: str | os.PathLike | Files) -> Files:
   """Makes `LocalFiles` of a path on this machine; returns `Files` unchanged."""
   if isinstance(place, (str, os.PathLike)):
     return LocalFiles(str(pathlib.Path(place).expanduser()))
   return place
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+  """Turns an error of the file system into a CheckpointError."""
+  try:
+    yield
+  except OSError as error:
+    # Errors of sources have no number: they say more than this would.
+    if error.errno is None or isinstance(error, ModelsError):
+      raise
+    raise CheckpointError(where, [f"cannot be read: {error.strerror}"]) from error
 
 
 @contextlib.contextmanager
@@ -105,8 +189,15 @@ def open_file(files: Files, name: str) -> Iterator[ReadRange]:
   if path is None:
     yield functools.partial(files.read, name)
     return
-  with open(path, "rb", buffering=0) as file:
-    yield lambda start, stop: os.pread(file.fileno(), max(0, stop - start), start)
+  with read_errors(path):
+    file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+  def read(start: int, stop: int) -> bytes:
+    with read_errors(path):
+      return os.pread(file.fileno(), max(0, stop - start), start)
+
+  with file:
+    yield read
 
 
 def names_in(files: Files, folder: str) -> list[str]:
@@ -114,5 +205,6 @@ def names_in(files: Files, folder: str) -> list[str]:
   found = {name for name in files.names() if name.rpartition("/")[0] == folder}
   path = os.path.join(files.path, folder)
   if os.path.isdir(path):
-    found |= {f"{folder}/{entry.name}" for entry in os.scandir(path) if os.path.isfile(entry.path)}
+    with read_errors(path), os.scandir(path) as entries:
+      found |= {f"{folder}/{entry.name}" for entry in entries if os.path.isfile(entry.path)}
   return sorted(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
+import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,10 +20,12 @@ from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, ReadRange, open_file
+from models_core.formats.files import Files, LocalFiles, ReadRange, open_file, reading
+from models_core.formats.kinds import FIRST, GGUF_MAGIC, is_gguf, named, strangeness
+from models_core.formats.left_out import left_out
+from models_core.formats.selection import PART_NAME, is_projector, listed, show, split_groups
 from models_core.formats.tensors import Codec, TensorInfo
 
-_MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _FIRST_READ = 256 * 1024
 # Headers with the largest vocabularies have about 20 MB.
@@ -33,7 +35,15 @@ _ALIGNMENT = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
 # Elements to decode at a time: as float32 they take 1 MiB, which fits in a cache, and Python's overhead is small.
 _DECODED_AT_ONCE = 1 << 18
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_SUFFIX = ".gguf"
+# Bytes of a file that hold its first keys.
+_KEYS = 4096
+# `general.type` of files that hold no language model -> what they hold.
+_OTHER_MODELS = {
+  "mmproj": "the projector of a vision tower",
+  "adapter": "a LoRA adapter",
+  "imatrix": "an importance matrix",
+}
 
 # Scalar types of metadata -> struct's format character, which is NumPy's too.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -95,12 +105,17 @@ def read_gguf(files: Files) -> GgufCheckpoint:
   as NumPy arrays. If the parts of a split checkpoint give a key different values, the first part's value counts.
 
   Args:
-    files: a directory that holds one checkpoint, or one file.
+    files: a directory that holds one checkpoint, or one file. Any part of a split file stands for all of them. The
+      projector of a vision tower and other files without a language model are left out, with a note.
 
   Raises:
     CheckpointError: if files are missing, ambiguous, truncated or malformed in any way.
   """
+  files = _with_other_parts(files)
   parts = _parts(files)
+  if "/" in parts[0] and not files.path.endswith(parts[0]):
+    # The path of the file itself, by which its tokenizer is found.
+    files = show(files, files.names(), file=parts[0])
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
   headers: dict[str, Header] = {}
@@ -112,6 +127,8 @@ def read_gguf(files: Files) -> GgufCheckpoint:
     for info in found:
       if (twin := tensors.setdefault(info.name, info)) is not info:
         problems.append(f"{name}: the tensor {info.name} is also in {twin.file}: download both files again")
+  if not problems and (kind := _OTHER_MODELS.get(str(metadata.get("general.type")))):
+    problems.append(f"{parts[0]} is {kind}, not a language model: load the GGUF file of the model")
   total = metadata.get("split.tensors.count", len(tensors))
   if not problems and total != len(tensors):
     problems.append(
@@ -120,26 +137,37 @@ def read_gguf(files: Files) -> GgufCheckpoint:
     )
   if problems:
     raise CheckpointError(files.path, problems)
-  return GgufCheckpoint(files, tensors, metadata, headers=headers)
+  return GgufCheckpoint(files, tensors, metadata, notes=tuple(left_out(files, parts)), headers=headers)
+
+
+def _with_other_parts(files: Files) -> Files:
+  """The given files, or if they are one part of a split file on this machine, all of its parts."""
+  names = files.names()
+  part = PART_NAME.fullmatch(names[0]) if len(names) == 1 else None
+  if part is None or not os.path.isfile(files.path):
+    return files
+  directory = LocalFiles(os.path.dirname(os.path.abspath(files.path)))
+  group = next(group for group in split_groups(directory.names()) if names[0] in group)
+  return show(directory, group, file=names[0])
 
 
 def _parts(files: Files) -> Sequence[str]:
   """Names of the files of the only checkpoint, in the order of their numbers."""
-  checkpoints: dict[tuple[str, int], dict[int, str]] = {}
-  for name in sorted(filter(_is_gguf, files.names())):
-    part = _PART.fullmatch(name)
-    key = (part["stem"], int(part["count"])) if part else (name, 0)
-    checkpoints.setdefault(key, {})[int(part["number"]) if part else 0] = name
+  checkpoints = [_numbered(group) for group in split_groups(_candidates(files))]
   if not checkpoints:
     raise CheckpointError(
       files.path, ["there is no .gguf file: pass the path of a GGUF file or of its directory"]
     )
   if len(checkpoints) > 1:
-    firsts = ", ".join(numbers[min(numbers)] for numbers in checkpoints.values())
+    left = [one for one in checkpoints if not is_projector(_first(one))]
+    checkpoints = left if len(left) == 1 else [one for one in left if not _is_other_model(files, _first(one))]
+  if len(checkpoints) != 1:
+    firsts = listed(map(_first, checkpoints))
     raise CheckpointError(
-      files.path, [f"the directory holds several checkpoints ({firsts}): pass the path of one file"]
+      files.path,
+      [f"it holds several checkpoints ({firsts}): choose one with file=, or pass the path of one file"],
     )
-  (((stem, count), numbers),) = checkpoints.items()
+  ((stem, count, numbers),) = checkpoints
   if not count:
     return list(numbers.values())
   # Only the numbers of existing files are compared, since a file name may claim 99999 parts.
@@ -147,14 +175,42 @@ def _parts(files: Files) -> Sequence[str]:
   if here != count:
     missing = next(n for n in range(1, count + 1) if n not in numbers)
     name = f"{stem}-{missing:05}-of-{count:05}.gguf"
-    raise CheckpointError(
-      files.path,
-      [f"{here} of {count} parts are here, but {name} is missing: pass the directory that holds all parts"],
-    )
+    remedy = "the download or copy is incomplete; all parts must lie in one directory"
+    raise CheckpointError(files.path, [f"{here} of {count} parts are here, but {name} is missing: {remedy}"])
   if len(numbers) != count:
     surplus = next(name for number, name in numbers.items() if not 1 <= number <= count)
     raise CheckpointError(files.path, [f"{surplus} is not one of {count} parts: remove it"])
   return [numbers[n] for n in sorted(numbers)]
+
+
+def _candidates(files: Files) -> list[str]:
+  """Names of the GGUF files at the top level; if there are none, of those in folders."""
+  return named(files, _SUFFIX, is_gguf) or [name for name in files.names() if _is_gguf(name)]
+
+
+# The stem of a checkpoint's file names, its number of parts (0 if it is not split), and the name of each part.
+_Numbered = tuple[str, int, dict[int, str]]
+
+
+def _numbered(group: Sequence[str]) -> _Numbered:
+  parts = [(PART_NAME.fullmatch(name), name) for name in group]
+  numbers = {int(part["number"]) if part else 0: name for part, name in parts}
+  part, name = parts[0]
+  return (part["stem"], int(part["count"]), numbers) if part else (name, 0, numbers)
+
+
+def _first(checkpoint: _Numbered) -> str:
+  numbers = checkpoint[2]
+  return numbers[min(numbers)]
+
+
+def _is_other_model(files: Files, name: str) -> bool:
+  """Whether the first keys of a GGUF file say that it holds no language model."""
+  start = files.read(name, 0, _KEYS)
+  at = start.find(b"general.type")
+  # A string: the key, the type 8, its length, its bytes.
+  value = start[at + len(b"general.type") + 12 :][:16] if at >= 0 else b""
+  return any(value.startswith(kind.encode()) for kind in _OTHER_MODELS)
 
 
 def _split_problems(name: str, metadata: dict[str, object], number: int, count: int) -> list[str]:
@@ -285,7 +341,7 @@ class _Cursor:
 
 def _read_header(files: Files, name: str) -> tuple[dict[str, object], list[TensorInfo], Header]:
   """The metadata, the tensors and the header's fingerprint of one file."""
-  with open_file(files, name) as read:
+  with reading(f"{files.path}/{name}"), open_file(files, name) as read:
     return _parse(_Cursor(read, files.size(name), name, files.path))
 
 
@@ -323,8 +379,10 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, object], list[TensorInfo], Header
 
 def _check_version(cursor: _Cursor) -> None:
   magic = cursor.take(4, "the magic number")
-  if magic != _MAGIC:
-    cursor.fail(f"not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}")
+  if magic != GGUF_MAGIC:
+    if what := strangeness(cursor.buffer[:FIRST]):
+      raise CheckpointError(cursor.where, [f"{cursor.name} {what}"])
+    cursor.fail(f"not a GGUF file: it begins with {magic!r}, not with {GGUF_MAGIC!r}")
   version = cursor.scalar("I", "the version")
   if version and not version & 0xFFFF:
     cursor.fail(
@@ -428,14 +486,14 @@ def _decoder(kind: int, name: str, block_size: int, block_bytes: int) -> Callabl
 
 
 def _is_gguf(name: str) -> bool:
-  return name.endswith(".gguf")
+  return name.endswith(_SUFFIX)
 
 
 GGUF = Format(
   name="gguf",
   naming="gguf",
   owns=_is_gguf,
-  is_in=lambda files: any(map(_is_gguf, files.names())),
+  is_in=lambda files: bool(_candidates(files)),
   read=read_gguf,
   # No saver writes GGUF, so a new checkpoint replaces no GGUF files: it is saved beside them.
   entries=lambda directory: frozenset(),

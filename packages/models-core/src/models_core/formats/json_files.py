@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any
 
 from models_core.errors import ConfigError
-from models_core.formats.checkpoint import Files
+from models_core.formats.files import Files
+from models_core.formats.kinds import FIRST, strangeness
 
 
 def parse_json(data: bytes) -> Any:
@@ -36,12 +38,21 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     name: of the file.
 
   Raises:
-    ConfigError: if the file holds anything else.
+    ConfigError: if the file cannot be read, or holds anything else, such as a Git LFS pointer.
     OSError: if there is no such file.
   """
   where = f"{files.path}/{name}"
   try:
-    value = parse_json(files.read(name, 0, files.size(name)))
+    data = files.read(name, 0, files.size(name))
+  except OSError as error:
+    # Errors of sources have no number: they say more than this would.
+    if error.errno in (None, errno.ENOENT):
+      raise
+    raise ConfigError(f"{where} cannot be read: {error.strerror}") from error
+  if what := strangeness(data[:FIRST]):
+    raise ConfigError(f"{where} {what}")
+  try:
+    value = parse_json(data)
   except (ValueError, RecursionError) as error:
     raise ConfigError(f"{where} is not valid JSON: {error}") from None
   if not isinstance(value, dict):

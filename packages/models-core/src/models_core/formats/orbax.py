@@ -32,7 +32,7 @@ import numpy as np
 from models_core.errors import CheckpointError
 from models_core.extras import require
 from models_core.formats.checkpoint import Checkpoint, Format
-from models_core.formats.files import Files, LocalFiles
+from models_core.formats.files import Files, LocalFiles, has_file
 from models_core.formats.json_files import read_json
 from models_core.formats.orbax_cells import CellStream, KeyValues, cell_key, is_stream
 from models_core.formats.orbax_trees import (
@@ -41,7 +41,6 @@ from models_core.formats.orbax_trees import (
   METADATA,
   UNFINISHED,
   find_tree,
-  has_file,
   is_map,
 )
 from models_core.formats.reader import OnBytes

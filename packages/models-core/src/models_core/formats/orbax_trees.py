@@ -87,11 +87,6 @@ def is_map(files: Files, name: str) -> bool:
   return bool(first) and (0x80 <= first[0] <= 0x8F or first[0] in (0xDE, 0xDF))
 
 
-def has_file(files: Files, name: str) -> bool:
-  """Whether there is a file of this name, also below the top level of a directory."""
-  return name in files.names() or os.path.isfile(os.path.join(files.path, name))
-
-
 def _names(files: Files) -> set[str]:
   """Names of all files that tell where a tree is. For a directory, `files.names()` may list the top level alone."""
   names = set(files.names())

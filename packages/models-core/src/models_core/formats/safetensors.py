@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import posixpath
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +19,23 @@ import numpy as np
 from models_core.errors import CheckpointError, ConfigError
 from models_core.formats.byte_reader import BytesCheckpoint
 from models_core.formats.checkpoint import Format, Header
-from models_core.formats.files import Files, LocalFiles, ReadRange, open_file
+from models_core.formats.files import Files, LocalFiles, ReadRange, open_file, reading
 from models_core.formats.json_files import parse_json, read_json
+from models_core.formats.kinds import is_safetensors, named, strangeness
+from models_core.formats.left_out import left_out
 from models_core.formats.memory import ALIGNMENT
+from models_core.formats.safetensors_files import (
+  INDEX,
+  SINGLE,
+  SUFFIX,
+  choose_files,
+  contradictions,
+  is_inside,
+  is_safetensors_name,
+)
 from models_core.formats.tensors import TensorInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model-(?:[0-9a-f]{16}-)?\d{5}-of-\d{5}\.safetensors")
 
 # In bytes: three times all headers of the largest published checkpoint. A longer header, with millions of invented
 # tensors, would take minutes and gigabytes to refuse.
@@ -76,58 +84,64 @@ class SafetensorsCheckpoint(BytesCheckpoint):
 def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   """Reads the headers of a safetensors checkpoint, which is one file or many.
 
-  The checkpoint consists of the files that the index lists; without an index, of `model.safetensors`; without that, of
-  all safetensors files in the directory.
+  The checkpoint consists, as in transformers, of `model.safetensors`; without it, of the files that the index lists;
+  without that, of all safetensors files at the top level whose tensors have different names. An index only says which
+  files count: the headers say which tensors they hold.
 
   Returns:
-    The checkpoint. Its `problems` name every file that is missing or broken, and every tensor that is missing or
-    occurs twice.
+    The checkpoint. Its `problems` name every file that is missing or broken, and tensors that occur twice. Its `notes`
+    name files that are not loaded, and contradictions between the index and the headers.
 
   Raises:
     CheckpointError: if there is no safetensors file.
   """
-  names = set(files.names())
-  problems: list[str] = []
-  index = _read_index(files, problems) if INDEX in names else None
-  if index is not None:
-    wanted = sorted(set(index.values()))
-  elif SINGLE in names:
-    wanted = [SINGLE]
-  else:
-    wanted = sorted(name for name in names if _is_safetensors(name) and "/" not in name)
-  if not wanted and not problems:
-    raise CheckpointError(files.path, [_nothing_found(names)])
+  chosen = choose_files(files)
+  problems, unread = list(chosen.problems), dict(chosen.unread)
   tensors: dict[str, TensorInfo] = {}
   metadata: dict[str, object] = {}
   headers: dict[str, Header] = {}
-  problems += [
-    f"{name} is missing, but {INDEX} lists it: the download or copy is incomplete"
-    for name in wanted
-    if name not in names
-  ]
-  present = [name for name in wanted if name in names]
+  twins: dict[tuple[str, str], list[str]] = {}
+  broken: dict[tuple[str, str], list[str]] = {}
   with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    read = [pool.submit(_read_file, files, name) for name in present]
-  for name, under_way in zip(present, read, strict=True):
+    read = [pool.submit(_read_file, files, name) for name in chosen.names]
+  for name, under_way in zip(chosen.names, read, strict=True):
     try:
       file = under_way.result()
     except CheckpointError as error:
-      problems += [f"{name}: {problem}" for problem in error.problems]
+      for problem in error.problems:
+        # The same mistake made all Git LFS pointers. Other broken files are broken each in its own way.
+        broken.setdefault((problem, "" if _is_strange(problem) else name), []).append(name)
+      unread[name] = chosen.expected(name)
       continue
     headers[name] = file.header
     metadata |= file.metadata
     for info in file.tensors:
-      if (twin := tensors.get(info.name)) is not None:
-        problems.append(f"{info.name} occurs twice: in {twin.file} and in {info.file}; remove one")
-      else:
-        tensors[info.name] = info
-  if index is not None:
-    problems += [
-      f"{tensor} is missing from {file}, but {INDEX} says that it is there: download both files again"
-      for tensor, file in index.items()
-      if tensor not in tensors and file in headers
-    ]
-  return SafetensorsCheckpoint(files, tensors, metadata, tuple(problems), headers=headers)
+      if (twin := tensors.setdefault(info.name, info)) is not info:
+        twins.setdefault((twin.file, info.file), []).append(info.name)
+  problems += [_broken(names, problem) for (problem, _), names in broken.items()]
+  problems += [_twice(pair, names, chosen.index) for pair, names in twins.items()]
+  used = {*chosen.names, *unread, *([chosen.index] if chosen.index else [])}
+  notes = [*chosen.notes, *contradictions(chosen, tensors, unread), *left_out(files, used)]
+  return SafetensorsCheckpoint(
+    files, tensors, metadata, tuple(problems), tuple(notes), unread=unread, headers=headers
+  )
+
+
+def _broken(names: Sequence[str], problem: str) -> str:
+  more = f"; so are {len(names) - 1} other files, such as {names[1]}" if names[1:] else ""
+  return f"{names[0]}{' ' if _is_strange(problem) else ': '}{problem}{more}"
+
+
+def _is_strange(problem: str) -> bool:
+  return problem.startswith(("is ", "begins ", "cannot "))
+
+
+def _twice(pair: tuple[str, str], names: Sequence[str], index: str | None) -> str:
+  one, other = pair
+  if len(names) == 1:
+    return f"{names[0]} occurs twice: in {one} and in {other}; remove one"
+  choice = "" if index else f", or choose with file={other!r}"
+  return f"{names[0]} and {len(names) - 1} more tensors occur twice: in {one} and in {other}; remove one of the files{choice}"
 
 
 def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
@@ -139,49 +153,6 @@ def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:
   file = _read_file(files, name)
   tensors = {info.name: info for info in file.tensors}
   return SafetensorsCheckpoint(files, tensors, file.metadata, headers={name: file.header})
-
-
-def _nothing_found(names: set[str]) -> str:
-  if "adapter_config.json" in names:
-    return "this is a LoRA adapter, not a model: load its base model, then merge the adapter into it"
-  if pickles := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))):
-    return (
-      f"the weights are pickled ({pickles[0]}), and pickles are never loaded: convert them to safetensors"
-    )
-  return "no safetensors file" + (
-    f" among {', '.join(sorted(names)[:8])}" if names else ": the directory is empty"
-  )
-
-
-def _read_index(files: Files, problems: list[str]) -> Mapping[str, str] | None:
-  """Reads the index: tensor -> file. If it cannot be used, returns None and adds a problem."""
-  try:
-    if (size := files.size(INDEX)) > _MAX_HEADER:
-      raise ValueError(f"it has {size} bytes, but at most {_MAX_HEADER} are read")
-    weight_map = read_json(files, INDEX).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map:
-      raise ValueError("it has no weight_map")
-    for file in weight_map.values():
-      if not isinstance(file, str) or not is_inside(file):
-        raise ValueError(f"it lists {file!r}, which is not a file name within the directory")
-    return weight_map
-  except ConfigError as error:
-    problems.append(str(error))
-  except ValueError as error:
-    problems.append(f"{INDEX} cannot be read: {error}")
-  return None
-
-
-def is_inside(name: str) -> bool:
-  """Whether a file name is relative and stays within its directory."""
-  plain = posixpath.normpath(name)
-  return (
-    bool(name)
-    and not name.startswith("/")
-    and "\\" not in name
-    and "\0" not in name
-    and not plain.startswith("..")
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +174,12 @@ def _read_file(files: Files, name: str) -> _File:
   """Reads the header of one file.
 
   Raises:
-    CheckpointError: if the header is malformed, or does not describe each byte of the file exactly once.
+    CheckpointError: if the file cannot be read, the header is malformed, or does not describe each byte of the file
+      exactly once.
   """
-  with open_file(files, name) as read:
-    return _parse(read, files.size(name), name, f"{files.path}/{name}")
+  where = f"{files.path}/{name}"
+  with reading(where), open_file(files, name) as read:
+    return _parse(read, files.size(name), name, where)
 
 
 def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
@@ -231,6 +204,8 @@ def _parse(read: ReadRange, size: int, name: str, where: str) -> _File:
 def _beginning(read: ReadRange, size: int, where: str) -> bytes:
   """The bytes of a file up to the data: the header and its length."""
   start = read(0, min(size, _FIRST_READ))
+  if what := strangeness(start):
+    raise CheckpointError(where, [what])
   if len(start) < 8:
     raise CheckpointError(where, [f"not a safetensors file: it has only {size} bytes"])
   (length,) = struct.unpack("<Q", start[:8])
@@ -330,30 +305,34 @@ def file_layout(
   return beginning, {name: len(beginning) + start for name, start in starts.items()}
 
 
-def shard_name(number: int, count: int) -> str:
-  """The name of one of several files, counted from 1."""
-  return f"model-{number:05}-of-{count:05}.safetensors"
+def shard_name(number: int, count: int, token: str = "") -> str:
+  """The name of one of several files, counted from 1; with a token, a name that only one save uses."""
+  return f"model-{token and token + '-'}{number:05}-of-{count:05}.safetensors"
 
 
-def _is_safetensors(name: str) -> bool:
-  return name.endswith(".safetensors")
+def safetensors_entries(files: Files) -> set[str]:
+  """Names of the index, of the files that it lists, and of other files with the names that savers use."""
+  names = set(files.names())
+  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
+  with contextlib.suppress(ConfigError, AttributeError):
+    weight_map = read_json(files, INDEX).get("weight_map", {}) if INDEX in names else {}
+    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
+  return found
 
 
 def _entries(directory: str) -> set[str]:
-  """Names of the index, of the files that it lists, and of other files with the names that savers use."""
-  names = set(os.listdir(directory))
-  found = {name for name in names if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
-  with contextlib.suppress(OSError, ConfigError, AttributeError):
-    weight_map = read_json(LocalFiles(directory), INDEX).get("weight_map", {})
-    found |= {name for name in weight_map.values() if isinstance(name, str) and is_inside(name)} & names
-  return found
+  # A link that leads nowhere is no file, but is replaced, too.
+  dangling = {name for name in os.listdir(directory) if name in (INDEX, SINGLE) or _SHARD.fullmatch(name)}
+  with contextlib.suppress(OSError):
+    return dangling | safetensors_entries(LocalFiles(directory))
+  return dangling
 
 
 SAFETENSORS = Format(
   name="safetensors",
   naming="huggingface",
-  owns=_is_safetensors,
-  is_in=lambda files: any(map(_is_safetensors, files.names())),
+  owns=is_safetensors_name,
+  is_in=lambda files: bool(named(files, SUFFIX, is_safetensors)),
   read=read_safetensors,
   entries=_entries,
 )

@@ -1,4 +1,4 @@
-from .attention import attend, bound, join_heads, make_causal_attn_mask, split_heads, visible_keys
+from .attention import attend, bound, join_heads, split_heads
 from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
@@ -11,6 +11,7 @@ from .norm import OffsetRMSNorm, RMSNorm
 from .parameters import INITIALIZERS, SCALE, dotted, parameter, shapes_only
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
+from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
   "INITIALIZERS",
@@ -29,6 +30,7 @@ __all__ = [
   "RMSNorm",
   "RematConfig",
   "Rotary",
+  "VisibleKeys",
   "attend",
   "bound",
   "cross_entropy",

@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from models_core.layers import cache as cache_lib
-from models_core.layers.attention import visible_keys
 from models_core.layers.cache import Cache, LayerCache
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
 from models_core.layers.sampler_mappings import SamplerMappings
+from models_core.layers.visibility import VisibleKeys, visible_keys
 from models_core.sharding import axis_names
 
 
@@ -173,8 +173,8 @@ class CausalLM(SamplerMappings, nnx.Module):
       Hidden states after the final norm [B, T, D], NaN for tokens without a free slot, and the cache with T more slots in
       use.
     """
-    masks, windows = self._masks(positions, cache, attention_mask, segment_ids), self.windows()
-    by_window = {window: (self._rotary(window), mask) for window, mask in masks.items()}
+    seen, windows = self._visible(positions, cache, attention_mask, segment_ids), self.windows()
+    by_window = {window: (self._rotary(window), visible) for window, visible in seen.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
     layers = list(zip(self.layers, windows, caches, strict=True))
@@ -197,7 +197,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     layers: Sequence[tuple[Callable[..., Any], int | None, LayerCache | None]],
     x: jax.Array,
     positions: jax.Array,
-    by_window: Mapping[int | None, tuple[Rotary, jax.Array]],
+    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
   ) -> tuple[jax.Array, list[LayerCache | None]]:
     """Runs one unit of layers: those after which the pattern of sliding windows repeats.
 
@@ -205,15 +205,15 @@ class CausalLM(SamplerMappings, nnx.Module):
       layers: of the unit, each with its window and its cache.
       x: [B, T, D], input of the first layer.
       positions: int [B, T].
-      by_window: RoPE and mask [B, T, S] of each window.
+      by_window: RoPE and visible keys of each window.
 
     Returns:
       Output of the last layer [B, T, D], and the layers' caches with T more slots in use.
     """
     extended = []
     for layer, window, cache in layers:
-      rotary, mask = by_window[window]
-      x, cache = self.config.remat_config.layer(layer)(x, positions, rotary, cache, mask)
+      rotary, visible = by_window[window]
+      x, cache = self.config.remat_config.layer(layer)(x, positions, rotary, cache, visible)
       extended.append(cache)
     return x, extended
 
@@ -231,14 +231,14 @@ class CausalLM(SamplerMappings, nnx.Module):
     """Sliding window of each layer in tokens; None for a layer that sees all tokens."""
     return (None,) * self.config.num_layers
 
-  def _masks(
+  def _visible(
     self,
     positions: jax.Array,
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
-  ) -> dict[int | None, jax.Array]:
-    """Mask [B, T, S] of the visible keys for each of the `windows`. Layers with the same window share a mask."""
+  ) -> dict[int | None, VisibleKeys]:
+    """Visible keys for each of the `windows`. Layers with the same window share them."""
     first: dict[int | None, int] = {}
     for i, window in enumerate(self.windows()):
       first.setdefault(window, i)

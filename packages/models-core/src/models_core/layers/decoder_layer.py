@@ -12,6 +12,7 @@ from models_core.layers.cache import LayerCache
 from models_core.layers.mesh import shard
 from models_core.layers.norm import RMSNorm
 from models_core.layers.rope import Rotary
+from models_core.layers.visibility import VisibleKeys
 
 
 class PreNormLayer(nnx.Module):
@@ -22,7 +23,7 @@ class PreNormLayer(nnx.Module):
 
     Args:
       config: has embed_dim, norm_eps, shd_config and remat_config.
-      attention: called with `rngs=`, returns the attention block: `attn(x, positions, rotary, cache, mask)` -> x
+      attention: called with `rngs=`, returns the attention block: `attn(x, positions, rotary, cache, visible)` -> x
         [B, T, D] and the cache.
       mlp: called with `rngs=`, returns the feed-forward block: `mlp(x)` -> [B, T, D].
       rngs: source of random keys.
@@ -35,11 +36,11 @@ class PreNormLayer(nnx.Module):
     self.mlp = mlp(rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     attention = self.config.remat_config.block(self.attn)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, visible)
     x = shard(x + out, act_btd)
     return shard(x + self.mlp(self.post_attention_layernorm(x)), act_btd), cache

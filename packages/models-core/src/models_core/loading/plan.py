@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from models_core.errors import CheckpointError
 from models_core.family import Family
 from models_core.formats import Checkpoint, OnBytes, TensorInfo
 from models_core.loading.abstract import AbstractModel, misfit_notes
+from models_core.loading.misnamed import misnamed
 from models_core.loading.opened import OpenedPlan
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process
@@ -26,6 +28,10 @@ from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
 
 # Most problems that an error lists; the rest are counted.
 _MOST = 40
+# Most problems of the same kind that are listed one by one.
+_FEW = 3
+# The number of a layer in a name.
+_LAYER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +161,7 @@ def plan_load(
   Args:
     checkpoint: the headers of the checkpoint.
     model: the abstract model to fill.
-    table: weight table of the checkpoint's naming scheme.
+    table: weight table of the checkpoint's naming scheme; its prefix may be missing in the checkpoint, or occur twice.
     dtype: dtype of the loaded floating-point parameters; None keeps the stored dtype of each.
     layers: the number of layers that the model is cut to; tensors of later layers are not loaded. None is no cut.
 
@@ -164,6 +170,7 @@ def plan_load(
     TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
   tensors = checkpoint.tensors
+  table = table.spelled_as(tensors)
   found = match_tensors(
     {name: info.shape for name, info in tensors.items()},
     {name: parameter.shape for name, parameter in model.parameters.items()},
@@ -171,8 +178,10 @@ def plan_load(
     model.letters,
     config=model.config,
     layers=layers,
+    may_be_held=checkpoint.may_hold,
   )
-  if problems := [*checkpoint.problems, *found.problems]:
+  amiss = misnamed(tensors, table) if found.problems else None
+  if problems := [*checkpoint.problems, *([amiss] if amiss else found.problems)]:
     raise CheckpointError(checkpoint.files.path, shorten(problems))
   planned = [
     PlannedParameter(
@@ -208,6 +217,7 @@ def match_tensors(
   *,
   config: Any = None,
   layers: int | None = None,
+  may_be_held: Callable[[str], bool] = lambda name: False,
 ) -> Match:
   """Finds the tensors that fill each parameter, from names and shapes alone.
 
@@ -218,6 +228,7 @@ def match_tensors(
     letters: sizes of letters in layouts that the configuration tells, as `letter_sizes` returns them.
     config: of the model; it decides between layouts of the same shape.
     layers: the number of layers that the model is cut to; tensors of later layers are ignored. None is no cut.
+    may_be_held: whether a tensor may be in a file that could not be read. It is not missing then.
 
   Raises:
     TypeError: if the table does not have exactly one row for a parameter.
@@ -228,7 +239,7 @@ def match_tensors(
   for name, shape in parameters.items():
     row, placeholders = table.row_of(name)
     forms = [pieces(row, form, placeholders, shape, letters) for form in row.forms]
-    found, trouble = _choose(row, forms, name, shape, tensors, config)
+    found, trouble = _choose(row, forms, name, shape, tensors, config, may_be_held, table.absence)
     problems += trouble
     if found:
       filled[name] = tuple(found)
@@ -236,9 +247,10 @@ def match_tensors(
     used.update(piece.tensor for form in ([found] if found else forms) for piece in form)
   left = [name for name in tensors if name not in used]
   ties = tuple(tie for tie in table.tied if tie.tensor in left and tie.twin in tensors)
+  unsure = {tie.tensor for tie in table.tied if may_be_held(tie.twin)}
   ignored, unexpected = [], []
   for name in left:
-    if any(name == tie.tensor for tie in ties):
+    if name in unsure or any(name == tie.tensor for tie in ties):
       continue
     reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
     if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
@@ -262,6 +274,8 @@ def _choose(
   size: tuple[int, ...],
   tensors: Mapping[str, tuple[int, ...]],
   config: Any,
+  may_be_held: Callable[[str], bool],
+  absence: str,
 ) -> tuple[list[Piece], list[str]]:
   """The pieces of the one form in which a checkpoint holds a parameter, or no pieces and the problems.
 
@@ -272,6 +286,8 @@ def _choose(
     size: shape of the parameter.
     tensors: shapes of all tensors, by name.
     config: of the model.
+    may_be_held: whether a tensor may be in a file that could not be read.
+    absence: why tensors may be missing; "" if nothing tells.
   """
   complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
@@ -292,11 +308,14 @@ def _choose(
     complete = [forms[i] for i in fitting] or complete[:1]
   if not complete:
     nearest = max(forms, key=lambda form: sum(piece.tensor in tensors for piece in form))
-    missing = [piece.tensor for piece in nearest if piece.tensor not in tensors]
+    missing = [p.tensor for p in nearest if p.tensor not in tensors and not may_be_held(p.tensor)]
+    if not missing:
+      return [], []
     needed_by = f"the parameter {parameter} {size} needs"
+    why = f"; {absence}" if absence else ""
     if len(missing) == 1:
-      return [], [f"{missing[0]} is missing: {needed_by} it"]
-    return [], [f"{missing[0]} and {len(missing) - 1} more are missing: {needed_by} them"]
+      return [], [f"{missing[0]} is missing: {needed_by} it{why}"]
+    return [], [f"{missing[0]} and {len(missing) - 1} more are missing: {needed_by} them{why}"]
   wrong = [
     f"{piece.tensor} has shape {tensors[piece.tensor]}, but the parameter {parameter} {size} needs {piece.shape}"
     for piece in complete[0]
@@ -338,7 +357,15 @@ def _near(name: str, used: Iterable[str]) -> str:
 
 
 def shorten(problems: Sequence[str]) -> list[str]:
-  """The first problems, and the number of the others."""
+  """The first problems, and the number of the others. Those that many layers have in common are one."""
+  groups: dict[str, list[str]] = {}
+  for problem in problems:
+    groups.setdefault(_LAYER.sub(".#", problem), []).append(problem)
+  problems = [
+    problem
+    for like in groups.values()
+    for problem in ([f"{like[0]}; the same in {len(like) - 1} other layers"] if len(like) > _FEW else like)
+  ]
   shown = list(problems[:_MOST])
   if len(problems) > _MOST:
     shown.append(f"and {len(problems) - _MOST} more")

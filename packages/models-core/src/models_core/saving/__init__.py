@@ -1,4 +1,4 @@
-"""Saving, from arrays on devices to a directory: the save plan, the writers, and the atomic replacement of a directory.
+"""Saving, from arrays on devices to a directory or a target: the save plan, the writers, and the atomic commit.
 
 May import: `family`, `config`, `formats`, `layers`, `weights`, the ground modules and `errors`, but not `loading`.
 """

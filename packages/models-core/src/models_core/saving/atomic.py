@@ -35,7 +35,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def replace_directory(
-  target: str, *, overwrite: bool = False, outdated: Callable[[str], Collection[str]] = lambda directory: ()
+  target: str,
+  *,
+  overwrite: bool = False,
+  outdated: Callable[[str], Collection[str]] = lambda directory: (),
+  nbytes: int | None = None,
 ) -> Iterator[str]:
   """Gives a directory to fill. It becomes the target if the block succeeds, and is removed otherwise.
 
@@ -44,16 +48,18 @@ def replace_directory(
     overwrite: whether the target may hold files.
     outdated: path of the old directory -> names in it that are not kept. All other files are linked or copied to the
       new directory, unless it holds files of the same names.
+    nbytes: of all files that will be written, for messages.
 
   Yields:
     The path of the directory to fill.
 
   Raises:
-    SaveError: if the target holds files and `overwrite` is false, another process is writing it, or the file system
-      refuses the write, such as a full disk. The target is unchanged.
+    SaveError: if the target is no directory of this machine, holds files and `overwrite` is false, another process is
+      writing it, or the file system refuses the write, such as a full disk. The target is unchanged.
   """
-  target = os.path.realpath(os.path.expanduser(target))
-  with save_errors(target):
+  check_directory(target, overwrite=overwrite, nbytes=nbytes)
+  target = local_path(target)
+  with save_errors(target, nbytes):
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with _locked(target) as alone:
       if alone:
@@ -84,12 +90,72 @@ def replace_directory(
         shutil.rmtree(building, ignore_errors=True)
 
 
+# How an address begins. A `pathlib.Path` of one has a single slash; a single letter is a drive of Windows.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(place: str) -> str:
+  """The absolute path of a directory of this machine, without symbolic links.
+
+  Raises:
+    SaveError: if the place is an address such as gs://bucket/folder, which would become a directory `gs:`, or holds a
+      NUL.
+  """
+  if match := _ADDRESS.match(place):
+    raise SaveError(
+      f"{place} is an address, not a directory of this machine, and nothing is written there: write a directory"
+      + (
+        " without file://"
+        if match[1].lower() == "file"
+        else ", or give the address as a string to AutoModel.save_pretrained or convert"
+      )
+    )
+  if "\0" in place:
+    raise SaveError(f"{place!r} holds a NUL, which no path can: give another path", errno.EINVAL)
+  return os.path.realpath(os.path.expanduser(place))
+
+
+def check_directory(place: str, *, overwrite: bool = False, nbytes: int | None = None) -> None:
+  """Checks, without writing anything, whether a directory can be saved.
+
+  Args:
+    place: path of the directory.
+    overwrite: whether it may hold files.
+    nbytes: of all files that will be written, for messages.
+
+  Raises:
+    SaveError: if the place is no directory, holds files and `overwrite` is false, or its parent cannot be written.
+  """
+  target = local_path(place)
+  with save_errors(target, nbytes):
+    _check_target(target, overwrite)
+    parent = os.path.dirname(target)
+    while not os.path.lexists(parent):
+      parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+      raise SaveError(
+        f"{target} cannot be written: {parent} is not a directory; give another path", errno.ENOTDIR
+      )
+    if not os.access(parent, os.W_OK | os.X_OK):
+      frozen = hasattr(os, "statvfs") and os.statvfs(parent).f_flag & os.ST_RDONLY
+      number = errno.EROFS if frozen else errno.EACCES
+      raise OSError(number, os.strerror(number), parent)
+    # The longest name that is used on the way.
+    longest = len(os.fsencode(os.path.basename(_hidden(target, "replaced"))))
+    if hasattr(os, "pathconf") and longest > os.pathconf(parent, "PC_NAME_MAX"):
+      raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
 @contextlib.contextmanager
-def save_errors(target: str) -> Iterator[None]:
+def save_errors(target: str, nbytes: int | None = None) -> Iterator[None]:
   """Turns an error of the file system into one that names the file and the remedy.
 
   An error about the target becomes a SaveError, one about another file, which is only read, a CheckpointError. An
   OSError without a number is not of the file system, but of a source of files: it passes.
+
+  Args:
+    target: path of the directory that is written.
+    nbytes: of all files that are written, for messages.
   """
   try:
     yield
@@ -104,9 +170,27 @@ def save_errors(target: str) -> Iterator[None]:
     raise SaveError(
       f"{target} cannot be written: {error.strerror or error}"
       + (f" ({error.filename})" if error.filename else "")
-      + f"; its previous contents are unchanged.{_REMEDIES.get(error.errno, '')}",
+      + f"; its previous contents are unchanged.{_needed(target, error.errno, nbytes)}"
+      + _REMEDIES.get(error.errno, ""),
       error.errno,
     ) from error
+
+
+def _needed(target: str, number: int, nbytes: int | None) -> str:
+  """How much room the files need, for an error that another place would not have."""
+  if nbytes is None or number not in _ROOM:
+    return ""
+  text = f" {nbytes:,} bytes are needed"
+  with contextlib.suppress(OSError, ValueError, ImportError):
+    if number == errno.ENOSPC:
+      parent = os.path.dirname(os.path.realpath(target))
+      text += f", and {shutil.disk_usage(parent).free:,} are free"
+    elif number == errno.EFBIG:
+      import resource  # only where there are such limits
+
+      limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+      text += f", and a file may have {limit:,}" if limit != resource.RLIM_INFINITY else ""
+  return text + "."
 
 
 def _belongs(path: str, target: str) -> bool:
@@ -117,13 +201,18 @@ def _belongs(path: str, target: str) -> bool:
   return path == target or path.startswith(inside) or target.startswith(os.path.join(path, ""))
 
 
+# The numbers of errors for which another place, or more room, is the remedy.
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _REMEDIES = {
   errno.ENOSPC: " Free some space: the disk must hold the old and the new contents at the same time",
   errno.EDQUOT: " Free some space: the disk must hold the old and the new contents at the same time",
-  errno.EFBIG: " Raise the limit on file sizes, or give a smaller max_shard_size",
+  errno.EFBIG: " Raise the limit on file sizes (`ulimit -f`), or give a smaller max_shard_size for safetensors",
   errno.EACCES: " Make the directory and its parent directory writable, or give another path",
   errno.EPERM: " Make the directory and its parent directory writable, or give another path",
   errno.EROFS: " Give a path on a file system that is not read-only",
+  errno.ENAMETOOLONG: " Give a shorter path",
+  errno.EMFILE: " Raise the limit on open files, which `ulimit -n` shows",
+  errno.ENFILE: " Raise the system's limit on open files",
 }
 
 
@@ -133,7 +222,9 @@ def recover(target: str) -> None:
   Raises:
     SaveError: if another process is writing the target, or the file system refuses.
   """
-  target = os.path.realpath(os.path.expanduser(target))
+  if "\0" in target or _ADDRESS.match(target):
+    return
+  target = local_path(target)
   if not os.path.lexists(target) and _leftovers(target):
     with save_errors(target), _locked(target) as alone:
       if alone:
@@ -177,7 +268,8 @@ def _leftovers(target: str) -> dict[str, list[str]]:
   directory, name = os.path.split(target)
   pattern = re.compile(rf"\.{re.escape(name)}\.({'|'.join(_STAGES)})-[0-9a-f]{{16}}")
   found: dict[str, list[str]] = {}
-  with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+  # A parent that cannot be listed cannot be written either; other steps say so.
+  with contextlib.suppress(OSError):
     for entry in os.scandir(directory):
       if (match := pattern.fullmatch(entry.name)) and entry.is_dir(follow_symlinks=False):
         found.setdefault(match[1], []).append(entry.path)

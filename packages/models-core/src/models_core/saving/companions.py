@@ -10,6 +10,8 @@ import fnmatch
 from models_core.formats import Files, names_in
 
 CONFIG = "config.json"
+# The key of config.json that names the file of the weights. Savers name their files as usual and drop it.
+WEIGHTS_KEY = "transformers_weights"
 
 # Chat templates besides the default one.
 _TEMPLATES = "additional_chat_templates"

@@ -1,4 +1,4 @@
-"""The directory of a saved checkpoint: its creation by all processes, and the files besides the weights."""
+"""The directory or target of a saved checkpoint: its creation by all processes, and the files besides the weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,49 +18,103 @@ from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
 from models_core.saving.atomic import replace_directory, save_errors, sync_directory
-from models_core.saving.companions import CONFIG, companions_of
+from models_core.saving.companions import CONFIG, WEIGHTS_KEY, companions_of
 from models_core.saving.config_json import config_json
-from models_core.saving.plan import SavedTensor, Shaped
+from models_core.saving.plan import SavedFile, SavedTensor, Shaped
+from models_core.saving.target import Draft, Target, draft_of
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def shared_directory(save_dir: str, overwrite: bool) -> Iterator[str]:
+def shared_directory(save_dir: str, overwrite: bool, nbytes: int) -> Iterator[str]:
   """Gives a directory that all processes fill together. It becomes `save_dir` if none of them fails.
+
+  Args:
+    save_dir: the directory.
+    overwrite: whether it may hold files.
+    nbytes: of all files that will be written, for messages.
 
   Raises:
     SaveError: in all processes, if one of them fails.
   """
+
+  def first() -> AbstractContextManager[str]:
+    return replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries, nbytes=nbytes)
+
+  with _shared(
+    save_dir, nbytes, first, lambda directory: directory, lambda directory: directory
+  ) as directory:
+    yield directory
+
+
+@contextlib.contextmanager
+def shared_draft(
+  target: Target, files: Sequence[SavedFile], *, overwrite: bool, last: str
+) -> Iterator[Draft]:
+  """Gives a draft of a checkpoint, whose files all processes create together. It is committed if none of them fails.
+
+  Takes the arguments of `draft_of`. Small files are put by process 0.
+
+  Raises:
+    SaveError: in all processes, if one of them fails.
+  """
+
+  def first() -> AbstractContextManager[Draft]:
+    return draft_of(target, files, overwrite=overwrite, last=last)
+
+  with _shared(
+    target.path, None, first, lambda draft: draft.token, lambda token: target.join(token, last)
+  ) as draft:
+    yield draft
+
+
+@contextlib.contextmanager
+def _shared(
+  path: str,
+  nbytes: int | None,
+  first: Callable[[], AbstractContextManager[T]],
+  name: Callable[[T], str],
+  join: Callable[[str], T],
+) -> Iterator[T]:
+  """Enters a context in process 0, and gives what it yields to all processes. It is left once all have succeeded.
+
+  Args:
+    path: path or address that is written, for messages.
+    nbytes: of all files that will be written, for messages.
+    first: makes the context.
+    name: what names the yielded value for other processes.
+    join: makes the value from its name, in the other processes.
+  """
   if jax.process_count() == 1:
-    with replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries) as directory:
-      yield directory
+    with first() as only:
+      yield only
     return
   # Every process takes part in every step, so that none waits forever for one that failed.
   failure: Exception | None = None
   try:
     with contextlib.ExitStack() as stack:
-      directory = ""
+      own: T | None = None
       try:
         if jax.process_index() == 0:
-          directory = stack.enter_context(
-            replace_directory(save_dir, overwrite=overwrite, outdated=checkpoint_entries)
-          )
-      except SaveError as error:
+          own = stack.enter_context(first())
+      except OSError as error:
         failure = error
-      if directory := _from_first(directory):
+      if named := _from_first("" if own is None else name(own)):
         try:
-          with save_errors(save_dir):
-            yield directory
+          with save_errors(path, nbytes):
+            yield join(named) if own is None else own
         except Exception as error:
           failure = error
-      if not _all_well(failure is None and bool(directory)):
+      if not _all_well(failure is None and bool(named)):
         raise failure or SaveError(
-          f"{save_dir} is unchanged: another process could not write its part; the error raised there says why"
+          f"{path} is unchanged: another process could not write its part; the error raised there says why"
         )
   except Exception as error:
     failure = error
   if not _all_well(failure is None):
     raise failure or SaveError(
-      f"{save_dir} is unchanged: process 0 could not replace it; the error raised there says why"
+      f"{path} is unchanged: process 0 could not replace it; the error raised there says why"
     )
 
 
@@ -97,11 +152,17 @@ def write_texts(directory: str, texts: Mapping[str, bytes]) -> None:
       sync_directory(os.path.dirname(path))
 
 
-def copy_companions(directory: str, base: Files | None) -> None:
-  """Copies the companions of the base to a directory."""
+def companion_texts(base: Files | None) -> Iterator[tuple[str, bytes]]:
+  """Names and contents of the companions of the base, one after the other."""
   if base is not None:
     for name in companions_of(base):
-      write_texts(directory, {name: base.read(name, 0, base.size(name))})
+      yield name, base.read(name, 0, base.size(name))
+
+
+def copy_companions(directory: str, base: Files | None) -> None:
+  """Copies the companions of the base to a directory."""
+  for name, data in companion_texts(base):
+    write_texts(directory, {name: data})
 
 
 def config_text(
@@ -124,6 +185,7 @@ def config_text(
     ConfigError: if reading the text would give a different configuration.
   """
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
+  former.pop(WEIGHTS_KEY, None)
   raw = config_json(family, config, former, _main_dtype(parameters, tensors).name)
   return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
 

@@ -14,16 +14,18 @@ from models_core.dtypes import as_dtype
 from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import ORBAX, LocalFiles, OnBytes, checkpoint_entries, weight_files
+from models_core.saving.atomic import local_path
 from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
 from models_core.saving.orbax_writer import write_tree
 from models_core.saving.plan import Shaped, plan_save
+from models_core.saving.target import Place
 
 
 def save_parameters_to_orbax(
   parameters: Mapping[str, Shaped],
   get: Callable[[str], Any],
-  save_dir: str | os.PathLike,
+  save_dir: Place,
   *,
   family: Family,
   config: Any,
@@ -63,16 +65,21 @@ def save_parameters_to_orbax(
     ConfigError: if config.json cannot express the configuration, or the family has no table for the naming scheme.
     MissingExtraError: if TensorStore is not installed.
     SaveError: if `save_dir` holds files and `overwrite` is false, or keeps weights that would be loaded instead of the
-      tree, or has a backslash in its path; if another process is writing it, a value does not fit `dtype`, the file
+      tree, has a backslash in its path, or is not a directory of this machine; if another process is writing it, a value does not fit `dtype`, the file
       system refuses the write, or there are several processes.
     TypeError: if `dtype` is not a floating-point type.
   """
+  if not isinstance(save_dir, str | os.PathLike):
+    raise SaveError(
+      f"{save_dir.path}: an Orbax tree is written to a directory of this machine only: write it there and copy it, or "
+      "save safetensors"
+    )
   if jax.process_count() > 1:
     raise SaveError(
       f"{os.fspath(save_dir)}: {jax.process_count()} processes cannot write an Orbax tree together: save safetensors, "
       "or run a single process"
     )
-  _check_target(os.path.realpath(os.path.expanduser(save_dir)), overwrite)
+  _check_target(local_path(os.fspath(save_dir)), overwrite)
   shapes = {name: shaped.shape for name, shaped in parameters.items()}
   table = family.table_of(ORBAX, shapes, naming)
   tree = None if base is None else base.in_format(ORBAX)
@@ -84,7 +91,9 @@ def save_parameters_to_orbax(
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}
   with contextlib.ExitStack() as stack:
-    directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
+    directory = stack.enter_context(
+      shared_directory(os.fspath(save_dir), overwrite, sum(tensor.nbytes for tensor in tensors))
+    )
     reader = None if base is None else stack.enter_context(base.open_reader(tensors))
     write_tree(directory, tensors, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
     copy_companions(directory, files)

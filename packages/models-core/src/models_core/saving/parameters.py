@@ -14,18 +14,27 @@ from flax import nnx
 from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, OnBytes
+from models_core.formats import INDEX, SAFETENSORS, OnBytes
 from models_core.layers import dotted
 from models_core.saving.base import Base
-from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
+from models_core.saving.directory import (
+  CONFIG,
+  companion_texts,
+  config_text,
+  copy_companions,
+  shared_directory,
+  shared_draft,
+  write_texts,
+)
 from models_core.saving.plan import Shaped, index_json, parse_size, plan_save, plan_state, split_files
-from models_core.saving.safetensors_writer import write_files
+from models_core.saving.safetensors_writer import stream_files, write_files
+from models_core.saving.target import Place, named_for
 
 
 def save_parameters_to_safetensors(
   parameters: Mapping[str, Shaped],
   get: Callable[[str], Any],
-  save_dir: str | os.PathLike,
+  save_dir: Place,
   *,
   family: Family | None = None,
   config: Any = None,
@@ -35,13 +44,15 @@ def save_parameters_to_safetensors(
   on_total: OnBytes | None = None,
   on_bytes: OnBytes | None = None,
   max_shard_size: int | str = "5GB",
+  more: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes parameters that `get` returns one by one; otherwise the same as `save_model_to_safetensors`.
 
   Args:
     parameters: shapes and dtypes of the parameters, by name.
     get: a parameter's name -> its array. Called when the parameter is needed, again for each file that needs it.
-    save_dir: directory to write; it may be missing or empty.
+    save_dir: directory to write, or a target that a source provides; it may be missing or empty. In a target there is
+      always an index, and the names of the weight files are used by no other save.
     family: family of the model.
     config: configuration of the model; required with a family.
     base: the files that the model was loaded from; it requires a family.
@@ -50,6 +61,7 @@ def save_parameters_to_safetensors(
     on_total: called once with the number of bytes that this process will write.
     on_bytes: called with the number of bytes of each write, from several threads.
     max_shard_size: most bytes of tensor data in one file, as a number or a string such as "5GB", "200MB" or "2GiB".
+    more: contents of further files, by name.
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
@@ -71,17 +83,29 @@ def save_parameters_to_safetensors(
     checkpoint = None if base is None else base.in_format(SAFETENSORS)
     tensors = plan_save(parameters, family.huggingface, config=config, base=checkpoint, dtype=dtype)
   shards = split_files(tensors, limit)
-  texts = index_json(shards)
   files = None if base is None else base.files
+  texts = dict(more or {})
   if family is not None:
     texts[CONFIG] = config_text(family, config, files, parameters, tensors)
   with contextlib.ExitStack() as stack:
-    directory = stack.enter_context(shared_directory(os.fspath(save_dir), overwrite))
-    reader = None if base is None else stack.enter_context(base.open_reader(tensors))
-    write_files(directory, shards, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
-    if jax.process_index() == 0:
-      copy_companions(directory, files)
-      write_texts(directory, texts)
+    if isinstance(save_dir, str | os.PathLike):
+      directory = stack.enter_context(
+        shared_directory(os.fspath(save_dir), overwrite, sum(file.nbytes for file in shards))
+      )
+      reader = None if base is None else stack.enter_context(base.open_reader(tensors))
+      write_files(directory, shards, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
+      if jax.process_index() == 0:
+        copy_companions(directory, files)
+        write_texts(directory, index_json(shards) | texts)
+    else:
+      last = INDEX if family is None else CONFIG
+      draft = stack.enter_context(shared_draft(save_dir, shards, overwrite=overwrite, last=last))
+      reader = None if base is None else stack.enter_context(base.open_reader(tensors))
+      named = named_for(draft, shards)
+      stream_files(draft, named, get, reader=reader, on_total=on_total, on_bytes=on_bytes)
+      if jax.process_index() == 0:
+        for name, data in (*companion_texts(files), *texts.items()):
+          draft.put(name, data)
 
 
 def flatten(state_dict: Mapping[Any, Any]) -> dict[str, Any]:

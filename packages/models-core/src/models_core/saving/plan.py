@@ -142,6 +142,7 @@ def plan_save(
       safetensors files cannot store a dtype.
   """
   held = base.tensors if base is not None else {}
+  table = table.spelled_as(held) if held else table
   parts: dict[str, list[tuple[str, Piece]]] = {}
   for name, found in _forms(parameters, table, config, held).items():
     for piece in found:
@@ -275,20 +276,28 @@ def split_files(tensors: Sequence[SavedTensor], max_shard_size: int) -> list[Sav
       room = max_shard_size
     shards[-1].append(tensor)
     room -= tensor.nbytes
-  if len(shards) == 1:
-    return [SavedFile(SINGLE, tuple(shards[0]))]
-  return [SavedFile(shard_name(number, len(shards)), tuple(shard)) for number, shard in enumerate(shards, 1)]
+  return [SavedFile(SINGLE, tuple(shards[0]))] if len(shards) == 1 else numbered(shards)
+
+
+def numbered(shards: Sequence[Sequence[SavedTensor]], token: str = "") -> list[SavedFile]:
+  """Files with numbers in their names; with a token, with names that only one save uses."""
+  return [
+    SavedFile(shard_name(number, len(shards), token), tuple(shard)) for number, shard in enumerate(shards, 1)
+  ]
 
 
 def index_json(files: Sequence[SavedFile]) -> dict[str, bytes]:
   """The contents of the index of several files, by its file name; empty for a single file."""
-  if len(files) == 1:
-    return {}
+  return {INDEX: index_of(files)} if len(files) > 1 else {}
+
+
+def index_of(files: Sequence[SavedFile]) -> bytes:
+  """The contents of the index of files."""
   index = {
     "metadata": {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)},
     "weight_map": dict(sorted((tensor.name, file.name) for file in files for tensor in file.tensors)),
   }
-  return {INDEX: json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"}
+  return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def parse_size(size: int | str) -> int:

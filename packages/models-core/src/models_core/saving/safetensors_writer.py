@@ -1,9 +1,10 @@
-"""Writes planned tensors into safetensors files, straight from the memory of the devices."""
+"""Writes planned tensors into safetensors files, straight from the memory of the devices; in a target as streams."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from models_core.formats import OnBytes, TensorReader
 from models_core.saving.host_arrays import HostArray, assemble, with_arrays
 from models_core.saving.plan import SavedFile, SavedTensor
+from models_core.saving.target import Draft
 from models_core.threads import THREADS
 from models_core.weights import Piece, part_shape
 
@@ -23,9 +25,13 @@ from models_core.weights import Piece, part_shape
 _TASK = 8 << 20
 # Bytes that may wait to be written before more are fetched from the devices.
 _IN_FLIGHT = 128 << 20
+# The same for a stream, which holds parts of its own.
+_STREAMED = 32 << 20
 
 # The offset of a block in the tensor's bytes, its number of bytes, and a function that returns them.
 _Block = tuple[int, int, Callable[[], np.ndarray]]
+# The tensors of a file, each with the parameters that fill it.
+_Tensors = Iterator[tuple[SavedTensor, Mapping[str, HostArray]]]
 
 
 def write_files(
@@ -56,22 +62,15 @@ def write_files(
   if on_total is not None:
     own = files[jax.process_index() :: jax.process_count()]
     on_total(sum(tensor.nbytes for file in own for tensor in file.tensors))
-  failure: OSError | None = None
   syncing: list[concurrent.futures.Future] = []
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    for number, file in enumerate(files):
-      tensors = with_arrays(file.tensors, get)
-      if number % jax.process_count() == jax.process_index() and failure is None:
-        try:
-          # One file is flushed to the disk while the next one is written.
-          descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, reader, on_bytes)
-          syncing.append(pool.submit(_sync, descriptor))
-        except OSError as error:
-          if jax.process_count() == 1:
-            raise
-          failure = error
-      for _ in tensors:
-        pass  # gathering needs all processes
+
+    def write(file: SavedFile, tensors: _Tensors) -> None:
+      # One file is flushed to the disk while the next one is written.
+      descriptor = _write_file(os.path.join(directory, file.name), file, tensors, pool, reader, on_bytes)
+      syncing.append(pool.submit(_sync, descriptor))
+
+    failure = _each_own(files, get, write)
     for task in syncing:
       try:
         task.result()
@@ -81,10 +80,117 @@ def write_files(
     raise failure
 
 
+def stream_files(
+  draft: Draft,
+  files: Sequence[SavedFile],
+  get: Callable[[str], Any],
+  *,
+  reader: TensorReader | None = None,
+  on_total: OnBytes | None = None,
+  on_bytes: OnBytes | None = None,
+) -> None:
+  """Writes files to a draft, each as one stream. Takes the other arguments of `write_files`, and raises the same errors.
+
+  Host memory holds the parameters of one tensor, the pieces that threads make at a time, and what the draft holds.
+  """
+  if on_total is not None:
+    own = files[jax.process_index() :: jax.process_count()]
+    on_total(sum(tensor.nbytes for file in own for tensor in file.tensors))
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+
+    def write(file: SavedFile, tensors: _Tensors) -> None:
+      with draft.create(file.name, file.nbytes) as put:
+        _stream_file(put, file, tensors, pool, reader, on_bytes)
+
+    # A stream has no places to jump to: tensors come in the order of the file.
+    ordered = [
+      dataclasses.replace(file, tensors=tuple(sorted(file.tensors, key=lambda tensor: starts[tensor.name])))
+      for file in files
+      for starts in [file.layout[1]]
+    ]
+    failure = _each_own(ordered, get, write)
+  if failure is not None:
+    raise failure
+
+
+def _piece(make: Callable[[], np.ndarray], copied: bool) -> memoryview:
+  """Bytes that stay as they are. What a reader returns is valid until its next call only."""
+  data = make().copy() if copied else make()
+  return data.reshape(-1).view(np.uint8).data
+
+
+def file_bytes(file: SavedFile, get: Callable[[str], Any]) -> bytes:
+  """The contents of a small file, such as an adapter's. Takes the arguments of `write_files`."""
+  starts, pieces = file.layout[1], list[bytes | memoryview]()
+  ordered = sorted(file.tensors, key=lambda tensor: starts[tensor.name])
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    _stream_file(pieces.append, file, with_arrays(ordered, get), pool, None, None)
+  return b"".join(pieces)
+
+
+def _each_own(
+  files: Sequence[SavedFile], get: Callable[[str], Any], write: Callable[[SavedFile, _Tensors], None]
+) -> OSError | None:
+  """Writes the files of this process, and gathers the parameters of all files with the other processes.
+
+  Returns:
+    The error of a file, under several processes only; after it no further file is written.
+  """
+  failure: OSError | None = None
+  for number, file in enumerate(files):
+    tensors = with_arrays(file.tensors, get)
+    if number % jax.process_count() == jax.process_index() and failure is None:
+      try:
+        write(file, tensors)
+      except OSError as error:
+        if jax.process_count() == 1:
+          raise
+        failure = error
+    for _ in tensors:
+      pass  # gathering needs all processes
+  return failure
+
+
+def _stream_file(
+  put: Callable[[bytes | memoryview], None],
+  file: SavedFile,
+  tensors: _Tensors,
+  pool: concurrent.futures.Executor,
+  reader: TensorReader | None,
+  on_bytes: OnBytes | None,
+) -> None:
+  """Writes a file in order, while threads make the pieces that come next."""
+  put(file.layout[0])
+  pending: collections.deque[tuple[int, concurrent.futures.Future[memoryview]]] = collections.deque()
+  waiting = 0
+
+  def put_first() -> int:
+    nbytes, task = pending.popleft()
+    put(task.result())
+    if on_bytes is not None:
+      on_bytes(nbytes)
+    return nbytes
+
+  try:
+    for tensor, held in tensors:
+      for _, nbytes, make in _blocks(tensor, held, reader):
+        while pending and waiting + nbytes > _STREAMED:
+          waiting -= put_first()
+        pending.append((nbytes, pool.submit(_piece, make, tensor.copied is not None)))
+        waiting += nbytes
+    while pending:
+      put_first()
+  finally:
+    # The parameters may be changed, and the reader closed, once this has returned.
+    for _, task in pending:
+      task.cancel()
+    concurrent.futures.wait([task for _, task in pending])
+
+
 def _write_file(
   path: str,
   file: SavedFile,
-  tensors: Iterator[tuple[SavedTensor, Mapping[str, HostArray]]],
+  tensors: _Tensors,
   pool: concurrent.futures.Executor,
   reader: TensorReader | None,
   on_bytes: OnBytes | None,

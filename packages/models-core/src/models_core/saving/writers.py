@@ -20,16 +20,18 @@ class Writer:
     save: called as `save(parameters, get, save_dir, *, family, config, base, dtype, overwrite, on_total,
       on_bytes)`.
     has_shards: whether `save` also takes `max_shard_size`.
+    has_targets: whether `save_dir` may be a target; otherwise it is a directory of this machine.
   """
 
   format: Format
   save: Callable[..., None]
   has_shards: bool = False
+  has_targets: bool = False
 
 
 # The writers, by the naming scheme that they write.
 WRITERS = {
-  SAFETENSORS.naming: Writer(SAFETENSORS, save_parameters_to_safetensors, has_shards=True),
+  SAFETENSORS.naming: Writer(SAFETENSORS, save_parameters_to_safetensors, has_shards=True, has_targets=True),
   ORBAX.naming: Writer(ORBAX, save_parameters_to_orbax),
   # MaxText keeps the parameters of a Flax module in a state of its own.
   "maxtext": Writer(

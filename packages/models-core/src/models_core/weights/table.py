@@ -22,10 +22,13 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+# The prefix of all tensors but the head, in most naming schemes of Hugging Face: transformers' base_model_prefix.
+BASE = "model."
 
 # A number in a name, such as `{i}`.
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -123,15 +126,19 @@ class WeightTable:
       `(ours, (Form, ...))`; or a Row of another table.
     ignored: tensors to leave out.
     tied: tensors that must equal another one if the model has no parameter for them.
+    absence: why tensors may be missing in a checkpoint that is spelled like this, for messages; "" if nothing tells.
 
   Raises:
     TypeError: if a row has another structure.
   """
 
-  def __init__(self, *rows: tuple | Row, ignored: Sequence[Ignored] = (), tied: Sequence[Tied] = ()):
+  def __init__(
+    self, *rows: tuple | Row, ignored: Sequence[Ignored] = (), tied: Sequence[Tied] = (), absence: str = ""
+  ):
     self.rows = tuple(map(_row, rows))
     self.ignored = tuple(ignored)
     self.tied = tuple(tied)
+    self.absence = absence
 
   def __repr__(self) -> str:
     return f"WeightTable({len(self.rows)} rows)"
@@ -154,6 +161,44 @@ class WeightTable:
     """How many names are those of the table's tensors, to tell the naming scheme of a checkpoint."""
     patterns = {_name_pattern(form.name) for row in self.rows for form in row.forms}
     return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names)
+
+  def respelled(self, spell: Callable[[str], str], absence: str = "") -> WeightTable:
+    """The same table for a checkpoint that spells the names of its tensors otherwise.
+
+    Args:
+      spell: a name of this table, with placeholders -> the name in the checkpoint.
+      absence: why tensors may be missing in such a checkpoint.
+    """
+    return WeightTable(
+      *(
+        dataclasses.replace(row, forms=tuple(dataclasses.replace(f, name=spell(f.name)) for f in row.forms))
+        for row in self.rows
+      ),
+      ignored=[dataclasses.replace(row, pattern=spell(row.pattern)) for row in self.ignored],
+      tied=[Tied(spell(tie.tensor), spell(tie.twin)) for tie in self.tied],
+      absence=absence,
+    )
+
+  def spelled_as(self, names: Collection[str]) -> WeightTable:
+    """This table in the spelling of a checkpoint's names: with the prefix `model.` as it is, without it, or twice.
+
+    Transformers loads all three: a base model is saved without the prefix and without a head, and a wrapper whose
+    attribute is `model` adds one.
+
+    Args:
+      names: of all tensors.
+    """
+    fixed = {form.name for row in self.rows for form in row.forms if "{" not in form.name}
+    prefixed = [name for name in fixed if name.startswith(BASE)]
+    if not prefixed or any(name in names for name in prefixed):
+      return self
+    bare = self.respelled(
+      lambda name: name.removeprefix(BASE),
+      f"the names lack the prefix {BASE!r}, as those of a base model, which is saved without its head",
+    )
+    twice = self.respelled(lambda name: f"{BASE}{name}")
+    known = [table.known(names) for table in (self, bare, twice)]
+    return (self, bare, twice)[known.index(max(known))]
 
   def layer_of(self, tensor: str) -> int | None:
     """The number of the layer that a tensor belongs to, which is `{i}` in its name; None if it has no layer."""

@@ -22,6 +22,7 @@ from models_core.layers import (
   Projection,
   RematConfig,
   Rotary,
+  VisibleKeys,
   attend,
   extend_cache,
   gelu_tanh,
@@ -144,7 +145,7 @@ class Attention(nnx.Module):
     self.o_proj = Projection(D, N * H, o, heads=(None, N), rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     config = self.config
@@ -154,7 +155,7 @@ class Attention(nnx.Module):
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(
-      q, k, v, mask, scale=config.query_pre_attn_scalar**-0.5, soft_cap=config.attn_logits_soft_cap
+      q, k, v, visible, scale=config.query_pre_attn_scalar**-0.5, soft_cap=config.attn_logits_soft_cap
     )
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
 
@@ -179,13 +180,13 @@ class DecoderLayer(nnx.Module):
       self.post_ffw_norm = norm()
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     config = self.config
     attention = config.remat_config.block(self.attn)
     act_btd = config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, visible)
     if config.use_post_attn_norm:
       x = shard(self.post_attn_norm.add_to(x, out), act_btd)
       out = self.mlp(self.pre_ffw_norm(x))

@@ -23,6 +23,7 @@ from models_core.layers import (
   Projection,
   RematConfig,
   Rotary,
+  VisibleKeys,
   attend,
   extend_cache,
   gelu_tanh,
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
     self.k_norm = OffsetRMSNorm(H, config.norm_eps, norm, rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
@@ -146,7 +147,7 @@ class Attention(nnx.Module):
     )
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
-    out = attend(q, k, v, mask, scale=self.config.query_pre_attn_scalar**-0.5)
+    out = attend(q, k, v, visible, scale=self.config.query_pre_attn_scalar**-0.5)
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
 
 
@@ -165,12 +166,12 @@ class DecoderLayer(nnx.Module):
     self.post_ffw_norm = norm()
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     attention = self.config.remat_config.block(self.attn)
     act_btd = self.config.shd_config.spec("act_btd", "b t d")
-    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, mask)
+    out, cache = attention(self.input_layernorm(x), positions, rotary, cache, visible)
     x = shard(self.post_attn_norm.add_to(x, out), act_btd)
     out = self.mlp(self.pre_ffw_norm(x))
     return shard(self.post_ffw_norm.add_to(x, out), act_btd), cache

@@ -24,6 +24,7 @@ from models_core.layers import (
   RematConfig,
   RMSNorm,
   Rotary,
+  VisibleKeys,
   attend,
   extend_cache,
   join_heads,
@@ -165,7 +166,7 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(H, config.norm_eps, norm, rngs=rngs)
 
   def __call__(
-    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, mask: jax.Array
+    self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
   ) -> tuple[jax.Array, LayerCache | None]:
     """x [B, T, D] at positions [B, T] -> [B, T, D], and the cache with T more slots in use."""
     act_btnh = self.config.shd_config.spec("act_btnh", "b t n h")
@@ -175,7 +176,7 @@ class Attention(nnx.Module):
     )
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
-    out = attend(q, k, v, mask, scale=self.config.head_dim**-0.5)
+    out = attend(q, k, v, visible, scale=self.config.head_dim**-0.5)
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
 
 

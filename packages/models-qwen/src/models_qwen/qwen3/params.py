@@ -51,10 +51,12 @@ HUGGINGFACE = WeightTable(
 
 GGUF = gguf_table(
   HUGGINGFACE,
-  (f"{L}.mlp.experts.gate_proj", "blk.{i}.ffn_gate_exps.weight", "e f d"),
-  (f"{L}.mlp.experts.up_proj", "blk.{i}.ffn_up_exps.weight", "e f d"),
+  (f"{L}.mlp.experts.gate_proj", [Form("blk.{i}.ffn_gate_exps.weight",    "e f d"),
+                                  Form("blk.{i}.ffn_gate_up_exps.weight", "e (0/2 f) d -> e f d")]),
+  (f"{L}.mlp.experts.up_proj",   [Form("blk.{i}.ffn_up_exps.weight",      "e f d"),
+                                  Form("blk.{i}.ffn_gate_up_exps.weight", "e (1/2 f) d -> e f d")]),
   (f"{L}.mlp.experts.down_proj", "blk.{i}.ffn_down_exps.weight", "e d f"),
-)
+)  # fmt: skip
 
 TUNIX = tunix_table(HUGGINGFACE)
 

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import build_hf_headers, tqdm, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
+from models_sources.disk import read_errors, write_errors
 from models_sources.errors import (
   ConnectionFailedError,
   CorruptFilesError,
@@ -31,6 +32,7 @@ from models_sources.errors import (
   InvalidNameError,
   SourceError,
 )
+from models_sources.huggingface import xet
 from models_sources.huggingface.cache import FULL_COMMIT, Entry, RepoCache, entry_of
 from models_sources.huggingface.digest import is_intact, is_intact_file
 from models_sources.huggingface.errors import Subject, public_address, translate
@@ -44,17 +46,11 @@ POLICY = Policy()
 # If the cache knows the revision, a hub that is down is not waited for long.
 FALLBACK_POLICY = dataclasses.replace(POLICY, attempts=2)
 
+_ELSEWHERE = "give another download_path, or set HF_HUB_CACHE"
 _PARALLEL_DOWNLOADS = 8
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
 _log = logging.getLogger(__name__)
-
-
-class _Silent(tqdm):
-  """A progress bar that is never shown."""
-
-  def __init__(self, *args: Any, **kwargs: Any):
-    super().__init__(*args, **{**kwargs, "disable": True})
 
 
 def is_offline() -> bool:
@@ -154,7 +150,8 @@ class HubFiles:
   def size(self, name: str) -> int:
     """Bytes of a file."""
     if (path := self._cached(name)) is not None:
-      return path.stat().st_size
+      with read_errors(path):
+        return path.stat().st_size
     if (size := self._entries([name])[name].size) is not None:
       return size
 
@@ -177,7 +174,7 @@ class HubFiles:
       CorruptFilesError: a whole file was read twice, and neither copy matches the hub's hash.
     """
     if (path := self._cached(name)) is not None:
-      with path.open("rb") as file:
+      with read_errors(path), path.open("rb") as file:
         file.seek(start)
         return file.read(max(0, stop - start))
     entry = self._entries([name])[name]
@@ -204,10 +201,15 @@ class HubFiles:
       AccessError: the repository is gated, or the token may not read it.
       ConnectionFailedError: a file could not be downloaded, after all retries.
       CorruptFilesError: a file was downloaded twice, and neither copy matches the hub's hash.
+      DiskError: the cache cannot be written, for example because the disk is full.
     """
     wanted = {name: entry for name, entry in self._entries(names).items() if self._cached(name) is None}
     if wanted:
-      with concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(wanted))) as pool:
+      nbytes = sum(entry.size or 0 for entry in wanted.values())
+      with (
+        write_errors(self.cache.folder, self.hub.repo, nbytes or None, _ELSEWHERE),
+        concurrent.futures.ThreadPoolExecutor(min(_PARALLEL_DOWNLOADS, len(wanted))) as pool,
+      ):
         downloads = [pool.submit(self._download, name, entry) for name, entry in wanted.items()]
         try:
           for download in concurrent.futures.as_completed(downloads):
@@ -239,7 +241,8 @@ class HubFiles:
     return {name: Entry(None) for name in names}
 
   def _cached(self, name: str) -> pathlib.Path | None:
-    return self.cache.file(self.commit, check_name(name))
+    with read_errors(self.cache.folder):
+      return self.cache.file(self.commit, check_name(name))
 
   def _url(self, name: str) -> str:
     return hf_hub_url(self.hub.repo, name, revision=self.commit, endpoint=self.hub.endpoint)
@@ -254,16 +257,17 @@ class HubFiles:
     is_new = not self.cache.has_blob(entry)
 
     def get(sender: dict[str, Any], *, force: bool) -> None:
-      hf_hub_download(
-        self.hub.repo,
-        name,
-        revision=self.commit,
-        cache_dir=self.cache.folder.parent,
-        endpoint=self.hub.endpoint,
-        force_download=force,
-        tqdm_class=None if self.progress else _Silent,
-        **sender,
-      )
+      with xet.watched(f"{name} of {self.hub.repo}", self.progress) as bar:
+        hf_hub_download(
+          self.hub.repo,
+          name,
+          revision=self.commit,
+          cache_dir=self.cache.folder.parent,
+          endpoint=self.hub.endpoint,
+          force_download=force,
+          tqdm_class=bar,
+          **sender,
+        )
 
     for force in (False, True):
       self.hub.ask(functools.partial(get, force=force), POLICY, name)
@@ -311,7 +315,7 @@ def open_files(
   Raises:
     InvalidNameError: the identifier is not a repository id, or the revision is not a valid name.
     FilesNotFoundError: there is no such repository or revision; offline: it is not in the cache.
-    AccessError: the hub rejects the token, or the token may not read the repository.
+    AccessError: the hub rejects the token, the token may not read the repository, or this user not the cache.
     ConnectionFailedError: the hub cannot be reached, after all retries, and the revision is not in the cache.
   """
   try:
@@ -323,7 +327,8 @@ def open_files(
   asked = check_name(constants.DEFAULT_REVISION if revision is None else revision, "revision")
   hub = _Hub(identifier, asked, _endpoint(), token)
   cache = RepoCache.of(identifier, download_path)
-  known = cache.resolve(asked)
+  with read_errors(cache.folder):
+    known = cache.resolve(asked)
   if is_offline():
     if known is None:
       raise FilesNotFoundError(

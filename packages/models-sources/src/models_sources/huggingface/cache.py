@@ -24,6 +24,8 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
+from models_sources.disk import local_directory
+
 FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -52,7 +54,8 @@ class RepoCache:
   def of(cls, repo: str, download_path: str | None) -> RepoCache:
     """The cache folder that the client library uses for that repository."""
     # Resolved as the client library resolves it, so that both use the same paths.
-    root = pathlib.Path(download_path or constants.HF_HUB_CACHE).expanduser().resolve()
+    place = download_path or constants.HF_HUB_CACHE
+    root = pathlib.Path(local_directory(place, "download_path or HF_HUB_CACHE")).resolve()
     return cls(root / repo_folder_name(repo_id=repo, repo_type="model"))
 
   def snapshot(self, commit: str) -> pathlib.Path:

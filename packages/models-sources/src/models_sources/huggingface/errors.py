@@ -25,6 +25,7 @@ from models_sources.errors import (
 # huggingface_hub uses httpx or httpx2, depending on its version; its own HTTP error derives from that client's.
 _http: Any = importlib.import_module(hub.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 TransportError: type[Exception] = _http.TransportError
+_ReadTimeout: type[Exception] = _http.ReadTimeout
 _UnsupportedProtocol: type[Exception] = _http.UnsupportedProtocol
 
 _LATER = frozenset({408, 429, 500, 502, 503, 504})
@@ -93,7 +94,14 @@ _BY_STATUS: dict[int, tuple[type[SourceError], str]] = {
 
 # Predicates for exceptions that mean no answer or an incomplete one; all of these are tried again.
 _NO_ANSWER: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
-  (lambda e: isinstance(e, TransportError), "no connection to {endpoint} for {what} of {repo} ({kind})"),
+  (
+    lambda e: isinstance(e, _ReadTimeout),
+    "{endpoint} sent nothing of {what} of {repo} for a while: try later, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds",
+  ),
+  (
+    lambda e: isinstance(e, TransportError),
+    "no connection to {endpoint} for {what} of {repo} ({kind}): try later",
+  ),
   # The client raises a bare OSError for a body of the wrong length; the OSError of a full disk has an errno.
   (
     lambda e: type(e) is OSError and e.errno is None,

@@ -1,0 +1,228 @@
+"""Attention whose memory is linear in the sequence, on every backend.
+
+Keys are visited a block at a time, with a running maximum and sum of the softmax (arXiv:2112.05682); the backward pass
+computes each block again (arXiv:2205.14135). Blocks that no query of a block sees are skipped: a causal prefill visits
+half of them, a layer with a sliding window visits as many as its window needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask, block_ranges, pad_queries
+
+# A float that every product exceeds, and that exp can subtract from minus infinity.
+_LOWEST = -1e30
+# Products in a block, so that they stay near the unit that computes them: 2 MB of float32 in the cache of a core, 32 MB in
+# the memory of a TPU's core. Larger blocks go to the main memory and back.
+_PRODUCTS = {"cpu": 1 << 19}
+_PRODUCTS_ELSEWHERE = 1 << 23
+_MOST = 512
+
+Blocks = tuple[int, int]
+
+
+def block_sizes(rows: int, T: int, S: int) -> Blocks:
+  """Numbers of queries and of keys in a block.
+
+  Args:
+    rows: B * N, the number of query heads of all sequences.
+    T: number of queries.
+    S: number of keys.
+  """
+  products = _PRODUCTS.get(jax.default_backend(), _PRODUCTS_ELSEWHERE)
+  queries, keys = QUERIES, KEYS
+  while queries < min(T, _MOST) and 2 * queries * keys * rows <= products:
+    queries *= 2
+  while keys < min(S, _MOST) and 2 * queries * keys * rows <= products:
+    keys *= 2
+  return queries, keys
+
+
+def attend_blockwise(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: VisibleKeys,
+  scale: float,
+  soft_cap: float | None,
+  blocks: Blocks,
+) -> jax.Array:
+  """Attention of q [B, T, K, G, H] to k and v [B, S, K, H], all of one dtype -> [B, T, K, G, H].
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    visible: which keys a query sees; a query that sees none gets 0.
+    scale: factor of the logits.
+    soft_cap: bounds the logits before the mask applies, or None.
+    blocks: of `block_sizes`.
+  """
+  T = q.shape[1]
+  missing = -T % blocks[0]
+  if missing:
+    q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+  return _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: VisibleKeys,
+  scale: float,
+  soft_cap: float | None,
+  blocks: Blocks,
+) -> jax.Array:
+  return _forward(q, k, v, visible, scale, soft_cap, blocks)[0]
+
+
+def _forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: VisibleKeys,
+  scale: float,
+  soft_cap: float | None,
+  blocks: Blocks,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  """The result, and what the backward pass needs: the logarithm of each softmax' sum [B, K, G, T], too."""
+  B, T, K, G, H = q.shape
+  firsts, ends = block_ranges(visible, *blocks)
+
+  def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    out, sums = carry
+    queries = _rows(q, i, blocks[0])
+
+    def step(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      greatest, total, acc = state
+      keys, values = _cut(k, j, blocks[1]), _cut(v, j, blocks[1])
+      logits, _ = _logits(queries, keys, _seen(visible, i, j, blocks), scale, soft_cap)
+      new = jnp.maximum(greatest, jnp.max(logits, axis=-1))
+      weights = jnp.exp(logits - new[..., None])
+      shrink = jnp.exp(greatest - new)
+      new_acc = _product("bkrs,bskh->bkrh", weights.astype(v.dtype), values)
+      return new, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None] + new_acc
+
+    size = (B, K, G * blocks[0])
+    state = jnp.full(size, _LOWEST), jnp.zeros(size), jnp.zeros((*size, H))
+    greatest, total, acc = lax.fori_loop(firsts[i], ends[i], step, state)
+    total = jnp.where(total == 0, 1, total)  # of a query that sees no key
+    result = (acc / total[..., None]).astype(q.dtype)
+    logs = (greatest + jnp.log(total)).reshape(B, K, G, -1)
+    return (
+      lax.dynamic_update_slice_in_dim(out, _split(result, G), i * blocks[0], 1),
+      lax.dynamic_update_slice_in_dim(sums, logs, i * blocks[0], 3),
+    )
+
+  carry = jnp.zeros_like(q), jnp.zeros((B, K, G, T), jnp.float32)
+  out, sums = lax.fori_loop(0, T // blocks[0], rows, carry)
+  return out, (q, k, v, visible, out, sums)
+
+
+def _backward(
+  scale: float, soft_cap: float | None, blocks: Blocks, kept: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+  q, k, v, visible, out, sums = kept
+  B, T, K, G, _ = q.shape
+  firsts, ends = block_ranges(visible, *blocks)
+
+  def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    dq, dk, dv = carry
+    queries, result, d_result = (_rows(x, i, blocks[0]) for x in (q, out, d_out))
+    # The sum over keys of weight times its gradient equals this sum over the head's dimensions.
+    inner = jnp.sum(result.astype(jnp.float32) * d_result.astype(jnp.float32), axis=-1)
+    log = lax.dynamic_slice_in_dim(sums, i * blocks[0], blocks[0], 3).reshape(B, K, -1)
+
+    def step(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      d_queries, dk, dv = state
+      keys, values = _cut(k, j, blocks[1]), _cut(v, j, blocks[1])
+      logits, slope = _logits(queries, keys, _seen(visible, i, j, blocks), scale, soft_cap)
+      weights = jnp.exp(logits - log[..., None])
+      d_values = _product("bkrs,bkrh->bskh", weights.astype(v.dtype), d_result)
+      d_weights = _product("bkrh,bskh->bkrs", d_result, values)
+      d_logits = weights * (d_weights - inner[..., None])
+      if slope is not None:
+        d_logits *= slope
+      d_logits = (d_logits * scale).astype(q.dtype)
+      d_queries += _product("bkrs,bskh->bkrh", d_logits, keys)
+      d_keys = _product("bkrs,bkrh->bskh", d_logits, queries)
+      return d_queries, _add(dk, d_keys, j, blocks[1]), _add(dv, d_values, j, blocks[1])
+
+    state = jnp.zeros(queries.shape), dk, dv
+    d_queries, dk, dv = lax.fori_loop(firsts[i], ends[i], step, state)
+    d_queries = _split(d_queries.astype(q.dtype), G)
+    return lax.dynamic_update_slice_in_dim(dq, d_queries, i * blocks[0], 1), dk, dv
+
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  dq, dk, dv = lax.fori_loop(0, T // blocks[0], rows, (jnp.zeros_like(q), zeros(k), zeros(v)))
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _logits(
+  queries: jax.Array, keys: jax.Array, seen: jax.Array, scale: float, soft_cap: float | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Logits of a block, and the derivative of the soft cap: float32 [B, K, G * queries, keys].
+
+  Args:
+    queries: [B, K, G * queries, H].
+    keys: [B, keys, K, H].
+    seen: bool [B, queries, keys].
+    scale: factor of the logits.
+    soft_cap: bounds the logits, or None, for which the derivative is None.
+  """
+  logits, slope = _product("bkrh,bskh->bkrs", queries, keys) * scale, None
+  if soft_cap is not None:
+    tanh = jnp.tanh(logits / soft_cap)
+    logits, slope = tanh * soft_cap, 1 - tanh**2
+  B, K, R, S = logits.shape
+  split = logits.reshape(B, K, R // seen.shape[1], *seen.shape[1:])
+  return jnp.where(seen[:, None, None], split, -jnp.inf).reshape(B, K, R, S), slope
+
+
+def _seen(visible: VisibleKeys, i: jax.Array, j: jax.Array, blocks: Blocks) -> jax.Array:
+  """The mask of block i of queries and block j of keys: bool [B, queries, keys]."""
+  start, size = _place(visible["key_slots"].shape[1], j, blocks[1])
+  seen = block_mask(visible, i * blocks[0], blocks[0], start, size)
+  return seen & (start + jnp.arange(size) >= j * blocks[1])
+
+
+def _place(S: int, j: jax.Array, keys: int) -> tuple[jax.Array, int]:
+  """Index of the first of a block of keys, and their number. The last block overlaps the one before if S needs it."""
+  size = min(keys, S)
+  return jnp.minimum(j * keys, S - size), size
+
+
+def _cut(x: jax.Array, j: jax.Array, keys: int) -> jax.Array:
+  """Block j of keys or values [B, S, K, H]."""
+  return lax.dynamic_slice_in_dim(x, *_place(x.shape[1], j, keys), axis=1)
+
+
+def _add(x: jax.Array, new: jax.Array, j: jax.Array, keys: int) -> jax.Array:
+  """Adds to block j of an array [B, S, K, H]."""
+  start, _ = _place(x.shape[1], j, keys)
+  return lax.dynamic_update_slice_in_dim(x, _cut(x, j, keys) + new, start, 1)
+
+
+def _rows(x: jax.Array, i: jax.Array, queries: int) -> jax.Array:
+  """Block i of queries [B, T, K, G, H] as rows of matrices [B, K, G * queries, H]."""
+  B, _, K, G, H = x.shape
+  block = lax.dynamic_slice_in_dim(x, i * queries, queries, 1)
+  return block.transpose(0, 2, 3, 1, 4).reshape(B, K, G * queries, H)
+
+
+def _split(x: jax.Array, G: int) -> jax.Array:
+  """The inverse of `_rows`: [B, K, G * queries, H] -> [B, queries, K, G, H]."""
+  B, K, R, H = x.shape
+  return x.reshape(B, K, G, R // G, H).transpose(0, 3, 1, 2, 4)

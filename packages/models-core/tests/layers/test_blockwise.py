@@ -1,0 +1,133 @@
+"""Attention block by block, against the same attention computed at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models_core.layers import attention
+from models_core.layers.attention import attend
+from models_core.layers.blockwise import block_sizes
+from models_core.layers.cache import extend_cache, init_layer
+from models_core.layers.visibility import block_ranges, visible_keys
+
+B, T, N, K, H = 2, 200, 4, 2, 16
+RNG = np.random.default_rng(0)
+Q, OUT = (RNG.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))
+KEYS, VALUES = (RNG.normal(size=(B, T, K, H)).astype(np.float32) for _ in range(2))
+STRAIGHT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+# Padding of different lengths on the left; three sequences in each row; positions in any order.
+LEFT = np.maximum(STRAIGHT - np.array([[13], [70]]), -1).astype(np.int32)
+SEGMENTS = np.stack([np.repeat([0, 1, 2], lengths) for lengths in ([50, 20, 130], [128, 64, 8])])
+PACKED = np.stack(
+  [np.concatenate([np.arange(n) for n in lengths]) for lengths in ([50, 20, 130], [128, 64, 8])]
+)
+SHUFFLED = np.stack([RNG.permutation(T) for _ in range(B)]).astype(np.int32)
+MASK = RNG.random((B, T, T)) < 0.3
+CASES = {
+  "causal": (STRAIGHT, None, None),
+  "left padding": (LEFT, None, None),
+  "packed": (PACKED.astype(np.int32), None, SEGMENTS),
+  "any order": (SHUFFLED, None, None),
+  "mask": (STRAIGHT, MASK, None),
+  "mask of keys": (LEFT, RNG.random((1, 1, T - 30)) < 0.5, None),
+}
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+  """Computes attention at once, whatever its sizes."""
+
+  def call(function, *args):
+    with monkeypatch.context() as patch:
+      patch.setattr(attention, "why_not_blockwise", lambda *sizes: "asked to")
+      return function(*args)
+
+  return call
+
+
+def close(ours, expected, bound: float) -> None:
+  ours, expected = np.asarray(ours, np.float32), np.asarray(expected, np.float32)
+  assert np.abs(ours - expected).max() <= bound * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 2.0)])
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_those_of_attention_at_once(at_once, case, window, soft_cap) -> None:
+  positions, mask, segments = (None if x is None else jnp.asarray(x) for x in CASES[case])
+
+  def run(dtype):
+    # Traced anew in each mode.
+    def weighted(q, k, v):
+      out = attend(
+        q, k, v, visible_keys(positions, None, mask, segments, window), scale=0.3, soft_cap=soft_cap
+      )
+      return jnp.sum(out.astype("float32") * OUT), out
+
+    arrays = [jnp.asarray(x, dtype) for x in (Q, KEYS, VALUES)]
+    (_, out), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return out, *grads
+
+  assert attention.why_not_blockwise(B, T, T, N) is None
+  exact = at_once(run, "float32")
+  for ours, expected in zip(run("float32"), exact, strict=True):
+    close(ours, expected, 2e-6)
+  # Half precision rounds the inputs in both; what the blocks add to it is smaller.
+  for ours, rounded, expected in zip(run("bfloat16"), at_once(run, "bfloat16"), exact, strict=True):
+    error = np.abs(np.asarray(ours, np.float32) - expected).mean()
+    assert error <= 1.5 * np.abs(np.asarray(rounded, np.float32) - expected).mean()
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["all slots", "ring"])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_chunks_in_a_cache(at_once, ring: bool, masked: bool) -> None:
+  window = 90 if ring else None
+  mask = jnp.asarray(MASK if masked else np.ones((B, T, T), bool)) if masked else None
+
+  def run():
+    layer = init_layer(B, 230, K, H, "float32", mesh=None, spec=jax.sharding.PartitionSpec(), window=window)
+    out = []
+    for cut in (slice(0, 70), slice(70, 71), slice(71, 200)):
+      positions = jnp.asarray(LEFT[:, cut])
+      visible = visible_keys(positions, layer, None if mask is None else mask[:, cut], window=window)
+      layer, k, v = extend_cache(layer, jnp.asarray(KEYS[:, cut]), jnp.asarray(VALUES[:, cut]), positions)
+      out.append(attend(jnp.asarray(Q[:, cut]), k, v, visible, scale=0.3))
+    return jnp.concatenate(out, axis=1)
+
+  close(run(), at_once(run), 2e-6)
+
+
+def test_blocks_that_no_query_sees_are_skipped() -> None:
+  positions = jnp.asarray(np.tile(np.arange(1024, dtype=np.int32), (1, 1)))
+  first, end = block_ranges(visible_keys(positions), 256, 128)
+  np.testing.assert_array_equal([first, end], [[0, 0, 0, 0], [2, 4, 6, 8]])
+  first, end = block_ranges(visible_keys(positions, window=100), 256, 128)
+  np.testing.assert_array_equal([first, end], [[0, 1, 3, 5], [2, 4, 6, 8]])
+  first, end = block_ranges(visible_keys(positions - 600), 256, 128)
+  np.testing.assert_array_equal([first, end], [[0, 0, 4, 4], [0, 0, 6, 8]])
+  empty = init_layer(1, 4096, 1, 1, "float32", mesh=None, spec=jax.sharding.PartitionSpec())
+  first, end = block_ranges(visible_keys(positions, empty), 256, 128)
+  np.testing.assert_array_equal([first, end], [[0, 0, 0, 0], [2, 4, 6, 8]])
+
+
+def test_temporaries_grow_linearly() -> None:
+  def temporaries(T: int, gradient: bool) -> int:
+    q, k = (jax.ShapeDtypeStruct((1, T, n, 64), jnp.float32) for n in (8, 2))
+    run = lambda q, k, v: jnp.sum(attend(q, k, v, visible_keys(jnp.arange(T)[None], window=4096), scale=0.1))
+    run = jax.grad(run, argnums=(0, 1, 2)) if gradient else run
+    return jax.jit(run).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+  for gradient in (False, True):
+    small, large = (temporaries(T, gradient) for T in (4096, 16384))
+    assert large <= 4.2 * small
+    # Queries, keys and values take 8 + 2 + 2 heads.
+    assert large <= (4 if gradient else 3) * 16384 * 12 * 64 * 4
+
+
+def test_blocks_stay_in_the_cache_of_a_core() -> None:
+  for rows in (1, 14, 32, 256):
+    for T in (128, 512, 100_000):
+      queries, keys = block_sizes(rows, T, T)
+      assert queries % 64 == 0
+      assert keys % 128 == 0
+      assert (queries, keys) == (64, 128) or rows * queries * keys <= 1 << 19
