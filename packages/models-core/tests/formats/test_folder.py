@@ -262,3 +262,11 @@ class TestKinds:
       (format,) = formats_in(LocalFiles(str(place)))
       assert format is SAFETENSORS
       assert list(format.read(LocalFiles(str(place))).tensors) == ["a"]
+
+
+@pytest.mark.parametrize("magic", [b"\x80\x02", b"\x1f\x8b"], ids=["pickle", "gzip"])
+def test_a_length_with_the_first_bytes_of_another_kind_is_a_length(magic: bytes, tmp_path) -> None:
+  length = int.from_bytes(magic, "little")
+  header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+  (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+  assert read_safetensors(LocalFiles(str(tmp_path))).tensors["a"].shape == (1,)

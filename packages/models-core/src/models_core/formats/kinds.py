@@ -53,6 +53,9 @@ def strangeness(start: bytes) -> str | None:
 
   None if it is none of the kinds that lie in the place of weights, such as a Git LFS pointer.
   """
+  # The length at the beginning of a safetensors file may have the bytes of any of them.
+  if is_safetensors(start):
+    return None
   return next((what for magic, what in _OTHERS if start.startswith(magic)), None)
 
 
