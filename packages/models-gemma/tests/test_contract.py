@@ -37,6 +37,7 @@ CHANGES = {
   "attention_types": (GLOBAL, LOCAL, LOCAL),
   "sliding_window_size": 5,
   "final_logit_softcap": 1.5,
+  "weight_tying": False,
 }
 
 

@@ -36,7 +36,17 @@ class TestLlama3(FamilyContract):
     "norm_eps": 0.2,
     "rope_scaling": dataclasses.replace(config.rope_scaling, factor=64.0),
     "weight_tying": True,
+    "attention_bias": True,
+    "mlp_bias": True,
   }
+
+
+class TestBiases(FamilyContract):
+  """All projections have biases."""
+
+  family = FAMILY
+  config = dataclasses.replace(TestLlama3.config, attention_bias=True, mlp_bias=True)
+  changes = TestLlama3.changes | {"attention_bias": False, "mlp_bias": False}
 
 
 def test_a_seed_gives_the_same_model_in_every_version():

@@ -52,3 +52,9 @@ def common_dtype(a: DTypeLike, b: DTypeLike) -> np.dtype:
   if a.itemsize == b.itemsize:
     return np.dtype(np.float32)
   return a if a.itemsize > b.itemsize else b
+
+
+def float_dtypes(*dtypes: Any) -> set[np.dtype]:
+  """The different ones of some dtypes, None aside; those of floating-point numbers, if there are any."""
+  kinds = {np.dtype(dtype) for dtype in dtypes if dtype is not None}
+  return {kind for kind in kinds if kind.kind not in "iub"} or kinds

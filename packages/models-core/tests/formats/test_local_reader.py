@@ -218,20 +218,6 @@ class TestMaps:
     assert counts == [80]
 
 
-class TestTwins:
-  def test_a_part_of_the_comparison_is_of_that_part_alone(self, save, x, small_chunks):
-    """Of three parts the middle one differs."""
-    other = x.copy()
-    other[3, 0] += 1
-    with opened(save({"a": x, "b": other, "same": x})) as (_, made):
-      made.check_equal("a", "same")
-      for part, parts in [(0, 1), (1, 3), (1, 2)]:
-        with pytest.raises(CheckpointError, match="a differs from b"):
-          made.check_equal("a", "b", part, parts)
-      for part in (0, 2):
-        made.check_equal("a", "b", part, 3)
-
-
 class TestFiles:
   def test_one_file_is_read_by_its_path(self, save, x):
     with opened(save({"x": x}) / "model.safetensors") as (tensors, made):

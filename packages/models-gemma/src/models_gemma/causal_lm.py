@@ -5,12 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from models_core.layers import CausalLM, bound
+from models_core.layers import CausalLM, Head, bound
 from models_gemma.attention_types import AttentionType
 
 
 class GemmaLM(CausalLM):
-  """Scales embeddings by sqrt(D), gives sliding layers their window, and soft-caps the logits of a tied head."""
+  """Scales embeddings by sqrt(D), gives sliding layers their window, and soft-caps logits.
+
+  With a head of its own, a model keeps it as `lm_head`.
+  """
+
+  lm_head: Head
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     x = self.embedder.encode(tokens)
@@ -19,7 +24,8 @@ class GemmaLM(CausalLM):
     return x * scale
 
   def _logits(self, hidden: jax.Array) -> jax.Array:
-    return bound(self.embedder.decode(hidden), self.config.final_logit_softcap)
+    head = self.embedder.decode if self.config.weight_tying else self.lm_head
+    return bound(head(hidden), self.config.final_logit_softcap)
 
   def windows(self) -> tuple[int | None, ...]:
     """Sliding window of each layer in tokens; None for a layer that sees all tokens."""

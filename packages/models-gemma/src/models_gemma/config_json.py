@@ -12,7 +12,7 @@ GELU_TANH = "gelu_pytorch_tanh"
 
 _SIZES = {"num_embed" if field == "vocab_size" else field: key for field, key in SIZES.items()}
 # Keys whose only supported value is this one, in all Gemma models.
-_FIXED = {"attention_bias": False, "use_bidirectional_attention": False, "tie_word_embeddings": True}
+_FIXED = {"attention_bias": False, "use_bidirectional_attention": False}
 
 
 def read_common(keys: ConfigKeys) -> dict[str, Any]:
@@ -24,14 +24,14 @@ def read_common(keys: ConfigKeys) -> dict[str, Any]:
   for key, value in _FIXED.items():
     keys.expect(key, value)
   keys.expect("hidden_activation", GELU_TANH)
-  return read_sizes(keys, _SIZES)
+  return read_sizes(keys, _SIZES) | {"weight_tying": keys.boolean("tie_word_embeddings", True)}
 
 
 def write_common(config: Any) -> dict[str, Any]:
   """The inverse of `read_common`."""
   return write_sizes(config, _SIZES) | {
     "attention_bias": False,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": config.weight_tying,
     "hidden_activation": GELU_TANH,
   }
 

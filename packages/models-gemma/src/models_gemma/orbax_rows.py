@@ -42,6 +42,8 @@ COMMON: tuple[Forms, ...] = (
   (f"{L}.mlp.up_proj.w",          [(GATING, "1/2 f d -> f d"), (GATING, "1/2 d f -> f d", _d_f)]),
   (f"{L}.mlp.down_proj.w",        [(f"{T}/mlp/linear.w", "f d -> d f")]),
   ("final_norm.w",                [("final_norm.scale", "d")]),
+  # Google publishes no tree of a model with a head of its own: this is our name for it.
+  ("lm_head.w",                   [("lm_head.w", "v d")]),
 )  # fmt: skip
 
 IGNORED = (*vision_tower.ORBAX, *TRAINING)

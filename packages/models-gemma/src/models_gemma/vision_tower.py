@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models_core.config import ConfigKeys
+from models_core.errors import ConfigError
 from models_core.weights import Ignored
 
 REASON = "the vision tower; only the language model is loaded"
@@ -56,7 +57,22 @@ def text_keys(raw: Mapping[str, Any]) -> ConfigKeys:
   inner = {**defaults, **text}
   for key in IMAGE_KEYS.split():
     outer.get(key)
-  outer.expect("tie_word_embeddings", True)
+  ties = {
+    where: value
+    for where, value in (
+      ("tie_word_embeddings", outer.get("tie_word_embeddings")),
+      ("text_config.tie_word_embeddings", text.get("tie_word_embeddings")),
+    )
+    if value is not None
+  }
+  if len(set(map(repr, ties.values()))) > 1:
+    # transformers 4 takes one of them, transformers 5 the other.
+    raise ConfigError(
+      f"config.json states twice whether the head is the embedding, and differs: "
+      f"{', '.join(f'{where}={value}' for where, value in ties.items())}; correct one of them"
+    )
+  if ties:
+    inner["tie_word_embeddings"] = next(iter(ties.values()))
   # Some trainers repeat keys of the language model, of which those in text_config count.
   outer.done([key for key in raw if key in inner and raw[key] == inner[key]])
   return ConfigKeys(inner, "config.json: text_config")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models_core.config.keys import ConfigKeys
@@ -25,8 +25,18 @@ SIZES = {
 }
 
 
+# The names that a configuration's fields have, in one architecture or another: whether the head is the embedding, and
+# the rows of the embedding.
+TYING_FIELDS = ("weight_tying", "use_tied_embedding")
+VOCABULARY_FIELDS = ("vocab_size", "num_embed")
+
 # Fields that are positive numbers.
 _NUMBERS = ("rope_theta", "local_rope_theta", "norm_eps")
+
+
+def field_of(config: Any, names: Sequence[str]) -> str | None:
+  """The one of some names that is a field of a configuration; None if none of them is."""
+  return next((name for name in names if hasattr(config, name)), None)
 
 
 def check_decoder(config: Any) -> None:

@@ -130,38 +130,6 @@ class ByteReader(abc.ABC):
     for element in range(0, count, step):
       yield self.read_elements(info, element, min(step, count - element))
 
-  def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Checks that two tensors have the same bytes.
-
-    Args:
-      name: of the tensor to check.
-      twin: name of the tensor that it must equal.
-      part: which part of the bytes to compare, counted from 0.
-      parts: number of parts that the comparison is divided into, such as one for each process.
-
-    Raises:
-      CheckpointError: if the tensors differ in shape, dtype or this part of their bytes.
-    """
-    a, b = self.tensors[name], self.tensors[twin]
-    nbytes = a.stop - a.start
-    same = (a.shape, a.dtype, nbytes) == (b.shape, b.dtype, b.stop - b.start)
-    first, last = nbytes * part // parts, nbytes * (part + 1) // parts if same else 0
-    left, right = (np.empty(min(nbytes, self.chunk), np.uint8) for _ in range(2))
-    for start in range(first, last, self.chunk):
-      size = min(self.chunk, last - start)
-      self._fill(a, start, left[:size])
-      self._fill(b, start, right[:size])
-      if not (same := np.array_equal(left[:size], right[:size])):
-        break
-    if not same:
-      raise CheckpointError(
-        self.where,
-        [
-          f"{name} differs from {twin}, but the configuration ties the head to the embedding: untie them in the "
-          f"configuration to load both, or remove {name} from the checkpoint"
-        ],
-      )
-
 
 class _File:
   """An open file.

@@ -469,30 +469,6 @@ class OrbaxReader:
       self._on_bytes,
     )
 
-  def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Checks that two tensors hold the same numbers.
-
-    Args:
-      name: of the tensor to check.
-      twin: name of the tensor that it must equal.
-      part: which part of the rows to compare, counted from 0.
-      parts: number of parts that the comparison is divided into, such as one for each process.
-
-    Raises:
-      CheckpointError: if the tensors differ in shape, dtype or this part of their rows.
-    """
-    a, b = self.tensors[name], self.tensors[twin]
-    same = (a.shape, a.dtype) == (b.shape, b.dtype)
-    rows = a.shape[0] if same else 0
-    for row in range(rows * part // parts, rows * (part + 1) // parts):
-      index = (slice(row, row + 1), *(slice(0, size) for size in a.shape[1:]))
-      same = same and self.read_box(a, index).tobytes() == self.read_box(b, index).tobytes()
-    if not same:
-      raise CheckpointError(
-        self._store.where,
-        [f"{name} differs from {twin}, but the model ties the two: remove {name} from the checkpoint"],
-      )
-
   def close(self) -> None:
     """Releases the arrays and their cache."""
     self._arrays.clear()

@@ -52,19 +52,6 @@ class TensorReader(Protocol):
   def parts(self, info: TensorInfo) -> Iterator[np.ndarray]:
     """Yields all elements of a tensor, a few megabytes at a time. Each array is valid until the next one."""
 
-  def check_equal(self, name: str, twin: str, part: int = 0, parts: int = 1) -> None:
-    """Checks that two tensors hold the same numbers.
-
-    Args:
-      name: of the tensor to check.
-      twin: name of the tensor that it must equal.
-      part: which part of the tensors to compare, counted from 0.
-      parts: number of parts that the comparison is divided into, such as one for each process.
-
-    Raises:
-      CheckpointError: if the tensors differ in shape, dtype or this part of their numbers.
-    """
-
   def close(self) -> None:
     """Closes the files and stops the threads. No read may be running."""
 

@@ -122,6 +122,7 @@ def read_safetensors(files: Files) -> SafetensorsCheckpoint:
   problems += [_twice(pair, names, chosen.index) for pair, names in twins.items()]
   used = {*chosen.names, *unread, *([chosen.index] if chosen.index else [])}
   notes = [*chosen.notes, *contradictions(chosen, tensors, unread), *left_out(files, used)]
+  tensors |= _aliases(tensors, metadata)
   return SafetensorsCheckpoint(
     files, tensors, metadata, tuple(problems), tuple(notes), unread=unread, headers=headers
   )
@@ -142,6 +143,18 @@ def _twice(pair: tuple[str, str], names: Sequence[str], index: str | None) -> st
     return f"{names[0]} occurs twice: in {one} and in {other}; remove one"
   choice = "" if index else f", or choose with file={other!r}"
   return f"{names[0]} and {len(names) - 1} more tensors occur twice: in {one} and in {other}; remove one of the files{choice}"
+
+
+def _aliases(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, object]) -> dict[str, TensorInfo]:
+  """Tensors that are stored under another name: of those that share memory, `safetensors.torch.save_model` writes one.
+
+  It notes the others in the metadata: `{"model.embed_tokens.weight": "lm_head.weight"}`.
+  """
+  return {
+    name: dataclasses.replace(tensors[stored], name=name)
+    for name, stored in metadata.items()
+    if name not in tensors and isinstance(stored, str) and stored in tensors
+  }
 
 
 def read_safetensors_file(files: Files, name: str) -> SafetensorsCheckpoint:

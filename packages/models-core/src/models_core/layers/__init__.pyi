@@ -2,7 +2,7 @@ from .attention import attend, bound, join_heads, split_heads
 from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
-from .linear import BiasedProjection, Embedder, Head, Projection
+from .linear import BiasedProjection, Embedder, Head, Projection, projection
 from .logits import cross_entropy, log_probs, mean_cross_entropy, top_k
 from .mesh import explicit_axes, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
@@ -44,6 +44,7 @@ __all__ = [
   "mean_cross_entropy",
   "on_auto_axes",
   "parameter",
+  "projection",
   "rotary",
   "rotate",
   "shapes_only",

@@ -78,6 +78,21 @@ class BiasedProjection(Projection):
     return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def projection(
+  out_dim: int,
+  in_dim: int,
+  spec: PartitionSpec,
+  bias_spec: PartitionSpec | None,
+  *,
+  rngs: nnx.Rngs,
+  heads: Sequence[int | None] = (),
+) -> Projection:
+  """Makes a `BiasedProjection`, or a `Projection` if `bias_spec` is None; all else is as for these."""
+  if bias_spec is None:
+    return Projection(out_dim, in_dim, spec, heads=heads, rngs=rngs)
+  return BiasedProjection(out_dim, in_dim, spec, bias_spec, heads=heads, rngs=rngs)
+
+
 def products_are_replaced() -> bool:
   """Whether a library replaces JAX's products at the moment, as qwix does while it quantises, trains or calls a model."""
   return _identity(jax.lax.dot_general) != _DOT_GENERAL

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models_core.layers.linear import Projection
+from models_core.layers.linear import projection
 from models_core.layers.mesh import shard
 from models_core.sharding import ShardingConfig
 
@@ -28,13 +28,26 @@ class GatedMLP(nnx.Module):
     shd: ShardingConfig,
     *,
     rngs: nnx.Rngs,
+    bias: bool = False,
   ):
+    """Makes the projections.
+
+    Args:
+      embed_dim: D, size of the input and of the result.
+      hidden_dim: F, size between the projections.
+      activation: of the gate.
+      shd: mesh axes.
+      rngs: source of random keys.
+      bias: whether each projection has a bias.
+    """
     up, down = shd.spec("ffw_weight_df", "f d"), shd.spec("ffw_weight_fd", "d f")
+    up_bias = shd.spec("ffw_weight_df", "f") if bias else None
+    down_bias = shd.spec("ffw_weight_fd", "d") if bias else None
     self.activation = activation
     self.act_btf = shd.spec("act_btf", "b t f")
-    self.gate_proj = Projection(hidden_dim, embed_dim, up, rngs=rngs)
-    self.up_proj = Projection(hidden_dim, embed_dim, up, rngs=rngs)
-    self.down_proj = Projection(embed_dim, hidden_dim, down, rngs=rngs)
+    self.gate_proj = projection(hidden_dim, embed_dim, up, up_bias, rngs=rngs)
+    self.up_proj = projection(hidden_dim, embed_dim, up, up_bias, rngs=rngs)
+    self.down_proj = projection(embed_dim, hidden_dim, down, down_bias, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""

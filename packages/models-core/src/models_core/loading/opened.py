@@ -14,13 +14,16 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 
+from models_core.errors import CheckpointError
 from models_core.formats import Checkpoint, OnBytes, TensorReader
 from models_core.loading.fill import Shard, shards_of, tasks
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process, part_to_read, redistribute
+from models_core.loading.ties import are_equal, differing
 from models_core.processes import check_same, processes_of, together
 from models_core.weights import Tied
 
@@ -41,6 +44,7 @@ class OpenedPlan:
     parameters: the parameters of the plan.
     ties: pairs of tensors that must be equal.
     on_bytes: called with the number of bytes of each read, from several threads.
+    config: of the model, for messages.
   """
 
   def __init__(
@@ -49,10 +53,12 @@ class OpenedPlan:
     parameters: Sequence[PlannedParameter],
     ties: Sequence[Tied],
     on_bytes: OnBytes | None = None,
+    config: Any = None,
   ):
     self._checkpoint = checkpoint
     self._parameters = {planned.parameter.name: planned for planned in parameters}
     self._ties = ties
+    self._config = config
     self._on_bytes = on_bytes or (lambda count: None)
     self._mesh = mesh_of(parameters)
     self._processes = processes_of(self._mesh)
@@ -98,9 +104,17 @@ class OpenedPlan:
       reader = self._checkpoint.open(files, self._on_bytes)
     try:
       with together(self._mesh):
-        for tie in self._ties:
-          part = self._processes.index(jax.process_index())
-          reader.check_equal(tie.tensor, tie.twin, part, len(self._processes))
+        part = self._processes.index(jax.process_index())
+        dtypes = {
+          piece.tensor: planned.dtype for planned in self._parameters.values() for piece in planned.pieces
+        }
+        problems = [
+          differing(tie.tensor, tie.twin, self._config)
+          for tie in self._ties
+          if not are_equal(reader, tie, dtypes.get(tie.twin), part, len(self._processes))
+        ]
+        if problems:
+          raise CheckpointError(reader.where, problems)
     except BaseException:
       reader.close()
       raise

@@ -24,6 +24,7 @@ from models_core.loading.misnamed import misnamed
 from models_core.loading.opened import OpenedPlan
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process
+from models_core.loading.ties import mis_shaped
 from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
 
 # Most problems that an error lists; the rest are counted.
@@ -62,7 +63,7 @@ class LoadPlan:
     Args:
       on_bytes: called with the number of bytes of each read, from several threads.
     """
-    return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes)
+    return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes, self.model.config)
 
   @property
   def files(self) -> tuple[str, ...]:
@@ -180,8 +181,9 @@ def plan_load(
     layers=layers,
     may_be_held=checkpoint.may_hold,
   )
+  unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
   amiss = misnamed(tensors, table) if found.problems else None
-  if problems := [*checkpoint.problems, *([amiss] if amiss else found.problems)]:
+  if problems := [*checkpoint.problems, *([amiss] if amiss else [*found.problems, *unequal])]:
     raise CheckpointError(checkpoint.files.path, shorten(problems))
   planned = [
     PlannedParameter(
@@ -189,7 +191,18 @@ def plan_load(
     )
     for name, pieces in found.pieces.items()
   ]
+  if checkpoint.promised:
+    first, *more = sorted(checkpoint.promised)
+    unneeded = f"{first} and {len(more)} more tensors" if more else first
+    checkpoint = _noting(
+      checkpoint, f"the index lists {unneeded}, which no file holds and the model does not need"
+    )
   return LoadPlan(checkpoint, model, tuple(planned), found.ignored, found.ties)
+
+
+def _noting(checkpoint: Checkpoint, *notes: str) -> Checkpoint:
+  """The checkpoint with further notes."""
+  return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +249,13 @@ def match_tensors(
   problems: list[str] = []
   filled: dict[str, tuple[Piece, ...]] = {}
   used: set[str] = set()
+  heads = _stored_as_heads(tensors, parameters, table)
   for name, shape in parameters.items():
     row, placeholders = table.row_of(name)
-    forms = [pieces(row, form, placeholders, shape, letters) for form in row.forms]
+    forms = [
+      [dataclasses.replace(piece, tensor=heads.get(piece.tensor, piece.tensor)) for piece in form]
+      for form in (pieces(row, form, placeholders, shape, letters) for form in row.forms)
+    ]
     found, trouble = _choose(row, forms, name, shape, tensors, config, may_be_held, table.absence)
     problems += trouble
     if found:
@@ -267,6 +284,20 @@ def match_tensors(
   return Match(filled, tuple(ignored), ties, tuple(problems))
 
 
+def _stored_as_heads(
+  tensors: Mapping[str, Any], parameters: Iterable[str], table: WeightTable
+) -> dict[str, str]:
+  """Embeddings of which a checkpoint holds the tied head alone: the head's name, by that of the embedding.
+
+  Of two names of one tensor, savers keep either. With a head of its own, a model needs both tensors.
+  """
+  heads = {tie.tensor for tie in table.tied if tie.tensor in tensors}
+  heads -= {tie.tensor for tie in table.tied if tie.twin in tensors}
+  if heads:
+    heads -= {form.name for name in parameters for form in table.row_of(name)[0].forms}
+  return {tie.twin: tie.tensor for tie in table.tied if tie.tensor in heads}
+
+
 def _choose(
   row: Row,
   forms: Sequence[list[Piece]],
@@ -289,13 +320,15 @@ def _choose(
     may_be_held: whether a tensor may be in a file that could not be read.
     absence: why tensors may be missing; "" if nothing tells.
   """
-  complete = [form for form in forms if all(piece.tensor in tensors for piece in form)]
+  # A form may name what another one names, too, such as a head that has one name beside several embeddings.
+  distinct = [i for i, form in enumerate(forms) if form not in forms[:i]]
+  complete = [forms[i] for i in distinct if all(piece.tensor in tensors for piece in forms[i])]
   names = " and ".join(dict.fromkeys(form[0].tensor for form in complete))
   if len({form[0].tensor for form in complete}) > 1:
     return [], [f"{parameter} occurs twice: the checkpoint holds it as {names}; remove one"]
   if len(complete) > 1:
     # The same tensor in several layouts: its shape decides, or else the configuration.
-    fitting = [i for i, form in enumerate(forms) if _fits(form, tensors)]
+    fitting = [i for i in distinct if _fits(forms[i], tensors)]
     if len(stated := row.published(fitting, config)) == 1:
       fitting = stated
     if len(fitting) > 1:

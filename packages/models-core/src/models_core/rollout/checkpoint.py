@@ -14,6 +14,8 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from models_core.casting import cast_into, holds
+from models_core.config import TYING_FIELDS, field_of
+from models_core.dtypes import float_dtypes
 from models_core.errors import CheckpointError, ModelsError
 from models_core.family import Family
 from models_core.layers import dotted
@@ -145,7 +147,7 @@ def from_checkpoint(
     raise CheckpointError(_WHERE, shorten(problems))
   if problems := [
     *_misfits(arrays, given, found.pieces, parameters),
-    *_untied(arrays, found.ties, found.pieces, parameters),
+    *_untied(arrays, found.ties, found.pieces, parameters, config),
   ]:
     raise CheckpointError(_WHERE, shorten(problems))
   for name, pieces in found.pieces.items():
@@ -239,20 +241,25 @@ def _untied(
   ties: Sequence[Tied],
   pieces: Mapping[str, Sequence[Piece]],
   parameters: Mapping[str, jax.ShapeDtypeStruct],
+  config: Any,
 ) -> list[str]:
   """One sentence for each tied head that differs from the embedding."""
   owners = {piece.tensor: name for name, own in pieces.items() for piece in own}
+  field = field_of(config, TYING_FIELDS)
   problems = []
   for tie in ties:
     head, twin = arrays[tie.tensor], arrays[tie.twin]
-    same = (tuple(head.shape), head.dtype) == (tuple(twin.shape), twin.dtype)
+    same = tuple(head.shape) == tuple(twin.shape)
     if same:
-      sharding = parameters[owners[tie.twin]].sharding
-      same = bool(same_bits(_placed(head, sharding), _placed(twin, sharding)))
+      like = parameters[owners[tie.twin]]
+      # Rounded to any of these they must be the same numbers, as in files.
+      kinds = float_dtypes(head.dtype, twin.dtype, like.dtype)
+      placed = _placed(head, like.sharding), _placed(twin, like.sharding)
+      same = any(bool(same_bits(*(one.astype(kind) for one in placed))) for kind in kinds)
     if not same:
       problems.append(
-        f"{tie.tensor} differs from {tie.twin}, but the configuration ties the head to the embedding: untie them in "
-        f"the configuration to set both, or leave {tie.tensor} out"
+        f"{tie.tensor} differs from {tie.twin}, but the configuration ties the head to the embedding: "
+        f"{'' if field is None else f'make the model with {field}=False to set both, or '}leave {tie.tensor} out"
       )
   return problems
 

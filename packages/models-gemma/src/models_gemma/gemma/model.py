@@ -1,7 +1,7 @@
 """Gemma 1 (arXiv:2403.08295) and 2 (arXiv:2408.00118).
 
-Norms multiply by 1 + w, embeddings are scaled by sqrt(D), the head is the embedding, and GELU is its tanh
-approximation. Gemma 2 adds norms after attention and after the feed-forward block, soft caps on logits, and a sliding
+Norms multiply by 1 + w, embeddings are scaled by sqrt(D), the head is the embedding unless it was untied, and GELU is
+its tanh approximation. Gemma 2 adds norms after attention and after the feed-forward block, soft caps on logits, and a sliding
 window in every other layer.
 """
 
@@ -17,6 +17,7 @@ from models_core.config import check_decoder, preset_rows
 from models_core.layers import (
   Embedder,
   GatedMLP,
+  Head,
   LayerCache,
   OffsetRMSNorm,
   Projection,
@@ -87,6 +88,7 @@ class ModelConfig:
     query_pre_attn_scalar: attention logits are multiplied by query_pre_attn_scalar ** -0.5; equals head_dim in Gemma 1.
     attn_logits_soft_cap: bounds the attention logits; None in Gemma 1.
     sliding_window_size: tokens that a query sees in sliding layers, its own included; None if no layer slides.
+    weight_tying: whether the head is the embedding, as in all published models.
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
   """
@@ -107,6 +109,7 @@ class ModelConfig:
   query_pre_attn_scalar: int
   attn_logits_soft_cap: float | None = None
   sliding_window_size: int | None = None
+  weight_tying: bool = True
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
@@ -206,6 +209,8 @@ class Gemma(GemmaLM):
     self.embedder = Embedder(config.num_embed, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
     self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
+    if not config.weight_tying:
+      self.lm_head = Head(config.num_embed, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
   def _rotary(self, window: int | None) -> Rotary:
     return rotary(self.config.head_dim, self.config.rope_theta)

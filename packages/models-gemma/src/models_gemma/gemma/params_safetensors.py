@@ -43,6 +43,7 @@ HUGGINGFACE = WeightTable(
   (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
   (f"{L}.post_ffw_norm.w",             f"{M}.post_feedforward_layernorm.weight", "d"),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
+  ("lm_head.w",                        "lm_head.weight",                         "v d"),
   tied=[Tied("lm_head.weight", "model.embed_tokens.weight")],
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from models_core.config import check_decoder, preset_rows
 from models_core.layers import (
   Embedder,
   GatedMLP,
+  Head,
   LayerCache,
   OffsetRMSNorm,
   Projection,
@@ -78,6 +79,7 @@ class ModelConfig:
     sliding_window_size: tokens that a query sees in sliding layers, its own included; None if no layer slides.
     rope_scaling: scaling of the RoPE frequencies of global layers; None for 270M and 1B.
     final_logit_softcap: bounds the logits; None in all published models.
+    weight_tying: whether the head is the embedding, as in all published models.
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
   """
@@ -97,6 +99,7 @@ class ModelConfig:
   sliding_window_size: int | None
   rope_scaling: RopeScaling | None = None
   final_logit_softcap: float | None = None
+  weight_tying: bool = True
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
@@ -186,6 +189,8 @@ class Gemma3(GemmaLM):
     self.embedder = Embedder(config.num_embed, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
     self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
+    if not config.weight_tying:
+      self.lm_head = Head(config.num_embed, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
 
   def _rotary(self, window: int | None) -> Rotary:
     config = self.config

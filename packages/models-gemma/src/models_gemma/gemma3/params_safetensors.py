@@ -30,6 +30,8 @@ L, M = "layers.{i}", "layers.{i}"
 
 # Prefixes of tensors: of a language model alone, and beside a vision tower in older and newer files.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+# The name of the head in the same files.
+HEADS = ("lm_head.weight", "language_model.lm_head.weight", "lm_head.weight")
 
 HUGGINGFACE = WeightTable(
   *((ours, [Form(prefix + name, layout) for prefix in PREFIXES]) for ours, name, layout in (
@@ -50,12 +52,9 @@ HUGGINGFACE = WeightTable(
     (f"{L}.post_ffw_norm.w",        f"{M}.post_feedforward_layernorm.weight", "d"),
     ("final_norm.w",                "norm.weight",                            "d"),
   )),
+  ("lm_head.w", [Form(name, "v d") for name in HEADS]),
   ignored=vision_tower.HUGGINGFACE,
-  tied=[
-    Tied("lm_head.weight", "model.embed_tokens.weight"),
-    Tied("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    Tied("lm_head.weight", "model.language_model.embed_tokens.weight"),
-  ],
+  tied=[Tied(head, f"{prefix}embed_tokens.weight") for head, prefix in zip(HEADS, PREFIXES, strict=True)],
 )  # fmt: skip
 
 GGUF = gguf_table(HUGGINGFACE, norms=FACTOR)

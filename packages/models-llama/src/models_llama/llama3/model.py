@@ -16,7 +16,6 @@ from models_core.layers import (
   Head,
   LayerCache,
   PreNormLayer,
-  Projection,
   RematConfig,
   RMSNorm,
   Rotary,
@@ -25,6 +24,7 @@ from models_core.layers import (
   extend_cache,
   join_heads,
   make_causal_attn_mask,
+  projection,
   rotary,
   rotate,
   shard,
@@ -63,6 +63,8 @@ class ModelConfig:
     norm_eps: added to the mean square in each norm.
     rope_scaling: scaling of the RoPE frequencies; None in Llama 3, set since Llama 3.1.
     weight_tying: whether the head is the embedding.
+    attention_bias: whether the four projections of attention have biases.
+    mlp_bias: whether the three projections of the feed-forward block have biases.
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
   """
@@ -78,6 +80,8 @@ class ModelConfig:
   norm_eps: float
   rope_scaling: RopeScaling | None = None
   weight_tying: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
 
@@ -109,10 +113,14 @@ class Attention(nnx.Module):
     o = shd.spec("o_weight_nhd", "d (n h)")
     self.config = config
     self.num_heads, self.num_kv_heads, self.head_dim = N, K, H
-    self.q_proj = Projection(N * H, D, q, heads=(N, None), rngs=rngs)
-    self.k_proj = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
-    self.v_proj = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
-    self.o_proj = Projection(D, N * H, o, heads=(None, N), rngs=rngs)
+    q_bias = kv_bias = o_bias = None
+    if config.attention_bias:
+      q_bias, kv_bias = shd.spec("q_bias_nh", "(n h)"), shd.spec("kv_bias_nh", "(k h)")
+      o_bias = shd.spec("o_weight_nhd", "d")
+    self.q_proj = projection(N * H, D, q, q_bias, heads=(N, None), rngs=rngs)
+    self.k_proj = projection(K * H, D, kv, kv_bias, heads=(K, None), rngs=rngs)
+    self.v_proj = projection(K * H, D, kv, kv_bias, heads=(K, None), rngs=rngs)
+    self.o_proj = projection(D, N * H, o, o_bias, heads=(None, N), rngs=rngs)
 
   def __call__(
     self, x: jax.Array, positions: jax.Array, rotary: Rotary, cache: LayerCache | None, visible: VisibleKeys
@@ -135,7 +143,7 @@ class Llama3(CausalLM):
     self.config = config
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     attention = functools.partial(Attention, config)
-    mlp = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd)
+    mlp = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd, bias=config.mlp_bias)
     self.layers = nnx.List(
       [PreNormLayer(config, attention, mlp, rngs=rngs) for _ in range(config.num_layers)]
     )

@@ -32,13 +32,20 @@ HUGGINGFACE = WeightTable(
   ("embedder.input_embedding",         "model.embed_tokens.weight",              "v d"),
   (f"{L}.input_layernorm.w",           f"{M}.input_layernorm.weight",            "d"),
   (f"{L}.attn.q_proj.w",               f"{M}.self_attn.q_proj.weight",           "(n h) d"),
+  (f"{L}.attn.q_proj.b",               f"{M}.self_attn.q_proj.bias",             "(n h)"),
   (f"{L}.attn.k_proj.w",               f"{M}.self_attn.k_proj.weight",           "(k h) d"),
+  (f"{L}.attn.k_proj.b",               f"{M}.self_attn.k_proj.bias",             "(k h)"),
   (f"{L}.attn.v_proj.w",               f"{M}.self_attn.v_proj.weight",           "(k h) d"),
+  (f"{L}.attn.v_proj.b",               f"{M}.self_attn.v_proj.bias",             "(k h)"),
   (f"{L}.attn.o_proj.w",               f"{M}.self_attn.o_proj.weight",           "d (n h)"),
+  (f"{L}.attn.o_proj.b",               f"{M}.self_attn.o_proj.bias",             "d"),
   (f"{L}.post_attention_layernorm.w",  f"{M}.post_attention_layernorm.weight",   "d"),
   (f"{L}.mlp.gate_proj.w",             f"{M}.mlp.gate_proj.weight",              "f d"),
+  (f"{L}.mlp.gate_proj.b",             f"{M}.mlp.gate_proj.bias",                "f"),
   (f"{L}.mlp.up_proj.w",               f"{M}.mlp.up_proj.weight",                "f d"),
+  (f"{L}.mlp.up_proj.b",               f"{M}.mlp.up_proj.bias",                  "f"),
   (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
+  (f"{L}.mlp.down_proj.b",             f"{M}.mlp.down_proj.bias",                "d"),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
   ("lm_head.w",                        "lm_head.weight",                         "v d"),
   ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the RoPE frequencies follow from the configuration")],
@@ -50,6 +57,8 @@ GGUF = gguf_table(
   HUGGINGFACE,
   (f"{L}.attn.q_proj.w", "blk.{i}.attn_q.weight", "(n p 2) d -> (n 2 p) d"),
   (f"{L}.attn.k_proj.w", "blk.{i}.attn_k.weight", "(k p 2) d -> (k 2 p) d"),
+  (f"{L}.attn.q_proj.b", "blk.{i}.attn_q.bias", "(n p 2) -> (n 2 p)"),
+  (f"{L}.attn.k_proj.b", "blk.{i}.attn_k.bias", "(k p 2) -> (k 2 p)"),
   ignored=[Ignored("rope_freqs.weight", "the configuration holds these RoPE factors")],
 )
 
@@ -57,16 +66,18 @@ TUNIX = tunix_table(HUGGINGFACE)
 
 # Under the names llama3.1, MaxText pairs neighbouring numbers of a head for RoPE, as GGUF files do. It always scales
 # queries beforehand.
+_MAXTEXT_LAYOUTS = {
+  f"{L}.attn.{part}_proj.{kind}": [
+    (f"{into}{heads} h -> ({heads} h){rest}", lambda config: config.rope_scaling is None),
+    (f"{into}{heads} (p 2) -> ({heads} 2 p){rest}", lambda config: config.rope_scaling is not None),
+  ]
+  for part, heads in (("q", "n"), ("k", "k"))
+  for kind, into, rest in (("w", "d ", " d"), ("b", "", ""))
+}
 MAXTEXT = maxtext_table(
   HUGGINGFACE,
-  layouts={
-    f"{L}.attn.{part}_proj.w": [
-      (f"d {heads} h -> ({heads} h) d", lambda config: config.rope_scaling is None),
-      (f"d {heads} (p 2) -> ({heads} 2 p) d", lambda config: config.rope_scaling is not None),
-    ]
-    for part, heads in (("q", "n"), ("k", "k"))
-  },
-  conversions={f"{L}.attn.q_proj.w": divided_by_root_of_head_dim},
+  layouts=_MAXTEXT_LAYOUTS,
+  conversions={f"{L}.attn.q_proj.{kind}": divided_by_root_of_head_dim for kind in "wb"},
 )
 
 
@@ -79,14 +90,14 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   keys = ConfigKeys(raw)
   heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
   keys.expect("hidden_act", "silu", "swish")
-  for bias in ("attention_bias", "mlp_bias"):
-    keys.expect(bias, False)
   theta, scaling = keys.rope(10_000.0)
   config = ModelConfig(
     **read_sizes(keys, head_dim=hidden // heads, num_kv_heads=heads),
     rope_theta=theta,
     rope_scaling=scaling,
     weight_tying=keys.boolean("tie_word_embeddings", False),
+    attention_bias=keys.boolean("attention_bias", False),
+    mlp_bias=keys.boolean("mlp_bias", False),
   )
   keys.done()
   return config
@@ -98,8 +109,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    "attention_bias": config.attention_bias,
+    "mlp_bias": config.mlp_bias,
     **write_sizes(config),
     **write_rope(config.rope_theta, config.rope_scaling),
     "tie_word_embeddings": config.weight_tying,
