@@ -163,12 +163,26 @@ def test_gelu_of_gemma_1_is_the_tanh_form_whatever_its_name(change):
 
 
 @pytest.mark.parametrize(
+  ("read", "raw"),
+  [
+    (gemma, GEMMA_2B | {"tie_word_embeddings": False}),
+    (gemma, GEMMA_2_27B | {"tie_word_embeddings": False}),
+    (gemma3, GEMMA_3_1B | {"tie_word_embeddings": False}),
+    (gemma3, GEMMA_3_4B | {"tie_word_embeddings": False}),
+    (gemma3, GEMMA_3_4B | {"text_config": GEMMA_3_4B["text_config"] | {"tie_word_embeddings": False}}),
+  ],
+)
+def test_the_head_may_be_untied(read, raw):
+  assert not read.FAMILY.read_config(raw).weight_tying
+
+
+@pytest.mark.parametrize(
   ("read", "raw", "message"),
   [
     (gemma, GEMMA_2B | {"hidden_act": "silu"}, "hidden_act is 'silu'"),
     (gemma, GEMMA_2B | {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "hidden_act is 'silu'"),
     (gemma, GEMMA_2B | {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
-    (gemma, GEMMA_2B | {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+    (gemma, GEMMA_2B | {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
     (gemma, GEMMA_2B | {"attention_bias": True}, "attention_bias is True"),
     (gemma, GEMMA_2B | {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     (gemma, GEMMA_2B | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "LinearScaling"),
@@ -189,7 +203,11 @@ def test_gelu_of_gemma_1_is_the_tanh_form_whatever_its_name(change):
     (gemma3, GEMMA_3_1B | {"residual_multiplier": 3}, "residual_multiplier=3"),
     (gemma3, GEMMA_3_4B | {"residual_multiplier": 3}, "residual_multiplier=3"),
     (gemma3, GEMMA_3_4B | {"hidden_size": 2561}, "hidden_size=2561"),
-    (gemma3, GEMMA_3_4B | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    (
+      gemma3,
+      GEMMA_3_4B | {"tie_word_embeddings": True, "text_config": GEMMA_3_4B["text_config"] | {"tie_word_embeddings": False}},
+      "states twice whether the head is the embedding",
+    ),
     (gemma3, GEMMA_3_1B | {"num_attention_heads": None}, "num_attention_heads is missing"),
   ],
 )  # fmt: skip

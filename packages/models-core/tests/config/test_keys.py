@@ -66,12 +66,6 @@ class TestValues:
     with pytest.raises(ConfigError, match="here: expected an object"):
       ConfigKeys(raw, "here")
 
-  @pytest.mark.parametrize("config", [{"quant_method": "fp8"}, {"bits": 4}, "awq"])
-  def test_quantised_weights_are_refused_by_name(self, config):
-    name = config.get("quant_method", "unknown") if isinstance(config, dict) else config
-    with pytest.raises(ConfigError, match=rf"quantization_config \({name}\)"):
-      ConfigKeys({"quantization_config": config})
-
   @pytest.mark.parametrize("config", [None, {}])
   def test_an_empty_quantisation_is_none(self, config, caplog):
     ConfigKeys({"quantization_config": config}).done()

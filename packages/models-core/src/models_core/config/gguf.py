@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class _Architecture:
     inert: keys of GGUF that change no logit of this architecture.
     query_by_width: models with this number of layers have hidden_size / num_attention_heads as query_pre_attn_scalar,
       all others have head_dim; None if the architecture does not have that key.
-    biases: keys of config.json that are true if the file holds a tensor, by that tensor.
+    biases: pairs of a tensor and the key of config.json that is true if the file holds it.
     pattern: default of config.json's sliding_window_pattern; None if config.json does not have the key. In a pattern of
       6, every sixth layer has full attention.
   """
@@ -91,7 +90,7 @@ class _Architecture:
   inert: tuple[str, ...] = ()
   query_by_width: int | None = None
   pattern: int | None = None
-  biases: Mapping[str, str] = MappingProxyType({})
+  biases: tuple[tuple[str, str], ...] = ()
 
 
 _ARCHITECTURES = {
@@ -99,7 +98,7 @@ _ARCHITECTURES = {
     "llama",
     _EVERY + _THETA,
     _SILU,
-    biases={"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_gate.bias": "mlp_bias"},
+    biases=(("blk.0.attn_q.bias", "attention_bias"), ("blk.0.ffn_gate.bias", "mlp_bias")),
   ),
   "qwen2": _Architecture(
     "qwen2", _EVERY + _THETA, _SILU | {"use_sliding_window": False}, inert=("attention.sliding_window",)
@@ -200,7 +199,7 @@ def gguf_config(checkpoint: Checkpoint) -> dict[str, Any]:
     keys.problems.append("the tensor token_embd.weight of shape [vocab_size, hidden_size] is missing")
   else:
     config["vocab_size"] = embedding.shape[0]
-  config |= {key: True for tensor, key in architecture.biases.items() if tensor in checkpoint.tensors}
+  config |= {key: True for tensor, key in architecture.biases if tensor in checkpoint.tensors}
   config["tie_word_embeddings"] = "output.weight" not in checkpoint.tensors
   if not keys.problems:
     _complete(config, architecture, keys)

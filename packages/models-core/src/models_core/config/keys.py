@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from models_core.config.harmless import is_silent, refusal
+from models_core.config.quantisation import QUANTISATION_KEYS
 from models_core.config.rope import positive, read_scaling
 from models_core.errors import ConfigError
 from models_core.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling
@@ -29,15 +30,9 @@ class ConfigKeys:
   def __init__(self, raw: Mapping[str, Any], where: str = "config.json"):
     if not isinstance(raw, Mapping):
       raise ConfigError(f"{where}: expected an object, found {type(raw).__name__}")
-    if raw.get("quantization_config") not in (None, {}):
-      method = raw["quantization_config"]
-      method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-      raise ConfigError(
-        f"{where}: quantization_config ({method}): quantised weights are not supported here; "
-        "load the unquantised repository or a GGUF file"
-      )
     self._raw, self._where = raw, where
-    self._read: set[str] = {"quantization_config"}
+    # Whether weights are quantised is seen from their tensors.
+    self._read: set[str] = set(QUANTISATION_KEYS)
     # Keys inside objects that were read.
     self._unread: list[str] = []
 

@@ -20,12 +20,13 @@ from models_core.errors import CheckpointError
 from models_core.family import Family
 from models_core.formats import Checkpoint, OnBytes, TensorInfo
 from models_core.loading.abstract import AbstractModel, misfit_notes
+from models_core.loading.floats import check_floats
 from models_core.loading.misnamed import misnamed
 from models_core.loading.opened import OpenedPlan
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process
 from models_core.loading.ties import mis_shaped
-from models_core.weights import Piece, Row, Tied, WeightTable, matches, pieces
+from models_core.weights import Piece, Row, Tied, WeightTable, pieces
 
 # Most problems that an error lists; the rest are counted.
 _MOST = 40
@@ -182,8 +183,12 @@ def plan_load(
     may_be_held=checkpoint.may_hold,
   )
   unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
+  ignored = {name for name, _ in found.ignored}
+  quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters)
   amiss = misnamed(tensors, table) if found.problems else None
-  if problems := [*checkpoint.problems, *([amiss] if amiss else [*found.problems, *unequal])]:
+  # That weights are quantised, or names have another prefix, explains whatever else does not fit.
+  one = quantised or amiss
+  if problems := [*checkpoint.problems, *([one] if one else [*found.problems, *unequal])]:
     raise CheckpointError(checkpoint.files.path, shorten(problems))
   planned = [
     PlannedParameter(
@@ -191,18 +196,14 @@ def plan_load(
     )
     for name, pieces in found.pieces.items()
   ]
+  notes = [] if note is None else [note]
   if checkpoint.promised:
     first, *more = sorted(checkpoint.promised)
     unneeded = f"{first} and {len(more)} more tensors" if more else first
-    checkpoint = _noting(
-      checkpoint, f"the index lists {unneeded}, which no file holds and the model does not need"
-    )
+    notes.append(f"the index lists {unneeded}, which no file holds and the model does not need")
+  if notes:
+    checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes))
   return LoadPlan(checkpoint, model, tuple(planned), found.ignored, found.ties)
-
-
-def _noting(checkpoint: Checkpoint, *notes: str) -> Checkpoint:
-  """The checkpoint with further notes."""
-  return dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,12 +215,14 @@ class Match:
     ignored: tensors that no parameter needs, each with the reason.
     ties: pairs of tensors that must be equal.
     problems: one sentence for each missing, unexpected, duplicate or mis-shaped tensor.
+    needed: by the name of each tensor that could fill a parameter, or is tied to one that does, the parameter.
   """
 
   pieces: Mapping[str, tuple[Piece, ...]]
   ignored: tuple[tuple[str, str], ...]
   ties: tuple[Tied, ...]
   problems: tuple[str, ...]
+  needed: Mapping[str, str]
 
 
 def match_tensors(
@@ -248,7 +251,7 @@ def match_tensors(
   """
   problems: list[str] = []
   filled: dict[str, tuple[Piece, ...]] = {}
-  used: set[str] = set()
+  used: dict[str, str] = {}
   heads = _stored_as_heads(tensors, parameters, table)
   for name, shape in parameters.items():
     row, placeholders = table.row_of(name)
@@ -261,7 +264,7 @@ def match_tensors(
     if found:
       filled[name] = tuple(found)
     # Tensors of an incomplete form are part of its problem: do not report them as unexpected too.
-    used.update(piece.tensor for form in ([found] if found else forms) for piece in form)
+    used |= {piece.tensor: name for form in ([found] if found else forms) for piece in form}
   left = [name for name in tensors if name not in used]
   ties = tuple(tie for tie in table.tied if tie.tensor in left and tie.twin in tensors)
   unsure = {tie.tensor for tie in table.tied if may_be_held(tie.twin)}
@@ -269,7 +272,8 @@ def match_tensors(
   for name in left:
     if name in unsure or any(name == tie.tensor for tie in ties):
       continue
-    reason = next((row.reason for row in table.ignored if matches(row.pattern, name)), None)
+    row_ignored = table.ignores(name)
+    reason = None if row_ignored is None else row_ignored.reason
     if reason is None and layers is not None and (table.layer_of(name) or 0) >= layers:
       reason = f"layers from {layers} on, which were not requested"
     if reason is not None:
@@ -281,7 +285,8 @@ def match_tensors(
     f"{name} {tensors[name]} is unexpected: the model has no parameter for it{_near(name, used) if i < 5 else ''}"
     for i, name in enumerate(unexpected)
   ]
-  return Match(filled, tuple(ignored), ties, tuple(problems))
+  used |= {tie.tensor: used[tie.twin] for tie in ties if tie.twin in used}
+  return Match(filled, tuple(ignored), ties, tuple(problems), used)
 
 
 def _stored_as_heads(

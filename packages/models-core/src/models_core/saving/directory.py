@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from models_core.config import QUANTISATION_KEYS
 from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import Files, checkpoint_entries, read_json
@@ -186,6 +187,10 @@ def config_text(
   """
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
   former.pop(WEIGHTS_KEY, None)
+  # What is written is plain: a statement that the base was quantised would no longer be true.
+  former = {key: value for key, value in former.items() if key not in QUANTISATION_KEYS}
+  if isinstance(text := former.get("text_config"), Mapping):
+    former["text_config"] = {key: value for key, value in text.items() if key not in QUANTISATION_KEYS}
   raw = config_json(family, config, former, _main_dtype(parameters, tensors).name)
   return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
 

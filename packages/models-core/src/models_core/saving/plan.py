@@ -225,7 +225,7 @@ def _copied(base: Checkpoint, table: WeightTable, tensors: Mapping[str, SavedTen
   known = [form.name for row in table.rows for form in row.forms]
   problems, dropped = list(base.problems), []
   for info in left:
-    ignored = next((row for row in table.ignored if matches(row.pattern, info.name)), None)
+    ignored = table.ignores(info.name)
     if ignored is not None and ignored.repeated:
       yield info
     elif ignored is not None or any(matches(name, info.name) for name in known):

@@ -105,6 +105,16 @@ class Ignored:
   repeated: bool = True
 
 
+# What tools for quantised inference store beside plain weights, too.
+CACHE_SCALE = Ignored("**", "the scale of a quantised KV cache, which is not quantised here", repeated=False)
+_CACHE_SCALES = tuple(
+  f".self_attn.{place}{name}_{kind}"
+  for name in "qkv"
+  for place in ("", f"{name}_proj.")
+  for kind in ("scale", "zero_point")
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Tied:
   """A tensor that must equal another one if the model has no parameter for it, such as a head tied to the embedding.
@@ -199,6 +209,13 @@ class WeightTable:
     twice = self.respelled(lambda name: f"{BASE}{name}")
     known = [table.known(names) for table in (self, bare, twice)]
     return (self, bare, twice)[known.index(max(known))]
+
+  def ignores(self, tensor: str) -> Ignored | None:
+    """The row of the tensors to leave out that describes a tensor; None if it is not one of them."""
+    for row in self.ignored:
+      if matches(row.pattern, tensor):
+        return row
+    return CACHE_SCALE if tensor.endswith(_CACHE_SCALES) else None
 
   def layer_of(self, tensor: str) -> int | None:
     """The number of the layer that a tensor belongs to, which is `{i}` in its name; None if it has no layer."""
