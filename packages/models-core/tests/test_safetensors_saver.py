@@ -24,6 +24,8 @@ from models_core.saving import safetensors_writer
 from models_core.saving.plan import parse_size, plan_save, plan_state, split_files
 from models_core.weights.table import Form, Ignored, Tied, WeightTable
 
+from .toys import made_of
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 STATE = {
   "embed": {"w": np.arange(24, dtype=np.float32).reshape(6, 4)},
@@ -53,6 +55,8 @@ MOE = WeightTable(
 
 
 def save(state, directory, *args, **options):
+  if "family" in options:
+    options["family"] = dataclasses.replace(options["family"], model_class=made_of(state))
   save_model_to_safetensors(state, directory, *args, **options)
   return load(directory)
 
@@ -337,7 +341,9 @@ def test_fields_of_the_base_that_are_not_ours_stay(family, tmp_path):
 
 
 def test_a_configuration_that_config_json_cannot_state_is_an_error(family, tmp_path):
-  broken = dataclasses.replace(family, read_config=lambda raw: family.config_class(5))
+  broken = dataclasses.replace(
+    family, read_config=lambda raw: family.config_class(5), model_class=made_of(model_of())
+  )
   with pytest.raises(ConfigError, match="width would be read back with another value"):
     save_model_to_safetensors(model_of(), tmp_path / "out", family=broken, config=family.config_class())
   assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
-import dataclasses
-
 """Configurations as published, and what is refused."""
+
+import dataclasses
 
 import pytest
 
@@ -65,12 +65,6 @@ def test_what_a_configuration_may_leave_out():
 @pytest.mark.parametrize(
   ("key", "value"),
   [
-<<<<<<< HEAD
-    ("attention_bias", True),
-    ("mlp_bias", True),
-=======
-    ("rope_interleaved", True),
->>>>>>> f9befc4 (Quantised weights and bare integers are refused by name; a leftover statement is a note)
     ("hidden_act", "gelu"),
     ("sliding_window", 4096),
     ("per_layer_config", {"0": {"head_dim": 32}}),
@@ -83,14 +77,11 @@ def test_what_is_not_implemented_is_refused_by_name(key, value):
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
-<<<<<<< HEAD
-=======
 def test_biases_are_read(key):
   config = read_config(LLAMA_3_2_1B | {key: True})
   assert config == dataclasses.replace(read_config(LLAMA_3_2_1B), **{key: True})
 
 
-@pytest.mark.parametrize("key", ["rope_interleaved", "attention_bias", "mlp_bias"])
->>>>>>> f9befc4 (Quantised weights and bare integers are refused by name; a leftover statement is a note)
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_what_the_model_does_anyway_may_be_said(key):
   assert read_config(LLAMA_3_2_1B | {key: False}) == read_config(LLAMA_3_2_1B)

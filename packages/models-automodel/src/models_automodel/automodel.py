@@ -141,7 +141,7 @@ class AutoModel:
     if adapter is not None:
       model = merge_adapter(model, adapter)
     if intermediate_ckpt_dir is not None:
-      intermediate.keep(kept, model, _family_of_model(model), model.config, origin)
+      intermediate.keep(kept, model, _family_of_model(model, model.config), model.config, origin)
     return model, files.path
 
   @classmethod
@@ -151,6 +151,7 @@ class AutoModel:
     save_dir: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
+    config: Any = None,
     max_shard_size: int | str = "5GB",
     dtype: Any = None,
     overwrite: bool = False,
@@ -170,6 +171,8 @@ class AutoModel:
         the model does not hold: the forms and names of tensors, a vision tower, tokenizer files, other fields of
         config.json. A base without safetensors provides only its companions. None writes only the weights and a
         config.json.
+      config: the configuration of the model, in place of its attribute `config`, such as
+        `dataclasses.replace(model.config, vocab_size=n)` after the embedding was resized by hand.
       max_shard_size: bytes of tensor data in a file, as a number or like "5GB".
       dtype: of the written floating-point parameters, such as "bfloat16"; None keeps the dtype of each.
       overwrite: whether `save_dir` may hold files. Weights and files of the same names are replaced, others stay.
@@ -178,20 +181,21 @@ class AutoModel:
 
     Raises:
       CheckpointError: if `base` is broken or of another architecture.
-      ConfigError: if config.json cannot express the model's configuration.
+      ConfigError: if the model's parameters have other shapes than its configuration needs, or config.json cannot
+        express the configuration.
       ModelsError: if the model belongs to no installed family.
       SaveError: if `save_dir` exists, is being written, cannot be written to at all, or the file system or the store
         refuses. It stays as it was.
       SourceFilesError: if a base in an object store cannot be read.
     """
-    config = getattr(model, "config", None)
+    config = getattr(model, "config", None) if config is None else config
     if config is None:
       raise ModelsError(
         f"{type(model).__name__} has no attribute config: save_pretrained() needs a model of an installed family"
       )
     place = open_target(save_dir, token=token)
     arrays = flatten(nnx.state(model, nnx.Param))
-    family = _family_of_model(model)
+    family = _family_of_model(model, config)
     with source_errors(), weights_bar(progress) as bar:
       came_from = None if base is None else Base.of(with_tokenizer(files_at(base, token=token)), SAFETENSORS)
       save_parameters_to_safetensors(
@@ -314,8 +318,8 @@ class AutoModel:
     return dataclasses.replace(plan, family=family, config=final)
 
 
-def _family_of_model(model: Any) -> Family:
-  family = family_of_config(model.config, type(model).__name__)
+def _family_of_model(model: Any, config: Any) -> Family:
+  family = family_of_config(config, type(model).__name__)
   return score_family(family, model.score.w.shape[0]) if isinstance(model, ScoreModel) else family
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS, Format, TensorInfo
+from models_core.layers import dotted, shapes_only
 from models_core.weights import WeightTable, own_names
 
 # The version of this contract. AutoModel refuses a family that was written for another version.
@@ -58,6 +59,13 @@ class Family(Generic[C, M]):
   def huggingface(self) -> WeightTable:
     """The weight table of Hugging Face's naming scheme."""
     return self.weights[SAFETENSORS.naming]
+
+  def shapes(self, config: C) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters that a configuration gives the model, by name. Nothing is allocated."""
+    with nnx.use_eager_sharding(False), shapes_only():
+      model = nnx.eval_shape(lambda: self.model_class(config, rngs=nnx.Rngs(params=0)))
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {dotted(path): tuple(variable.get_value().shape) for path, variable in state}
 
   def tables_for(
     self, format: Format, names: Collection[str], shapes: Mapping[str, Sequence[int]]

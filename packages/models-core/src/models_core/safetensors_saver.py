@@ -49,7 +49,8 @@ def save_model_to_safetensors(
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot express the configuration, or `family`, `config` and `base` are not given
+    ConfigError: if the parameters have other names or shapes than the configuration gives a model, config.json cannot
+      express the configuration, or `family`, `config` and `base` are not given
       together.
     SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
       `dtype`, or the file system refuses the write.

@@ -35,7 +35,7 @@ def stated(tmp_path):
     ({"config": {"quantization_config": {"bits": 4}}}, "config.json: quantization_config an unnamed method"),
     ({"config": {"quantization_config": "awq"}}, "config.json: quantization_config AWQ"),
     ({"config": {"quantization": {"bits": 4}}}, "config.json: quantization MLX"),
-    ({"config": dict.fromkeys(("quantization", "quantization_config"), {"bits": 4})}, "config.json: quantization_config MLX"),
+    ({"config": {key: {"bits": 4} for key in ("quantization", "quantization_config")}}, "config.json: quantization_config MLX"),
     ({"config": {"compression_config": {"format": "x"}}}, "config.json: compression_config compressed-tensors"),
     (
       {"config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}},
@@ -59,7 +59,7 @@ def test_files_that_state_nothing(stated, files):
 
 
 def test_config_json_is_read_whatever_it_states():
-  keys = ConfigKeys(dict.fromkeys(QUANTISATION_KEYS, {"quant_method": "fp8"}))
+  keys = ConfigKeys({key: {"quant_method": "fp8"} for key in QUANTISATION_KEYS})
   keys.done()
 
 

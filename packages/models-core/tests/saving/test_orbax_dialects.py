@@ -16,6 +16,8 @@ from models_core.saving.base import Base
 from models_core.saving.orbax_saver import save_parameters_to_orbax
 from models_core.weights.table import Form, Ignored, WeightTable
 
+from ..toys import made_of
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LAYERS, D, F, N, H = 3, 6, 10, 4, 2
 
@@ -30,7 +32,7 @@ class Config:
 FAMILY = Family(
   name="tiny",
   model_types=("tiny",),
-  model_class=object,
+  model_class=lambda config, *, rngs: made_of(PARAMETERS)(config, rngs=rngs),
   config_class=Config,
   read_config=lambda raw: Config(),
   write_config=lambda config: {"model_type": "tiny"},

@@ -33,6 +33,8 @@ from models_core.saving.orbax_saver import save_parameters_to_orbax
 from models_core.saving.orbax_writer import cell_shape
 from models_core.weights.table import Form, Ignored, WeightTable
 
+from ..toys import made_of
+
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -41,11 +43,11 @@ class Config:
   wide: bool = False
 
 
-def family(**weights):
+def family(model_class=object, **weights):
   return Family(
     name="tiny",
     model_types=("tiny",),
-    model_class=object,
+    model_class=model_class,
     config_class=Config,
     read_config=lambda raw: Config(raw["wide"]),
     write_config=lambda config: {"model_type": "tiny", "wide": config.wide},
@@ -84,7 +86,12 @@ PARAMETERS = {
 def save(parameters, directory, table=None, config=Config(), **options):
   weights = {"huggingface": WeightTable()} | ({"orbax": table} if table else {})
   save_parameters_to_orbax(
-    parameters, parameters.__getitem__, directory, family=family(**weights), config=config, **options
+    parameters,
+    parameters.__getitem__,
+    directory,
+    family=family(made_of(parameters), **weights),
+    config=config,
+    **options,
   )
 
 
@@ -305,7 +312,9 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     return FLAT[name]
 
   with pytest.raises(CheckpointError, match="broken"):
-    save_parameters_to_orbax(FLAT, get, tmp_path / "target", family=family(), config=Config(), overwrite=True)
+    save_parameters_to_orbax(
+      FLAT, get, tmp_path / "target", family=family(made_of(FLAT)), config=Config(), overwrite=True
+    )
   assert contents(tmp_path / "target") == before
   assert os.listdir(tmp_path) == ["target"]
 
@@ -367,7 +376,7 @@ def test_a_file_system_that_refuses(tmp_path, monkeypatch):
 
 
 def test_config_json_must_state_the_configuration(tmp_path):
-  other = dataclasses.replace(family(), read_config=lambda raw: Config(True))
+  other = dataclasses.replace(family(made_of(FLAT)), read_config=lambda raw: Config(True))
   with pytest.raises(ConfigError, match="wide would be read back with another value"):
     save_parameters_to_orbax(FLAT, FLAT.get, tmp_path / "tree", family=other, config=Config())
 

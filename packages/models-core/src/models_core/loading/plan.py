@@ -196,13 +196,8 @@ def plan_load(
     )
     for name, pieces in found.pieces.items()
   ]
-  notes = [] if note is None else [note]
-  if checkpoint.promised:
-    first, *more = sorted(checkpoint.promised)
-    unneeded = f"{first} and {len(more)} more tensors" if more else first
-    notes.append(f"the index lists {unneeded}, which no file holds and the model does not need")
-  if notes:
-    checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, *notes))
+  if note is not None:
+    checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, note))
   return LoadPlan(checkpoint, model, tuple(planned), found.ignored, found.ties)
 
 

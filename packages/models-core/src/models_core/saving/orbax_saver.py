@@ -19,6 +19,7 @@ from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
 from models_core.saving.orbax_writer import write_tree
 from models_core.saving.plan import Shaped, plan_save
+from models_core.saving.shapes import check_shapes
 from models_core.saving.target import Place
 
 
@@ -62,7 +63,8 @@ def save_parameters_to_orbax(
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot express the configuration, or the family has no table for the naming scheme.
+    ConfigError: if the parameters have other names or shapes than the configuration gives a model, config.json cannot
+      express the configuration, or the family has no table for the naming scheme.
     MissingExtraError: if TensorStore is not installed.
     SaveError: if `save_dir` holds files and `overwrite` is false, or keeps weights that would be loaded instead of the
       tree, has a backslash in its path, or is not a directory of this machine; if another process is writing it, a value does not fit `dtype`, the file
@@ -87,6 +89,7 @@ def save_parameters_to_orbax(
     # The names in a tree of another naming scheme say nothing about this one.
     tree = None
   tensors = plan_save(parameters, table, config=config, base=tree, dtype=as_dtype(dtype))
+  check_shapes(parameters, family, config)
   tensors = [dataclasses.replace(tensor, name=wrapping + tensor.name) for tensor in tensors]
   files = None if base is None else base.files
   texts = {CONFIG: config_text(family, config, files, parameters, tensors)}

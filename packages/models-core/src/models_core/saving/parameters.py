@@ -28,6 +28,7 @@ from models_core.saving.directory import (
 )
 from models_core.saving.plan import Shaped, index_json, parse_size, plan_save, plan_state, split_files
 from models_core.saving.safetensors_writer import stream_files, write_files
+from models_core.saving.shapes import check_shapes
 from models_core.saving.target import Place, named_for
 
 
@@ -65,7 +66,8 @@ def save_parameters_to_safetensors(
 
   Raises:
     CheckpointError: if `base` is broken or of another architecture.
-    ConfigError: if config.json cannot express the configuration, or `family`, `config` and `base` are not given
+    ConfigError: if the parameters have other names or shapes than the configuration gives a model, config.json cannot
+      express the configuration, or `family`, `config` and `base` are not given
       together.
     SaveError: if `save_dir` holds files and `overwrite` is false, another process is writing it, a value does not fit
       `dtype`, or the file system refuses the write.
@@ -82,6 +84,7 @@ def save_parameters_to_safetensors(
   else:
     checkpoint = None if base is None else base.in_format(SAFETENSORS)
     tensors = plan_save(parameters, family.huggingface, config=config, base=checkpoint, dtype=dtype)
+    check_shapes(parameters, family, config)
   shards = split_files(tensors, limit)
   files = None if base is None else base.files
   texts = dict(more or {})
