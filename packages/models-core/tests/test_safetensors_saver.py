@@ -466,3 +466,68 @@ def test_progress_is_told_of_all_bytes(tmp_path):
   totals, counts = [], []
   save(STATE, tmp_path / "saved", 100, on_total=totals.append, on_bytes=counts.append)
   assert totals == [sum(counts)] == [sum(array.nbytes for array in FLAT.values())]
+
+
+# Shapes and the configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  vocab_size: int = 7
+  num_layers: int = 2
+  weight_tying: bool = False
+
+
+SIZES = Family(
+  name="sized",
+  model_types=("sized",),
+  model_class=lambda config, *, rngs: made_of(sized(config))(config, rngs=rngs),
+  config_class=Sizes,
+  read_config=lambda raw: Sizes(*(raw[field.name] for field in dataclasses.fields(Sizes))),
+  write_config=lambda config: {"model_type": "sized"} | dataclasses.asdict(config),
+  weights={
+    "huggingface": WeightTable(
+      ("embedder.input_embedding", "embed", "v d"), ("lm_head.w", "head", "v d"), ("layers.{i}.w", "{i}", "d")
+    )
+  },
+)
+
+
+def sized(config):
+  rows = {"embedder.input_embedding": np.zeros((config.vocab_size, 4), np.float32)}
+  rows |= {} if config.weight_tying else {"lm_head.w": rows["embedder.input_embedding"]}
+  return rows | {f"layers.{i}.w": np.zeros(4, np.float32) for i in range(config.num_layers)}
+
+
+@pytest.mark.parametrize(
+  "change", [{"vocab_size": 9}, {"num_layers": 3}, {"num_layers": 1}, {"weight_tying": True}], ids=str
+)
+def test_parameters_of_another_configuration_are_refused_with_the_field(change, tmp_path):
+  ((field, value),) = change.items()
+  parameters = sized(Sizes(**change))
+  with pytest.raises(ConfigError, match=rf"config=dataclasses\.replace\(model\.config, {field}={value}\)"):
+    save_model_to_safetensors(parameters, tmp_path / "out", family=SIZES, config=Sizes())
+  assert not os.listdir(tmp_path)
+  save_model_to_safetensors(parameters, tmp_path / "out", family=SIZES, config=Sizes(**change))
+  assert json.loads((tmp_path / "out" / "config.json").read_text())[field] == value
+
+
+def test_parameters_of_no_configuration_are_refused_with_their_shapes(tmp_path):
+  parameters = sized(Sizes()) | {
+    "layers.0.w": np.zeros(5, np.float32),
+    "lm_head.w": np.zeros((9, 4), np.float32),
+  }
+  with pytest.raises(
+    ConfigError, match=r"lm_head\.w has shape \(9, 4\), but the configuration needs \(7, 4\) \(and 1 more"
+  ):
+    save_model_to_safetensors(parameters, tmp_path / "out", family=SIZES, config=Sizes())
+  assert not os.listdir(tmp_path)
+
+
+def test_a_statement_that_the_base_was_quantised_is_not_repeated(tmp_path):
+  raw = {"quantization_config": {"quant_method": "awq"}, "text_config": None, "quantization": {}}
+  base = base_of(
+    tmp_path / "base", {"embed": np.zeros((7, 4), np.float32)}, raw | SIZES.write_config(Sizes())
+  )
+  save_model_to_safetensors(sized(Sizes()), tmp_path / "out", family=SIZES, config=Sizes(), base=base)
+  assert not raw.keys() - {"text_config"} & json.loads((tmp_path / "out" / "config.json").read_text()).keys()

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import ArrayLike
 
 from models_core.family import Family
 from models_core.formats import Checkpoint
@@ -61,18 +62,19 @@ class ScoreModel(nnx.Module):
 
   def __call__(
     self,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: ArrayLike,
+    positions: ArrayLike | None = None,
     cache: Cache | None = None,
-    attention_mask: jax.Array | None = None,
+    attention_mask: ArrayLike | None = None,
     *,
-    segment_ids: jax.Array | None = None,
+    segment_ids: ArrayLike | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Computes the scores of each token, from this token and those before it.
 
     Args:
       tokens: int [B, T].
-      positions: int [B, T], position of each token in its sequence; negative for padding.
+      positions: int [B, T], position of each token in its sequence; negative for padding. None as for the language
+        model.
       cache: from `init_cache`; its next T slots take the keys and values of these tokens.
       attention_mask: bool [B, T or 1, S], True where a query sees a key; None is causal attention.
       segment_ids: int [B, T], number of the packed sequence that each token belongs to. Only without a cache.

@@ -39,6 +39,7 @@ from models_core.rollout import LazyCheckpoint, from_checkpoint, to_checkpoint
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
+from models_core.vocabulary import resize_vocabulary
 from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 # Largest error of float32 logits, relative to the largest logit.
@@ -560,6 +561,35 @@ class FamilyContract:
     for packed in (model, sharded):
       logits, _ = _call(packed, tokens, positions, None, None, segment_ids)
       assert_close(np.asarray(logits).reshape(expected.shape), expected)
+
+  def test_calls_promote_neither_ranks_nor_dtypes(self, model: Any) -> None:
+    mask = np.tril(np.ones((1, T, T), bool)).tolist()
+    ids = np.ones((B, T), np.int32).tolist()
+    calls: list[Callable[[Any], Any]] = [
+      lambda tokens: model(tokens, None, model.init_cache(B, T)),
+      lambda tokens: model(tokens, None, model.init_cache(B, T, ring=True)),
+      lambda tokens: model(tokens, POSITIONS.tolist(), None, mask)[0],
+      lambda tokens: model(tokens, segment_ids=ids, decode_only_last_token=True)[0],
+      lambda tokens: ScoreModel(model, rngs=nnx.Rngs(0))(tokens)[0],
+      lambda tokens: jax.grad(lambda x: jnp.mean(model(None, inputs_embeds=x)[0]))(model.embed(tokens)),
+    ]
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+      for call in calls:
+        jax.eval_shape(call, TOKENS)
+
+  def test_the_vocabulary_changes_with_the_configuration(self, mesh: Mesh) -> None:
+    model = self.make(self.config, mesh)
+    size = model.num_embed
+    resize_vocabulary(model, size + 3)
+    field = next(name for name in ("vocab_size", "num_embed") if hasattr(self.config, name))
+    assert model.config == dataclasses.replace(self.config, **{field: size + 3})
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    assert {".".join(map(str, p)): v.get_value().shape for p, v in state} == self.shapes(model.config)
+    resize_vocabulary(model, size)
+    again = nnx.to_flat_state(nnx.state(self.make(self.config, mesh), nnx.Param))
+    for (_, ours), (_, theirs) in zip(nnx.to_flat_state(nnx.state(model, nnx.Param)), again, strict=True):
+      np.testing.assert_array_equal(ours.get_value(), theirs.get_value())
+      assert ours.get_value().sharding == theirs.get_value().sharding
 
   def test_writing_past_the_cache_is_an_error(self, model: Any) -> None:
     cache = model.init_cache(B, T)

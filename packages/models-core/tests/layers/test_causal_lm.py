@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
 from models_core.layers.causal_lm import _period
+from models_core.layers.logits import mean_cross_entropy
 from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
 from models_core.layers.remat import RematConfig
 from models_core.layers.rope import rotary
@@ -130,6 +131,50 @@ def test_tokens_and_positions_are_rows_of_equal_shape(tokens, positions):
 
 def test_positions_may_be_of_any_integer_type(single, plain):
   close(run(single, TOKENS.astype(np.uint8), POSITIONS.astype(np.uint32), single.init_cache(2, T))[0], plain)
+
+
+def test_positions_that_are_left_out_count_from_0_and_go_on_with_the_cache(model, plain):
+  close(run(model, TOKENS)[0], plain)
+  close(model(TOKENS)[0], plain)
+  cache, parts = model.init_cache(2, T + 2), []
+  for part in np.split(TOKENS, [1, 3], axis=1):
+    logits, cache = run(model, part, None, cache)
+    parts.append(logits)
+  close(np.concatenate(parts, 1), plain)
+  embeds = model.embed(TOKENS)
+  close(model(None, inputs_embeds=embeds)[0], plain)
+
+
+def test_arrays_may_be_nested_lists(single, plain):
+  causal = np.tril(np.ones((1, T, T), int))
+  for mask in (causal, causal.astype(bool)):
+    close(single(TOKENS.tolist(), POSITIONS.tolist(), None, mask.tolist())[0], plain)
+  segments = np.array([[1, 1, 2, 2]] * 2)
+  close(single(TOKENS, segment_ids=segments.tolist())[0], single(TOKENS, POSITIONS, segment_ids=segments)[0])
+  with pytest.raises(ValueError, match="attention_mask is float32, expected booleans"):
+    single(TOKENS, None, None, causal.astype(float).tolist())
+
+
+def test_sizes_may_be_symbols(single, plain):
+  b, t = jax.export.symbolic_shape("b, t")
+  exported = jax.export.export(jax.jit(lambda tokens: single(tokens)[0]))(
+    jax.ShapeDtypeStruct((b, t), jnp.int32)
+  )
+  close(exported.call(TOKENS.astype(np.int32)), plain)
+
+
+def test_calls_promote_no_rank_and_make_no_nan(model, plain):
+  mask = np.tril(np.ones((1, T, T), bool))
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    for call in (run, lambda model, *args: model(*args)):
+      close(call(model, TOKENS)[0], plain)
+      close(call(model, TOKENS, POSITIONS, None, mask)[0], plain)
+      cache = model.init_cache(2, T)
+      close(call(model, TOKENS, POSITIONS, cache)[0], plain)
+    padded, positions = np.pad(TOKENS, ((0, 0), (2, 0))), np.arange(-2, T)[None].repeat(2, 0)
+    close(run(model, padded, positions)[0][:, 2:], plain)
+    grads = nnx.jit(nnx.grad(lambda model: mean_cross_entropy(model(TOKENS)[0], TOKENS)))(model)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_the_smallest_input_is_one(single):

@@ -134,7 +134,14 @@ def is_ring(layer: LayerCache) -> bool:
 
 def slots(layer: LayerCache, new_tokens: int) -> jax.Array:
   """Slots [B, T] that the next T tokens take in a cache that keeps all tokens."""
-  return layer["end_index"][:, None] + jnp.arange(new_tokens, dtype=jnp.int32)
+  return layer["end_index"][:, None] + jnp.arange(new_tokens, dtype=jnp.int32)[None]
+
+
+def next_positions(cache: Cache | None, rows: int, new_tokens: int) -> jax.Array:
+  """Positions [B, T] of tokens that continue rows without padding: from 0, or from the cache's slots in use."""
+  if cache:
+    return slots(next(iter(cache.values())), new_tokens)
+  return jnp.broadcast_to(jnp.arange(new_tokens, dtype=jnp.int32)[None], (rows, new_tokens))
 
 
 def extend_cache(

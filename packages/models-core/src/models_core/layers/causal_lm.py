@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from numpy.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
 from models_core.layers.cache import Cache, LayerCache
@@ -53,13 +54,13 @@ class CausalLM(SamplerMappings, nnx.Module):
 
   def __call__(
     self,
-    tokens: jax.Array | None,
-    positions: jax.Array,
+    tokens: ArrayLike | None,
+    positions: ArrayLike | None = None,
     cache: Cache | None = None,
-    attention_mask: jax.Array | None = None,
+    attention_mask: ArrayLike | None = None,
     *,
-    inputs_embeds: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    inputs_embeds: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
@@ -71,9 +72,12 @@ class CausalLM(SamplerMappings, nnx.Module):
     slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
     them.
 
+    All arrays may be nested lists, too.
+
     Args:
       tokens: int [B, T]; None if there are inputs_embeds.
-      positions: int [B, T], position of each token in its sequence; negative for padding.
+      positions: int [B, T], position of each token in its sequence; negative for padding. None counts from 0, or, with
+        a cache, goes on from the number of its slots in use, which is right for rows without padding.
       cache: from `init_cache`; its next T slots take the keys and values of these tokens.
       attention_mask: bool [B, T or 1, S], True where a query sees a key; S is at most the number of slots of the
         cache (T without a cache). None is causal attention.
@@ -95,7 +99,8 @@ class CausalLM(SamplerMappings, nnx.Module):
       ValueError: if shapes do not fit, if both tokens and inputs_embeds are given or neither, if attention_mask holds
         floats, or if segment_ids come with a cache.
     """
-    inputs, positions = _checked_inputs(tokens, inputs_embeds, positions, segment_ids)
+    inputs, positions, segment_ids = _checked_inputs(tokens, inputs_embeds, positions, segment_ids)
+    attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
     if cache is not None:
       cache_lib.check_rows(cache, inputs.shape[0])
       cache_lib.check_room(cache, inputs.shape[1])
@@ -106,11 +111,13 @@ class CausalLM(SamplerMappings, nnx.Module):
     def run(
       model: CausalLM,
       inputs: jax.Array,
-      positions: jax.Array,
+      positions: jax.Array | None,
       cache: Cache | None,
       attention_mask: jax.Array | None,
       segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+      if positions is None:
+        positions = cache_lib.next_positions(cache, *inputs.shape[:2])
       hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
       returned = hidden[:, -1:] if decode_only_last_token else hidden
       out = returned if skip_lm_head else model._sharded_logits(returned)
@@ -124,7 +131,7 @@ class CausalLM(SamplerMappings, nnx.Module):
         self.all_hidden_states = nnx.Intermediate((hidden,))
     return out, cache
 
-  def embed(self, tokens: jax.Array) -> jax.Array:
+  def embed(self, tokens: ArrayLike) -> jax.Array:
     """Embeds tokens int [B, T] -> the input of the first layer [B, T, D], which a call takes as `inputs_embeds`."""
     tokens = jnp.asarray(tokens)
     return self._call(lambda model, tokens: model._embed(tokens), self._batch_spec(tokens), tokens)
@@ -297,27 +304,34 @@ class CausalLM(SamplerMappings, nnx.Module):
 
 
 def _checked_inputs(
-  tokens: jax.Array | None,
-  embeds: jax.Array | None,
-  positions: jax.Array,
-  segment_ids: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-  """Tokens [B, T] or embeddings [B, T, D], and positions, as arrays of the right shapes and types."""
+  tokens: ArrayLike | None,
+  embeds: ArrayLike | None,
+  positions: ArrayLike | None,
+  segment_ids: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """Tokens [B, T] or embeddings [B, T, D], positions and segments, as arrays of the right shapes and types."""
   if (tokens is None) == (embeds is None):
     raise ValueError("give either tokens or inputs_embeds, and None for the other")
-  inputs, positions = jnp.asarray(tokens if embeds is None else embeds), jnp.asarray(positions, jnp.int32)
-  name, axes, expected = ("tokens", 2, "the same [B, T] for both")
+  inputs = jnp.asarray(tokens if embeds is None else embeds)
+  name, axes, expected = ("tokens", 2, "[B, T]")
   if embeds is not None:
-    name, axes, expected = ("inputs_embeds", 3, "[B, T, D] and [B, T]")
-  if inputs.ndim != axes or positions.shape != inputs.shape[:2]:
-    raise ValueError(f"{name} have shape {inputs.shape} and positions {positions.shape}, expected {expected}")
+    name, axes, expected = ("inputs_embeds", 3, "[B, T, D]")
+  if positions is not None:
+    positions = jnp.asarray(positions, jnp.int32)
+    expected = "the same [B, T] for both" if embeds is None else f"{expected} and [B, T]"
+  if inputs.ndim != axes or (positions is not None and positions.shape != inputs.shape[:2]):
+    given = "" if positions is None else f" and positions {positions.shape}"
+    raise ValueError(f"{name} have shape {inputs.shape}{given}, expected {expected}")
   if embeds is None and not jnp.issubdtype(inputs.dtype, jnp.integer):
     raise TypeError(f"tokens are {inputs.dtype}, expected integers")
-  if segment_ids is not None and jnp.shape(segment_ids) != positions.shape:
-    raise ValueError(
-      f"segment_ids have shape {jnp.shape(segment_ids)}, expected [B, T], the shape {positions.shape} of positions"
-    )
-  return inputs, positions
+  if segment_ids is not None:
+    segment_ids = jnp.asarray(segment_ids)
+    if segment_ids.shape != inputs.shape[:2]:
+      raise ValueError(
+        f"segment_ids have shape {segment_ids.shape}, expected [B, T], the shape {inputs.shape[:2]} of {name}"
+        f"{'' if embeds is None else ' without D'}"
+      )
+  return inputs, positions, segment_ids
 
 
 def _period(windows: Sequence[int | None]) -> int:

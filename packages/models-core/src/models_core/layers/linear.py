@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from models_core.dtypes import common_dtype
-from models_core.layers.parameters import parameter
+from models_core.layers.parameters import along_last, parameter
 from models_core.quantised import Quantised
 
 
@@ -75,7 +75,7 @@ class BiasedProjection(Projection):
     w = self.w[...]
     dtype = common_dtype(w.dtype, x.dtype)
     y = product(x.astype(dtype), w, jnp.float32)
-    return (y + self.b[...].astype(jnp.float32)).astype(x.dtype)
+    return (y + along_last(self.b[...].astype(jnp.float32), y.ndim)).astype(x.dtype)
 
 
 def projection(

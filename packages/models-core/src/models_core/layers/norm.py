@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from models_core.layers.parameters import parameter
+from models_core.layers.parameters import along_last, parameter
 
 
 class RMSNorm(nnx.Module):
@@ -47,4 +47,4 @@ class OffsetRMSNorm(nnx.Module):
 @functools.partial(jax.checkpoint, static_argnums=2)
 def _normalise(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   y = x.astype(jnp.float32)
-  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps) * scale
+  return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps) * along_last(scale, x.ndim)

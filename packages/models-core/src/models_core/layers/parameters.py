@@ -65,6 +65,11 @@ def parameter(
   return nnx.Param(value, out_sharding=spec, eager_sharding=False, heads=tuple(heads), init=init)
 
 
+def along_last(vector: jax.Array, ndim: int) -> jax.Array:
+  """A vector [D] as an array [1, ..., 1, D] of as many axes as what it is combined with: no rank is promoted."""
+  return jnp.expand_dims(vector, tuple(range(ndim - 1)))
+
+
 def dotted(path: tuple[Any, ...]) -> str:
   """Name of a parameter from its path: ("layers", 0, "attn") -> "layers.0.attn"."""
   return ".".join(map(str, path))

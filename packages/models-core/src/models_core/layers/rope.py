@@ -50,7 +50,7 @@ def rotate(x: jax.Array, positions: jax.Array, rotary: Rotary) -> jax.Array:
   Returns:
     [B, T, N, H] in the dtype of x; the angles and the products are float32.
   """
-  angles = positions.astype(jnp.float32)[:, :, None, None] * rotary.frequencies
+  angles = positions.astype(jnp.float32)[:, :, None, None] * rotary.frequencies[None, None, None]
   cos, sin = jnp.cos(angles) * rotary.magnitude, jnp.sin(angles) * rotary.magnitude
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
