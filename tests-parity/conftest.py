@@ -80,6 +80,7 @@ VARIANTS = {
   "theta-small": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.5}}),
   "theta-large": ("Llama", LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 3.3e6}}),
   "eps": ("Llama", LLAMA, {"rms_norm_eps": 3e-1}),
+  "biases": ("Llama", LLAMA, {"attention_bias": True, "mlp_bias": True}),
 }
 
 

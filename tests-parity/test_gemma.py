@@ -47,10 +47,13 @@ VARIANTS = {
   "gemma": ("Gemma", ROPE),
   "gemma-mqa": ("Gemma", ROPE | {"num_key_value_heads": 1}),
   "gemma-mha": ("Gemma", ROPE | {"num_key_value_heads": 6, "vocab_size": 104}),
+  "gemma-untied": ("Gemma", ROPE | {"tie_word_embeddings": False}),
   "gemma2": ("Gemma2", GEMMA2),
+  "gemma2-untied": ("Gemma2", GEMMA2 | {"tie_word_embeddings": False}),
   "gemma2-types": ("Gemma2", GEMMA2 | {"layer_types": TYPES, "num_key_value_heads": 1}),
   "gemma2-no-caps": ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
   "gemma3": ("Gemma3", GEMMA3),
+  "gemma3-untied": ("Gemma3", GEMMA3 | {"tie_word_embeddings": False}),
   "gemma3-divisible": (
     "Gemma3",
     GEMMA3 | {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 104},

@@ -268,7 +268,6 @@ def test_strict_sharding_lists_the_sizes_that_divide(checkpoint):
     ({"model_type": "mamba"}, ModelNameError, "no installed family reads model_type 'mamba'"),
     ({"hidden_size": ...}, ConfigError, "hidden_size is missing"),
     ({"hidden_act": "gelu"}, ConfigError, "hidden_act is 'gelu'"),
-    ({"rope_interleaved": True}, ConfigError, "rope_interleaved"),
     ({"moe_layers": 3}, ConfigError, "moe_layers=3"),
     ({"rope_theta": 5.0}, ConfigError, "stated twice and differs"),
   ],

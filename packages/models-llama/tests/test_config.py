@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from models_core.errors import ConfigError
 from models_core.rope_scaling import Llama3Scaling
+from models_core.weights import arrange, pieces
 from models_llama.llama3.model import ModelConfig
-from models_llama.llama3.params import read_config
+from models_llama.llama3.params import GGUF, read_config
 
 # As published in the repositories, without token ids and versions.
 LLAMA_3_2_1B = {
@@ -85,3 +87,19 @@ def test_biases_are_read(key):
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_what_the_model_does_anyway_may_be_said(key):
   assert read_config(LLAMA_3_2_1B | {key: False}) == read_config(LLAMA_3_2_1B)
+
+
+@pytest.mark.parametrize(("part", "heads"), [("q", 6), ("k", 3)])
+def test_biases_of_gguf_files_pair_neighbouring_rows_as_their_weights_do(part, heads):
+  """llama.cpp's converter permutes both in the same way."""
+  matrix, vector = (
+    pieces(row, row.forms[0], {"i": "0"}, shape, {"n": 6, "k": 3, "h": 4})[0]
+    for row, shape in (
+      (GGUF.row_of(f"layers.0.attn.{part}_proj.w")[0], (heads * 4, 1)),
+      (GGUF.row_of(f"layers.0.attn.{part}_proj.b")[0], (heads * 4,)),
+    )
+  )
+  stored = np.arange(heads * 4)
+  loaded = arrange(stored, vector, stored.shape)
+  assert not np.array_equal(loaded, stored)
+  np.testing.assert_array_equal(loaded, arrange(stored, matrix, (len(stored), 1))[:, 0])

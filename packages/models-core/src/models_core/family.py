@@ -62,8 +62,9 @@ class Family(Generic[C, M]):
 
   def shapes(self, config: C) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that a configuration gives the model, by name. Nothing is allocated."""
+    make: Any = self.model_class
     with nnx.use_eager_sharding(False), shapes_only():
-      model = nnx.eval_shape(lambda: self.model_class(config, rngs=nnx.Rngs(params=0)))
+      model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(params=0)))
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {dotted(path): tuple(variable.get_value().shape) for path, variable in state}
 

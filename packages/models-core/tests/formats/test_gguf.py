@@ -519,6 +519,12 @@ def test_an_output_layer_is_not_tied(tmp_path):
   assert config_of(tmp_path, "llama", LLAMA, extra_tensors=head)["tie_word_embeddings"] is False
 
 
+def test_biases_of_llama_are_told_by_their_tensors(tmp_path):
+  tensors = {"blk.0.attn_q.bias": np.zeros(64, np.float32), "blk.0.ffn_gate.bias": np.zeros(128, np.float32)}
+  config = config_of(tmp_path, "llama", LLAMA, extra_tensors=tensors)
+  assert (config["attention_bias"], config["mlp_bias"]) == (True, True)
+
+
 def test_heads_without_kv_heads(tmp_path):
   keys = {k: v for k, v in LLAMA.items() if k != "attention.head_count_kv"}
   assert config_of(tmp_path, "llama", keys)["num_key_value_heads"] == 4
