@@ -310,6 +310,7 @@ class AutoModel:
         family.tables_for(checkpoint.format, checkpoint.tensors, shapes)[0],
         dtype=as_dtype(dtype),
         layers=None if layers is None else len(layers),
+        raw=found.raw,
       )
     except CheckpointError as error:
       if not found.guess or checkpoint.problems:

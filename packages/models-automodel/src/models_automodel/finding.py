@@ -42,6 +42,7 @@ class Found:
     read: the checkpoint's headers, if they have been read.
     guess: how the configuration was found if no file states it, for messages; "" otherwise.
     notes: on keys of the configuration that were not read, one sentence each.
+    raw: config.json, or what a header says in its place, without the keys to ignore; None if there is neither.
   """
 
   files: Files
@@ -51,6 +52,7 @@ class Found:
   read: Checkpoint | None = None
   guess: str = ""
   notes: tuple[str, ...] = ()
+  raw: Mapping[str, Any] | None = None
 
   @functools.cached_property
   def checkpoint(self) -> Checkpoint:
@@ -102,7 +104,7 @@ def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] =
     elif format is not SAFETENSORS:
       read = _read(format or SAFETENSORS, files)
   if config is not None:
-    return Found(files, family_of_config(config, name), config, format, read)
+    return Found(files, family_of_config(config, name), config, format, read, raw=raw)
   if raw is None:
     if what := dead_entries(files).get(CONFIG):
       raise ConfigError(f"{files.path}/{CONFIG} {what}: put the model's {CONFIG} in its place")
@@ -123,7 +125,7 @@ def find(where: Where, config: Any = None, ignore_config_keys: Collection[str] =
     found = family.read_config(raw)
   if left_out:
     notes.insert(0, f"{CONFIG}: not read, as ignore_config_keys asks: {', '.join(left_out)}")
-  return Found(files, family, found, format, read, notes=tuple(notes))
+  return Found(files, family, found, format, read, notes=tuple(notes), raw=raw)
 
 
 def without(raw: Mapping[str, Any], keys: Collection[str]) -> tuple[Mapping[str, Any], list[str]]:

@@ -279,9 +279,9 @@ class TestLeftovers:
   def test_a_head_that_stands_for_the_embedding_must_have_its_shape(self, save, plan):
     tensors = {name: tensor for name, tensor in self.TENSORS.items() if name != "embed.weight"}
     with pytest.raises(CheckpointError) as caught:
-      plan(save(tensors | {"head.weight": zeros(4, 2)}), self.PARAMETERS, self.TABLE)
+      plan(save(tensors | {"head.weight": zeros(5, 2)}), self.PARAMETERS, self.TABLE)
     (problem,) = caught.value.problems
-    assert problem.startswith("head.weight has shape (4, 2), but the parameter ")
+    assert problem.startswith("head.weight has shape (5, 2), but the parameter ")
 
 
 class TestCosts:
@@ -289,7 +289,7 @@ class TestCosts:
   PARAMETERS = {
     "a": ((8, 4), P("fsdp", "tp")),
     "b": ((4,), P()),
-    "c": ((2, 4), P(None, ("fsdp", "tp"))),
+    "c": ((2, 4), P(None, ("fsdp", "tp")), np.int8),
   }
   TENSORS = {
     "a": zeros(8, 4, dtype=BF16),

@@ -104,26 +104,29 @@ class Stated:
     return f"{self.place} says that the weights are quantised by {self.name}"
 
 
-def stated_quantisation(files: Files) -> Stated | None:
+def stated_quantisation(files: Files, raw: Mapping[str, Any] | None = None) -> Stated | None:
   """What a checkpoint's configuration states about its quantisation; None if it states nothing.
 
   Args:
     files: of the checkpoint.
+    raw: config.json, if it has been read.
 
   Raises:
     ConfigError: if a file that could state it is not a JSON object.
   """
   names = set(files.names())
   places = [(_CONFIG, key) for key in QUANTISATION_KEYS] + list(_FILES.items())
-  read: dict[str, dict[str, Any]] = {}
+  read: dict[str, Mapping[str, Any]] = {} if raw is None else {_CONFIG: raw}
   for name, key in places:
-    if name not in names:
+    if name not in read and name not in names:
       continue
-    raw = read[name] = read.get(name) or read_json(files, name)
-    text = raw.get("text_config") if name == _CONFIG else None
-    for prefix, level in (("", raw), ("text_config.", text if isinstance(text, Mapping) else {})):
+    if name not in read:
+      read[name] = read_json(files, name)
+    whole = read[name]
+    text = whole.get("text_config") if name == _CONFIG else None
+    for prefix, level in (("", whole), ("text_config.", text if isinstance(text, Mapping) else {})):
       if found := level if key is None else level.get(key):
-        method = _method(name, key, found, raw)
+        method = _method(name, key, found, whole)
         place = name if key is None else f"{name}: {prefix}{key}"
         return Stated(place, method, next((one for one in SCHEMES if method in one.methods), None))
   return None
@@ -153,7 +156,7 @@ def scheme_of(tensors: Iterable[str]) -> Scheme | None:
 
 def is_mark(tensor: str) -> bool:
   """Whether a tensor's name is that of one which exists only beside quantised weights."""
-  return _end(tensor) in _MARKS
+  return "." in tensor and _end(tensor) in _MARKS
 
 
 def _end(tensor: str) -> str:

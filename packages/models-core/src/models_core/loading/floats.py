@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ def check_floats(
   needed: Mapping[str, str],
   ignored: Collection[str],
   parameters: Mapping[str, AbstractParameter],
+  raw: Mapping[str, Any] | None = None,
 ) -> tuple[str | None, str | None]:
   """Checks that the tensors of a checkpoint are plain numbers, or are encoded as their format defines.
 
@@ -25,6 +27,7 @@ def check_floats(
     needed: by the name of each tensor that could fill a parameter, or must equal one that does, the parameter.
     ignored: names of tensors that are left out.
     parameters: of the model, by name.
+    raw: the checkpoint's config.json, if it has been read.
 
   Returns:
     The problem, if weights are quantised; and the note, if the configuration says so of plain ones.
@@ -41,7 +44,7 @@ def check_floats(
   marks = [
     name for name in checkpoint.tensors if name not in needed and name not in ignored and is_mark(name)
   ]
-  stated = stated_quantisation(checkpoint.files)
+  stated = stated_quantisation(checkpoint.files, raw)
   if marks or narrow:
     return quantisation_problem(stated, marks, narrow), None
   if stated is None:
@@ -58,4 +61,4 @@ def check_floats(
 
 
 def _is_float(dtype: np.dtype) -> bool:
-  return bool(jnp.issubdtype(dtype, jnp.floating))
+  return bool(jnp.issubdtype(dtype, jnp.inexact))

@@ -157,6 +157,7 @@ def plan_load(
   *,
   dtype: np.dtype | None = None,
   layers: int | None = None,
+  raw: Mapping[str, Any] | None = None,
 ) -> LoadPlan:
   """Finds the tensors of a checkpoint that fill each parameter of a model.
 
@@ -166,6 +167,7 @@ def plan_load(
     table: weight table of the checkpoint's naming scheme; its prefix may be missing in the checkpoint, or occur twice.
     dtype: dtype of the loaded floating-point parameters; None keeps the stored dtype of each.
     layers: the number of layers that the model is cut to; tensors of later layers are not loaded. None is no cut.
+    raw: the checkpoint's config.json, if it has been read: it is not read again to see whether it states a quantisation.
 
   Raises:
     CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
@@ -184,7 +186,7 @@ def plan_load(
   )
   unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
   ignored = {name for name, _ in found.ignored}
-  quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters)
+  quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters, raw)
   amiss = misnamed(tensors, table) if found.problems else None
   # That weights are quantised, or names have another prefix, explains whatever else does not fit.
   one = quantised or amiss
