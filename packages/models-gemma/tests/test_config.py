@@ -249,6 +249,12 @@ def test_layer_types_count_where_the_private_pattern_says_otherwise():
   assert config.attention_types == (GLOBAL,) * 26
 
 
+def test_the_private_pattern_is_not_read():
+  raw = GEMMA_3_1B | {"sliding_window_pattern": None, "_sliding_window_pattern": 2}
+  raw.pop("layer_types", None)
+  assert gemma3.FAMILY.read_config(raw) == gemma3.FAMILY.read_config(GEMMA_3_1B)
+
+
 def test_the_scaling_is_that_of_global_layers():
   assert gemma3.FAMILY.read_config(GEMMA_3_4B).rope_scaling == LinearScaling(8.0)
   raw = GEMMA_3_1B | {"rope_parameters": NESTED | {"sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}}  # fmt: skip

@@ -54,6 +54,8 @@ def resize_vocabulary(model: nnx.Module, vocab_size: int) -> None:
   new = dataclasses.replace(old, **{field: rows})
   # All or nothing: arrays are made before the first variable changes.
   resized = [(variable, _resized(variable, rows)) for variable in _variables(lm)]
+  # They are computed in the background, where memory may run out.
+  jax.block_until_ready([value for _, value in resized])
   for variable, value in resized:
     variable.set_value(value)
   for _, part in nnx.iter_graph(model):

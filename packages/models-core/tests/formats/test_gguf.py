@@ -765,3 +765,13 @@ def test_all_problems_at_once(tmp_path):
   with pytest.raises(CheckpointError) as caught:
     config_of(tmp_path, "llama", keys)
   assert len(caught.value.problems) == 3
+
+
+def test_a_truncated_file_is_one_problem(tmp_path):
+  whole = blob(
+    tensors=[tensor(name=name, offset=offset) for name, offset in (("a", 0), ("b", 64), ("c", 128))]
+  )
+  (tmp_path / "m.gguf").write_bytes(whole[:-1])
+  with pytest.raises(CheckpointError) as caught:
+    read_gguf(LocalFiles(str(tmp_path)))
+  assert len(caught.value.problems) == 1

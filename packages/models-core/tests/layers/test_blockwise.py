@@ -97,6 +97,49 @@ def test_chunks_in_a_cache(at_once, ring: bool, masked: bool) -> None:
   close(run(), at_once(run), 2e-6)
 
 
+def summed(q, k, v):
+  return jnp.sum(attend(q, k, v, visible_keys(jnp.asarray(LEFT)), scale=0.3))
+
+
+def gradients(*arrays):
+  return jax.jit(jax.grad(summed, argnums=(0, 1, 2)))(*map(jnp.asarray, arrays))
+
+
+@pytest.mark.parametrize(
+  "option",
+  [jax.numpy_rank_promotion("raise"), jax.enable_x64(True), jax.debug_nans(True)],
+  ids=["ranks", "x64", "NaN"],
+)
+def test_options_of_jax(option) -> None:
+  expected = gradients(Q, KEYS, VALUES)
+  with option:
+    found = gradients(Q, KEYS, VALUES)
+  for ours, theirs in zip(found, expected, strict=True):
+    close(ours, theirs, 2e-6)
+
+
+def test_inside_shard_map_and_on_explicit_axes() -> None:
+  expected = gradients(Q, KEYS, VALUES)
+  P = jax.sharding.PartitionSpec
+
+  def of_shard(positions, *arrays):
+    visible = visible_keys(positions)
+    run = lambda q, k, v: attend(q, k, v, visible, scale=0.3)
+    return jax.vjp(run, *arrays)[1](jnp.ones_like(arrays[0]))
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+  mapped = jax.shard_map(of_shard, mesh=mesh, in_specs=(P("d"),) * 4, out_specs=(P("d"),) * 3)
+  explicit = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+  sharding = jax.sharding.NamedSharding(explicit, P(None, None, "d"))
+  found = [
+    jax.jit(mapped)(jnp.asarray(LEFT), Q, KEYS, VALUES),
+    gradients(*(jax.device_put(x, sharding) for x in (Q, KEYS, VALUES))),
+  ]
+  for ours in found:
+    for one, theirs in zip(ours, expected, strict=True):
+      close(one, theirs, 2e-6)
+
+
 def test_blocks_that_no_query_sees_are_skipped() -> None:
   positions = jnp.asarray(np.tile(np.arange(1024, dtype=np.int32), (1, 1)))
   first, end = block_ranges(visible_keys(positions), 256, 128)

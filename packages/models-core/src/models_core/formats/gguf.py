@@ -368,10 +368,16 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, object], list[TensorInfo], Header
   problems, tensors = [], []
   for tensor, shape, kind, offset in raw:
     try:
-      tensors.append(_locate(cursor.name, tensor, shape, kind, data_start, offset, alignment, cursor.size))
+      tensors.append(_locate(cursor.name, tensor, shape, kind, data_start, offset, alignment))
     except ValueError as error:
       problems.append(f"{cursor.name}: the tensor {tensor} {error}")
-  problems += [f"{cursor.name}: {problem}" for problem in _clashes(tensors)]
+  if beyond := [info for info in tensors if info.stop > cursor.size]:
+    first, more = beyond[0], f", as {len(beyond) - 1} more tensors do" if len(beyond) > 1 else ""
+    problems.append(
+      f"{cursor.name}: the tensor {first.name} of shape {first.shape} ends at byte {first.stop}, but the file has "
+      f"{cursor.size} bytes{more}: download it again"
+    )
+  problems += [f"{cursor.name}: {problem}" for problem in _clashes([t for t in tensors if t not in beyond])]
   if problems:
     raise CheckpointError(cursor.where, problems)
   return metadata, tensors, Header.of(cursor.buffer[: cursor.position])
@@ -413,7 +419,6 @@ def _locate(
   data_start: int,
   offset: int,
   alignment: int,
-  size: int,
 ) -> TensorInfo:
   """Checks the header's entry of a tensor and computes which bytes of the file it takes.
 
@@ -438,10 +443,6 @@ def _locate(
   start = data_start + offset
   if offset % alignment:
     raise ValueError(f"is misaligned: its offset {offset} is not a multiple of {alignment}")
-  if start + length > size:
-    raise ValueError(
-      f"of shape {shape} ends at byte {start + length}, but the file has {size} bytes: download it again"
-    )
   return TensorInfo(
     name=name, dtype=dtype, shape=shape, file=file, start=start, stop=start + length, codec=codec
   )

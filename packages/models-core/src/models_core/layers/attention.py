@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from models_core.layers.blockwise import attend_blockwise, block_sizes
 from models_core.layers.linear import products_are_replaced
+from models_core.layers.mesh import call_auto, spec_of
 from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, dense_mask, keys_of_mask
 
 
@@ -41,7 +42,9 @@ def attend(
     visible = keys_of_mask(visible)
   q, k, v = q.reshape(B, T, K, N // K, H), k.astype(q.dtype), v.astype(q.dtype)
   if why_not_blockwise(B, T, S, N) is None:
-    out = attend_blockwise(q, k, v, visible, scale, soft_cap, block_sizes(B * N, T, S))
+    blocks = block_sizes(B * N, T, S)
+    run_blocks = functools.partial(attend_blockwise, scale=scale, soft_cap=soft_cap, blocks=blocks)
+    out = call_auto(run_blocks, spec_of(q), q, k, v, visible)
   else:
     # For the backward pass only q, k and v are kept: products and weights are larger by a factor of S / H. A library
     # that replaces products may keep statistics of them, which must not come from inside of a transformation.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask, block_ranges, pad_queries
 
@@ -96,6 +97,7 @@ def _forward(
   """The result, and what the backward pass needs: the logarithm of each softmax' sum [B, K, G, T], too."""
   B, T, K, G, H = q.shape
   firsts, ends = block_ranges(visible, *blocks)
+  zeros = functools.partial(_zeros, (q, k, v, visible))
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     out, sums = carry
@@ -112,7 +114,7 @@ def _forward(
       return new, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None] + new_acc
 
     size = (B, K, G * blocks[0])
-    state = jnp.full(size, _LOWEST), jnp.zeros(size), jnp.zeros((*size, H))
+    state = zeros(size) + _LOWEST, zeros(size), zeros((*size, H))
     greatest, total, acc = lax.fori_loop(firsts[i], ends[i], step, state)
     total = jnp.where(total == 0, 1, total)  # of a query that sees no key
     result = (acc / total[..., None]).astype(q.dtype)
@@ -122,8 +124,8 @@ def _forward(
       lax.dynamic_update_slice_in_dim(sums, logs, i * blocks[0], 3),
     )
 
-  carry = jnp.zeros_like(q), jnp.zeros((B, K, G, T), jnp.float32)
-  out, sums = lax.fori_loop(0, T // blocks[0], rows, carry)
+  carry = zeros(q.shape, q.dtype), zeros((B, K, G, T))
+  out, sums = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
   return out, (q, k, v, visible, out, sums)
 
 
@@ -133,6 +135,7 @@ def _backward(
   q, k, v, visible, out, sums = kept
   B, T, K, G, _ = q.shape
   firsts, ends = block_ranges(visible, *blocks)
+  zeros = functools.partial(_zeros, (kept, d_out))
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     dq, dk, dv = carry
@@ -156,13 +159,13 @@ def _backward(
       d_keys = _product("bkrs,bkrh->bskh", d_logits, queries)
       return d_queries, _add(dk, d_keys, j, blocks[1]), _add(dv, d_values, j, blocks[1])
 
-    state = jnp.zeros(queries.shape), dk, dv
+    state = zeros(queries.shape), dk, dv
     d_queries, dk, dv = lax.fori_loop(firsts[i], ends[i], step, state)
     d_queries = _split(d_queries.astype(q.dtype), G)
     return lax.dynamic_update_slice_in_dim(dq, d_queries, i * blocks[0], 1), dk, dv
 
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-  dq, dk, dv = lax.fori_loop(0, T // blocks[0], rows, (jnp.zeros_like(q), zeros(k), zeros(v)))
+  carry = zeros(q.shape, q.dtype), zeros(k.shape), zeros(v.shape)
+  dq, dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -191,11 +194,24 @@ def _logits(
   return jnp.where(seen[:, None, None], split, -jnp.inf).reshape(B, K, R, S), slope
 
 
+def _zeros(inputs: Any, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+  """Zeros that a loop carries: inside shard_map, they may differ along the mesh axes along which an input does."""
+  axes = {axis for leaf in jax.tree.leaves(inputs) for axis in _varying_axes(jax.typeof(leaf))}
+  array = jnp.zeros(shape, dtype)
+  return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+def _varying_axes(type: Any) -> frozenset[str]:
+  """The mesh axes along which an array may differ inside shard_map; older versions of JAX name them `vma`."""
+  new = getattr(type, "manual_axis_type", None)
+  return type.vma if new is None else new.varying
+
+
 def _seen(visible: VisibleKeys, i: jax.Array, j: jax.Array, blocks: Blocks) -> jax.Array:
   """The mask of block i of queries and block j of keys: bool [B, queries, keys]."""
   start, size = _place(visible["key_slots"].shape[1], j, blocks[1])
   seen = block_mask(visible, i * blocks[0], blocks[0], start, size)
-  return seen & (start + jnp.arange(size) >= j * blocks[1])
+  return seen & (start + jnp.arange(size, dtype=jnp.int32) >= j * blocks[1])[None, None]
 
 
 def _place(S: int, j: jax.Array, keys: int) -> tuple[jax.Array, int]:

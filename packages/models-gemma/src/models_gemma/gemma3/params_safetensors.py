@@ -83,11 +83,10 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
   local_theta, local_scaling = _rope(keys, AttentionType.LOCAL_SLIDING, "rope_local_base_freq", 10_000.0)
   if local_scaling is not None:
     raise ConfigError(f"config.json: RoPE scaling {local_scaling} of sliding layers is not implemented")
-  # transformers writes this key even where layer_types differs, and never reads it: it is only the default.
-  pattern = keys.integer("_sliding_window_pattern", 6)
+  keys.get("_sliding_window_pattern")  # written by transformers, and never read
   config = ModelConfig(
     **common,
-    attention_types=read_types(keys, common["num_layers"], pattern, "sliding_window_pattern"),
+    attention_types=read_types(keys, common["num_layers"], 6, "sliding_window_pattern"),
     rope_theta=theta,
     local_rope_theta=local_theta,
     query_pre_attn_scalar=keys.integer("query_pre_attn_scalar"),
