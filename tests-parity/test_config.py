@@ -49,7 +49,7 @@ CONTRADICTIONS = {
 }
 
 # What transformers writes for other computations than ours.
-REFUSED = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}
+REFUSED = {"hidden_act": "gelu"}
 
 
 def _respell(rope):
