@@ -24,6 +24,7 @@ PACKED = np.stack(
 )
 SHUFFLED = np.stack([RNG.permutation(T) for _ in range(B)]).astype(np.int32)
 MASK = RNG.random((B, T, T)) < 0.3
+MASK[0, 5] = MASK[1, 150] = False  # queries that see no key
 CASES = {
   "causal": (STRAIGHT, None, None),
   "left padding": (LEFT, None, None),

@@ -29,7 +29,8 @@ def attend(
     q: [B, T, N, H].
     k: [B, S, K, H]; N is a multiple of K.
     v: [B, S, K, H].
-    visible: which keys a query sees: of `visible_keys`, or a mask bool [B, T, S]. A query that sees no key gets 0.
+    visible: which keys a query sees: of `visible_keys`, or a mask bool [B, T, S]. A query that sees no key gets the mean
+      of v, as in transformers.
     scale: factor of the logits, commonly H ** -0.5.
     soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask applies; None does not bound them.
 
@@ -79,8 +80,8 @@ def _softmax(
   products: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None, dtype: DTypeLike
 ) -> jax.Array:
   """Attention weights from the products of queries and keys, both [B, K, N // K, T, S]."""
-  logits = jnp.where(mask, bound(products * scale, soft_cap), jnp.finfo(jnp.float32).min)
-  return jnp.where(mask.any(axis=-1, keepdims=True), jax.nn.softmax(logits, axis=-1), 0).astype(dtype)
+  logits = bound(products * scale, soft_cap)
+  return jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -60,7 +60,7 @@ def attend_blockwise(
     q: queries.
     k: keys.
     v: values.
-    visible: which keys a query sees; a query that sees none gets 0.
+    visible: which keys a query sees; a query that sees none gets the mean of v.
     scale: factor of the logits.
     soft_cap: bounds the logits before the mask applies, or None.
     blocks: of `block_sizes`.
@@ -69,7 +69,9 @@ def attend_blockwise(
   missing = -T % blocks[0]
   if missing:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-  return _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)[:, :T]
+  out, sees = _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)
+  mean = jnp.mean(v, axis=1, dtype=jnp.float32).astype(v.dtype)
+  return jnp.where(sees[:, :, None, None, None], out, mean[:, None, :, None, :])[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -81,7 +83,8 @@ def _attend(
   scale: float,
   soft_cap: float | None,
   blocks: Blocks,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+  """Attention, 0 for a query that sees no key; and whether a query sees one, bool [B, T]."""
   return _forward(q, k, v, visible, scale, soft_cap, blocks)[0]
 
 
@@ -93,8 +96,8 @@ def _forward(
   scale: float,
   soft_cap: float | None,
   blocks: Blocks,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-  """The result, and what the backward pass needs: the logarithm of each softmax' sum [B, K, G, T], too."""
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+  """The results, and what the backward pass needs: the logarithm of each softmax' sum [B, K, G, T], too."""
   B, T, K, G, H = q.shape
   firsts, ends = block_ranges(visible, *blocks)
   zeros = functools.partial(_zeros, (q, k, v, visible))
@@ -116,9 +119,9 @@ def _forward(
     size = (B, K, G * blocks[0])
     state = zeros(size) + _LOWEST, zeros(size), zeros((*size, H))
     greatest, total, acc = lax.fori_loop(firsts[i], ends[i], step, state)
-    total = jnp.where(total == 0, 1, total)  # of a query that sees no key
-    result = (acc / total[..., None]).astype(q.dtype)
-    logs = (greatest + jnp.log(total)).reshape(B, K, G, -1)
+    some = jnp.where(total == 0, 1, total)  # it is 0 for a query that sees no key
+    result = (acc / some[..., None]).astype(q.dtype)
+    logs = (greatest + jnp.log(some)).reshape(B, K, G, -1)
     return (
       lax.dynamic_update_slice_in_dim(out, _split(result, G), i * blocks[0], 1),
       lax.dynamic_update_slice_in_dim(sums, logs, i * blocks[0], 3),
@@ -126,13 +129,18 @@ def _forward(
 
   carry = zeros(q.shape, q.dtype), zeros((B, K, G, T))
   out, sums = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
-  return out, (q, k, v, visible, out, sums)
+  # Of a query that sees no key, the greatest product is the lowest number.
+  return (out, sums[:, 0, 0] > _LOWEST / 2), (q, k, v, visible, out, sums)
 
 
 def _backward(
-  scale: float, soft_cap: float | None, blocks: Blocks, kept: tuple[Any, ...], d_out: jax.Array
+  scale: float,
+  soft_cap: float | None,
+  blocks: Blocks,
+  kept: tuple[Any, ...],
+  cotangents: tuple[jax.Array, Any],
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-  q, k, v, visible, out, sums = kept
+  (q, k, v, visible, out, sums), (d_out, _) = kept, cotangents
   B, T, K, G, _ = q.shape
   firsts, ends = block_ranges(visible, *blocks)
   zeros = functools.partial(_zeros, (kept, d_out))
