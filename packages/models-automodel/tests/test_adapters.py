@@ -150,6 +150,15 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_of_its_base_
   assert len(weights) <= 1  # the adapter's own
 
 
+def test_an_adapter_in_a_folder_of_a_repository(adapter, checkpoint, hub):
+  held = files(adapter(), "adapter_config.json", "adapter_model.safetensors")
+  hub.add("some/llama", files(checkpoint[0], "config.json", "model.safetensors"))
+  hub.add("some/run", {f"step-5/{name}": data for name, data in held.items()})
+  model, _ = AutoModel.from_pretrained(checkpoint[0], progress=False)
+  for found in (load_adapter("some/run", model, subfolder="step-5"), load_adapter("some/run/step-5", model)):
+    check_merged(merge_adapter(model, found), checkpoint)
+
+
 def test_adapter_and_base_on_the_hub(adapter, checkpoint, hub):
   folder = adapter(base_model_name_or_path="some/llama", revision="main")
   hub.add("some/llama", files(checkpoint[0], "config.json", "model.safetensors"))

@@ -32,6 +32,7 @@ def load_adapter(
   revision: str | None = None,
   token: str | bool | None = None,
   progress: bool = True,
+  subfolder: str | None = None,
 ) -> Adapter:
   """Reads a LoRA adapter that peft wrote, for a model.
 
@@ -45,6 +46,7 @@ def load_adapter(
     revision: branch, tag or commit of the adapter.
     token: the user's token for the source.
     progress: whether progress bars are shown on a terminal.
+    subfolder: path of the adapter's folder within the place, as in "org/repo/folder".
 
   Raises:
     AdapterError: if the adapter does not fit the model, is of a kind that is not supported, or its tensors are not those
@@ -63,6 +65,7 @@ def load_adapter(
       revision=revision,
       token=token,
       progress=progress,
+      subfolder=subfolder,
     )
   with source_errors():
     return load_peft_adapter(where.open_files(), _family_of(model), _config_of(model))

@@ -37,7 +37,7 @@ class VisibleKeys(TypedDict, total=False):
     window: int [], the sliding window in tokens.
     mask: bool [B or 1, T or 1, S].
     mask_of_slots: bool [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
-    extremes: of each block of queries and keys; missing if T or S is symbolic.
+    extremes: of each block of queries and keys; missing if a size is symbolic, or T is less than QUERIES.
   """
 
   query_slots: Required[jax.Array]
@@ -250,9 +250,12 @@ def keys_of_mask(mask: jax.Array) -> VisibleKeys:
 
 
 def _with_extremes(visible: VisibleKeys) -> VisibleKeys:
-  """Adds the extremes, which need sizes that are numbers."""
-  sizes = visible["query_slots"].shape + visible["key_slots"].shape
-  return visible | {"extremes": _extremes(visible)} if all(isinstance(n, int) for n in sizes) else visible
+  """Adds the extremes, which need sizes that are numbers, where there are enough queries for a block."""
+  B, T = visible["query_slots"].shape
+  sizes = (B, T, visible["key_slots"].shape[1])
+  if all(isinstance(n, int) for n in sizes) and T >= QUERIES:
+    visible["extremes"] = _extremes(visible)
+  return visible
 
 
 def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
