@@ -28,6 +28,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models_core.config import VOCABULARY_FIELDS, field_of
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import ConfigError
 from models_core.family import FAMILY_API_VERSION, Family
@@ -581,7 +582,8 @@ class FamilyContract:
     model = self.make(self.config, mesh)
     size = model.num_embed
     resize_vocabulary(model, size + 3)
-    field = next(name for name in ("vocab_size", "num_embed") if hasattr(self.config, name))
+    field = field_of(self.config, VOCABULARY_FIELDS)
+    assert field is not None
     assert model.config == dataclasses.replace(self.config, **{field: size + 3})
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     assert {".".join(map(str, p)): v.get_value().shape for p, v in state} == self.shapes(model.config)

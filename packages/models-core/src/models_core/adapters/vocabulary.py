@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from models_core.adapters.lora import Adapter
+from models_core.config import TYING_FIELDS, VOCABULARY_FIELDS, field_of
 from models_core.errors import AdapterError
 from models_core.family import Family
 from models_core.loading import abstract_model
 from models_core.weights import WeightTable
 
-# Names of configurations' fields: the rows of the embedding, and whether the head is the embedding.
-_SIZES = ("vocab_size", "num_embed")
-_TIES = ("weight_tying", "use_tied_embedding")
 # Names of modules in transformers.
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
@@ -49,7 +47,7 @@ def resized(config: Any, size: int) -> Any:
   Raises:
     AdapterError: if the configuration has no such field.
   """
-  field = next((field for field in _SIZES if hasattr(config, field)), None)
+  field = field_of(config, VOCABULARY_FIELDS)
   if field is None:
     raise AdapterError(
       f"the adapter changes the size of the vocabulary to {size}, but {type(config).__name__} has no field for it"
@@ -59,8 +57,10 @@ def resized(config: Any, size: int) -> Any:
 
 def untied_config(config: Any) -> Any:
   """The configuration of the same model with a head of its own; None if there is none."""
-  field = next((field for field in _TIES if getattr(config, field, False)), None)
-  return None if field is None else dataclasses.replace(config, **{field: False})
+  field = field_of(config, TYING_FIELDS)
+  if field is None or not getattr(config, field):
+    return None
+  return dataclasses.replace(config, **{field: False})
 
 
 def twins_of(table: WeightTable) -> tuple[str, str]:
@@ -93,7 +93,7 @@ def with_head(table: WeightTable) -> WeightTable:
 
 def vocabulary_parameters(family: Family, config: Any) -> frozenset[str]:
   """Names of the parameters whose first axis is that of the vocabulary."""
-  field = next((field for field in _SIZES if hasattr(config, field)), None)
+  field = field_of(config, VOCABULARY_FIELDS)
   if field is None:
     return frozenset()
   before = abstract_model(family.model_class, config).parameters
