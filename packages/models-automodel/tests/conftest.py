@@ -40,6 +40,21 @@ def checkpoint(config, tmp_path_factory):
 
 
 @pytest.fixture
+def hub(monkeypatch, tmp_path):
+  """A running hub, with an empty cache of its own."""
+  from huggingface_hub import constants
+
+  from models_sources.testing import HubServer
+
+  # The client reads the variable once, when it is imported; other processes read it, too.
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  with HubServer() as server:
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    yield server
+
+
+@pytest.fixture
 def edit_config(checkpoint, tmp_path):
   """A copy of the checkpoint with another config.json."""
 

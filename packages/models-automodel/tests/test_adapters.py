@@ -18,7 +18,6 @@ from models_automodel import (
 )
 from models_automodel.convert import convert
 from models_core.errors import AdapterError
-from models_sources.testing import HubServer
 
 MODULES = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 A, B = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((2, 16), (16, 2)))
@@ -44,14 +43,6 @@ def adapter(tmp_path, checkpoint):
     return folder
 
   return write
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-  with HubServer() as server:
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server
 
 
 def files(directory, *names):

@@ -17,7 +17,7 @@ from models_automodel.digest import digest
 from models_automodel.verify import verify
 from models_core.loading.opened import OpenedPlan
 from models_core.testing import MESHES
-from models_sources.testing import HubServer, StoreServer
+from models_sources.testing import StoreServer
 
 
 def bits(model):
@@ -102,14 +102,11 @@ def test_what_orbax_saved_of_a_model_of_ours(checkpoint, wrap, tmp_path):
   assert not {"step", "opt_state", "params"} & ocp.StandardCheckpointer().restore(tmp_path / "out").keys()
 
 
-def test_from_the_hub(checkpoint, tree, monkeypatch, tmp_path):
-  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+def test_from_the_hub(checkpoint, tree, hub, tmp_path):
   files = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
-  with HubServer() as hub:
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    hub.add("some/tree", files)
-    model, _ = AutoModel.from_pretrained("some/tree", progress=False)
-    convert("some/tree", tmp_path / "out", progress=False)
+  hub.add("some/tree", files)
+  model, _ = AutoModel.from_pretrained("some/tree", progress=False)
+  convert("some/tree", tmp_path / "out", progress=False)
   assert digest(model) == digest(str(checkpoint[0]), progress=False)
   assert digest(str(tmp_path / "out"), progress=False) == digest(model)
 

@@ -3,19 +3,8 @@ import os
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_hub import constants
 
 from models_automodel import AutoModel, ConfigError, SourceFilesError
-from models_sources.testing import HubServer
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-  with HubServer() as server:
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    # Not by the environment, which the client reads when it is imported.
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from models_automodel.convert import convert
 from models_automodel.text import load_tokenizer
 from models_automodel.verify import verify
 from models_core.formats import SAFETENSORS, LocalFiles, read_safetensors
-from models_sources.testing import HubServer, StoreServer
+from models_sources.testing import StoreServer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a2146' * 8}\nsize 4976698672\n"
 
@@ -26,16 +26,6 @@ def same(a, b):
 
 def load(place, **arguments):
   return AutoModel.from_pretrained(place, progress=False, **arguments)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-  with HubServer() as server:
-    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    # The client reads the variable once, when it is imported.
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server
 
 
 @pytest.fixture

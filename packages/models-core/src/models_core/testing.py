@@ -121,7 +121,7 @@ def _scores(model: Any, tokens: Any, positions: Any) -> jax.Array:
 
 def _loss(model: Any, tokens: Any, positions: Any) -> jax.Array:
   logits, _ = model(tokens, positions)
-  return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+  return mean_cross_entropy(logits[:, :-1], tokens[:, 1:])
 
 
 def _step(model: Any, optimizer: nnx.Optimizer, tokens: jax.Array, positions: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -58,6 +59,17 @@ def test_sharded_tokens_keep_their_batch_axis(model, mesh, plain):
   # The vocabulary is whole, so that a loss may pick from it.
   picked = jax.jit(lambda logits, tokens: jnp.take_along_axis(logits, tokens[..., None], -1))(logits, tokens)
   close(picked[..., 0], np.take_along_axis(plain, TOKENS[..., None], -1)[..., 0])
+
+
+def test_a_loss_of_optax_takes_the_logits_in_a_mesh_context(model, mesh, single):
+  def loss(model):
+    logits, _ = model(TOKENS, POSITIONS)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
+
+  with jax.set_mesh(mesh):
+    found = jax.tree.leaves(nnx.jit(nnx.grad(loss))(model))
+  for array, expected in zip(found, jax.tree.leaves(nnx.jit(nnx.grad(loss))(single)), strict=True):
+    close(array, expected)
 
 
 def test_decoding_token_by_token_gives_the_logits_of_one_pass(model, mesh, plain):

@@ -231,7 +231,8 @@ class HubServer(_Loopback):
     with self._lock:
       place = self._repos.setdefault(repo, _Repo())
       place.gated, place.readers = gated, frozenset() if gated and readers is None else readers
-      commit = hashlib.sha1(repr((repo, len(place.commits), sorted(files))).encode()).hexdigest()
+      content = sorted((name, hashlib.sha256(data).hexdigest()) for name, data in files.items())
+      commit = hashlib.sha1(repr((repo, len(place.commits), content)).encode()).hexdigest()
       place.commits[commit] = dict(files)
       place.refs[revision] = commit
       self._blobs |= {hashlib.sha256(data).hexdigest(): data for data in files.values()}

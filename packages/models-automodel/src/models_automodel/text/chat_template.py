@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import marshal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 MAX_BYTES = 1 << 20
 # Names under which a message holds the reasoning. Templates read the first, older ones the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_TOO_DEEP = "what a chat template is to find is nested too deeply, or contains itself"
+# Far above what messages and tools have; Python and the sandbox nest about ten times as deep.
+_DEEPEST = 100
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -85,11 +87,7 @@ def render(template: str, variables: Mapping[str, Any], *, origin: str = "") -> 
   name = f"the chat template {origin}".rstrip()
   if len(template) > MAX_BYTES:
     raise ConfigError(f"{name} has {len(template):,} characters, more than the {MAX_BYTES:,} that are read")
-  data = {key: plain(value) for key, value in variables.items()}
-  try:
-    request = marshal.dumps(data)
-  except ValueError as error:
-    raise ConfigError(_TOO_DEEP) from error
+  request = marshal.dumps({key: plain(value) for key, value in variables.items()})
   return render_in_process(template, request, name)
 
 
@@ -161,37 +159,39 @@ def render_unfinished(
   return text[:at] if text[at : at + len(_TAG)] == _TAG else text[:at].rstrip()
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, depth: int = 0) -> Any:
   """The same value out of plain types alone, which have no methods that do more than compute.
+
+  Args:
+    value: any value.
+    depth: how many values this one lies in.
 
   Raises:
     ConfigError: if it is nested too deeply, or contains itself.
   """
-  try:
-    return _plain(value)
-  except RecursionError as error:
-    raise ConfigError(_TOO_DEEP) from error
-
-
-def _plain(value: Any) -> Any:
+  if depth > _DEEPEST:
+    raise ConfigError(
+      f"what a chat template is to find is nested more than {_DEEPEST} levels deep, or contains itself"
+    )
+  below = functools.partial(plain, depth=depth + 1)
   if value is None or type(value) in (str, int, float, bool):
     return value
   for kind in (str, int, float):
     if isinstance(value, kind):
       return _BASE[kind](value)
   if isinstance(value, Mapping):
-    return {_plain(key): _plain(item) for key, item in value.items()}
+    return {below(key): below(item) for key, item in value.items()}
   if isinstance(value, list):
-    return [_plain(item) for item in value]
+    return [below(item) for item in value]
   if isinstance(value, tuple):
-    return tuple(_plain(item) for item in value)
+    return tuple(below(item) for item in value)
   if isinstance(value, np.generic):
-    return _plain(value.item())
+    return below(value.item())
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {field.name: below(getattr(value, field.name)) for field in dataclasses.fields(value)}
   # Objects of pydantic, such as messages of OpenAI's client.
   if callable(dump := getattr(value, "model_dump", None)):
-    return _plain(dump())
+    return below(dump())
   return f"<{type(value).__name__}>"
 
 
