@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models_core.layers.mesh import call_auto
 from models_core.layers.grouped import _ragged_dot, grouped_dot
+from models_core.layers.mesh import call_auto
 from models_core.layers.moe import Experts
 from models_core.sharding import ShardingConfig, fit
 

@@ -11,6 +11,7 @@ from .norm import OffsetRMSNorm, RMSNorm
 from .parameters import INITIALIZERS, SCALE, dotted, parameter, shapes_only
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
+from .router import load_balancing_loss, sow_router_logits
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
   "extend_cache",
   "gelu_tanh",
   "join_heads",
+  "load_balancing_loss",
   "log_probs",
   "make_causal_attn_mask",
   "mean_cross_entropy",
@@ -50,6 +52,7 @@ __all__ = [
   "shapes_only",
   "shard",
   "silu",
+  "sow_router_logits",
   "split_heads",
   "top_k",
   "visible_keys",

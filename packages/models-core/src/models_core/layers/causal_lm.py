@@ -17,6 +17,7 @@ from models_core.layers import cache as cache_lib
 from models_core.layers.cache import Cache, LayerCache
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
+from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
 from models_core.layers.visibility import VisibleKeys, visible_keys
 from models_core.sharding import axis_names
@@ -62,6 +63,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs_embeds: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
+    output_router_logits: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
@@ -86,6 +88,8 @@ class CausalLM(SamplerMappings, nnx.Module):
         do not see each other. Only without a cache.
       output_hidden_states: keep the hidden states after the final norm as the `nnx.Intermediate`
         "all_hidden_states", a tuple of one array [B, T, D], for `nnx.capture` or `nnx.pop`.
+      output_router_logits: keep the logits of routers in the same way, as "all_router_logits": a float32 array [B, T, E]
+        for each layer with experts, for `load_balancing_loss`.
       skip_lm_head: return these hidden states [B, T, D] instead of logits, for `compute_final_logits`.
       decode_only_last_token: return logits, or hidden states, of the last of the T tokens alone [B, 1, V].
 
@@ -97,7 +101,7 @@ class CausalLM(SamplerMappings, nnx.Module):
       CacheError: if the cache has too few free slots or another number of rows.
       TypeError: if tokens are not integers.
       ValueError: if shapes do not fit, if both tokens and inputs_embeds are given or neither, if attention_mask holds
-        floats, or if segment_ids come with a cache.
+        floats, if segment_ids come with a cache, or if logits of routers are asked of a model without experts.
     """
     inputs, positions, segment_ids = _checked_inputs(tokens, inputs_embeds, positions, segment_ids)
     attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
@@ -106,7 +110,8 @@ class CausalLM(SamplerMappings, nnx.Module):
       cache_lib.check_room(cache, inputs.shape[1])
     batch = self._batch_spec(inputs, cache)
     result = batch if skip_lm_head else self._logits_spec(inputs, cache)
-    out_specs = (result, jax.tree.map(spec_of, cache), batch if output_hidden_states else None)
+    kept = batch if output_hidden_states else None
+    out_specs = (result, jax.tree.map(spec_of, cache), kept, batch)
 
     def run(
       model: CausalLM,
@@ -115,21 +120,34 @@ class CausalLM(SamplerMappings, nnx.Module):
       cache: Cache | None,
       attention_mask: jax.Array | None,
       segment_ids: jax.Array | None,
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None, tuple[jax.Array, ...]]:
       if positions is None:
         positions = cache_lib.next_positions(cache, *inputs.shape[:2])
-      hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
+      with keep_router_logits(output_router_logits):
+        hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
+      routers = take_router_logits(model.layers) if output_router_logits else ()
       returned = hidden[:, -1:] if decode_only_last_token else hidden
       out = returned if skip_lm_head else model._sharded_logits(returned)
-      return out, new_cache, hidden if output_hidden_states else None
+      return out, new_cache, hidden if output_hidden_states else None, routers
 
-    out, cache, hidden = self._call(run, out_specs, inputs, positions, cache, attention_mask, segment_ids)
+    out, cache, hidden, routers = self._call(
+      run, out_specs, inputs, positions, cache, attention_mask, segment_ids
+    )
     if output_hidden_states:
-      if hasattr(self, "__captures__"):  # inside nnx.capture
-        self.sow(nnx.Intermediate, "all_hidden_states", hidden)
-      else:
-        self.all_hidden_states = nnx.Intermediate((hidden,))
+      self._keep("all_hidden_states", (hidden,))
+    if output_router_logits:
+      if not routers:
+        raise ValueError("output_router_logits=True, but this model has no experts: leave it out")
+      self._keep("all_router_logits", routers)
     return out, cache
+
+  def _keep(self, name: str, values: tuple[jax.Array, ...]) -> None:
+    """Keeps values of a call for `nnx.capture` or `nnx.pop`."""
+    if hasattr(self, "__captures__"):  # inside nnx.capture
+      for value in values:
+        self.sow(nnx.Intermediate, name, value)
+    else:
+      setattr(self, name, nnx.Intermediate(values))
 
   def embed(self, tokens: ArrayLike) -> jax.Array:
     """Embeds tokens int [B, T] -> the input of the first layer [B, T, D], which a call takes as `inputs_embeds`."""

@@ -122,4 +122,3 @@ def _equal_all_to_all(
   places = lax.all_to_all(places, axes, 0, 0, tiled=True)
   targets = jnp.where(block < arriving[:, None], places[:, None] + block, out.shape[0])
   return out.at[targets].set(blocks, mode="drop")
-

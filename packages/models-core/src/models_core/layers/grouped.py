@@ -104,9 +104,7 @@ def _outer_in_blocks(
     first, size = group
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-      rows, dy = (
-        lax.dynamic_slice_in_dim(array, first + i * block, block) for array in (padded, padded_dy)
-      )
+      rows, dy = (lax.dynamic_slice_in_dim(array, first + i * block, block) for array in (padded, padded_dy))
       dy = jnp.where(jnp.arange(block)[:, None] < size - i * block, dy, 0)
       return total + jnp.einsum("mf,md->fd", dy, rows, preferred_element_type=jnp.float32)
 

@@ -132,7 +132,8 @@ class Axes(NamedTuple):
 def _axes(act: PartitionSpec, up: PartitionSpec) -> Axes:
   """The mesh axes, given those of activations [B, T, D] and of a stack [E, F, D]."""
   b, t, e, f = (
-    axis_names(spec[axis]) if axis < len(spec) else () for spec, axis in ((act, 0), (act, 1), (up, 0), (up, 1))
+    axis_names(spec[axis]) if axis < len(spec) else ()
+    for spec, axis in ((act, 0), (act, 1), (up, 0), (up, 1))
   )
   rows = {*b, *t}
   return Axes((b, t), e, tuple(n for n in f if n not in rows), tuple(n for n in e if n in rows))
@@ -253,9 +254,7 @@ def _take(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> jax.Arr
   return x[order // n]
 
 
-def _take_forward(
-  x: jax.Array, order: jax.Array, inverse: jax.Array, n: int
-) -> tuple[jax.Array, jax.Array]:
+def _take_forward(x: jax.Array, order: jax.Array, inverse: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
   return x[order // n], inverse
 
 

@@ -33,6 +33,7 @@ from models_core.layers import (
   rotate,
   shard,
   silu,
+  sow_router_logits,
   split_heads,
 )
 from models_core.rope_scaling import RopeScaling, YarnScaling
@@ -196,7 +197,9 @@ class SparseMLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, D]."""
-    weights, experts = jax.lax.top_k(jax.nn.softmax(self.router(x)), self.num_experts_per_tok)
+    logits = self.router(x)
+    sow_router_logits(self, logits)
+    weights, experts = jax.lax.top_k(jax.nn.softmax(logits), self.num_experts_per_tok)
     if self.norm_topk_prob:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return self.experts(x, experts, weights)
