@@ -9,7 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from flax import nnx
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from models_core.layers import load_balancing_loss
 from models_qwen.qwen3.model import make_causal_attn_mask
 
 # Nothing is at its default, and neither heads nor vocabulary divide by tp=4. The experts do.
@@ -191,3 +194,34 @@ def test_error_of_bfloat16_where_experts_are_chosen(checkpoint, placement, token
   ours, theirs = (np.median(e.max(-1)) for e in _errors_of_bfloat16(checkpoint, "sparse", placement, tokens))
   print("qwen3 sparse bfloat16, median token", ours / theirs)
   assert ours <= theirs
+
+
+@pytest.mark.parametrize("placement", ["one-jit", "explicit-jit", "auto-jit"], indirect=True)
+@pytest.mark.parametrize("case", ["sparse", "sparse, some dense layers"])
+def test_router_logits_and_the_loss_that_balances_experts(checkpoint, case, placement, tokens, assert_parity):
+  """The logits of each layer, the loss with and without padding, and its gradient."""
+  source = checkpoint(case)
+  model, reference = source.fresh_model(placement), source.fresh_reference()
+  real = np.arange(40) < LENGTHS[:, None]
+
+  def loss(model, mask):
+    model(tokens, output_router_logits=True)
+    routers = nnx.pop(model, nnx.Intermediate)["all_router_logits"].get_value()
+    return load_balancing_loss(routers, 3, mask), routers
+
+  for mask in (None, real):
+    with placement.context():
+      (ours, routers), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model, mask)
+    ids = torch.tensor(tokens, dtype=torch.long)
+    # Padding on the right changes no token before it, so that all tokens are seen here, too.
+    logits = reference(ids, output_router_logits=True).router_logits
+    theirs = load_balancing_loss_func(logits, 8, 3, None if mask is None else torch.tensor(mask))
+    reference.zero_grad()
+    theirs.backward()
+    assert float(ours) == pytest.approx(theirs.item(), rel=1e-6)
+    assert len(routers) == len(logits)
+    for a, b in zip(routers, logits, strict=True):
+      assert_parity(np.asarray(a).reshape(b.shape), b.detach().numpy(), what=f"qwen3 {case} router")
+    last = len(reference.model.layers) - 1
+    expected = reference.model.layers[last].mlp.gate.weight.grad.numpy()
+    assert_parity(grads.layers[last].mlp.router.w[...], expected, what=f"qwen3 {case} gradient of the router")
