@@ -35,6 +35,7 @@ from models_core.layers import (
   silu,
   sow_router_logits,
   split_heads,
+  top_k,
 )
 from models_core.rope_scaling import RopeScaling, YarnScaling
 from models_core.sharding import ShardingConfig
@@ -191,6 +192,7 @@ class SparseMLP(nnx.Module):
       tuple[int, int, int], (config.num_experts, config.moe_hidden_dim, config.num_experts_per_tok)
     )
     self.num_experts_per_tok, self.norm_topk_prob = n, config.norm_topk_prob
+    self.act_bt = shd.spec("act_btd", "b t")
     # A Head, since the router computes the same product, with float32 results.
     self.router = Head(E, D, shd.spec("router_weight_ed", "e d"), rngs=rngs)
     self.experts = Experts(E, D, F, silu, shd, rngs=rngs)
@@ -199,7 +201,8 @@ class SparseMLP(nnx.Module):
     """[B, T, D] -> [B, T, D]."""
     logits = self.router(x)
     sow_router_logits(self, logits)
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits), self.num_experts_per_tok)
+    # The compiler would gather the tokens of all devices for a plain top_k.
+    weights, experts = top_k(jax.nn.softmax(logits), self.num_experts_per_tok, self.act_bt)
     if self.norm_topk_prob:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return self.experts(x, experts, weights)
