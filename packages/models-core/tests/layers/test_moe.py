@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models_core.hlo import Program
+from models_core.layers.exchange import _equal_all_to_all
 from models_core.layers.grouped import _ragged_dot, grouped_dot
 from models_core.layers.mesh import call_auto
 from models_core.layers.moe import Experts
@@ -100,6 +102,66 @@ def test_sharded_experts_equal_the_dense_form(arrays, expected, mesh, spec):
     for a, s in zip(arrays, specs, strict=True)
   ]
   same(results(sparse(sharding), placed), expected)
+
+
+ROUTINGS = {
+  "each expert gets as many": lambda token, choice: (token * N + choice) % 8,
+  "the first two of eight get most": lambda token, choice: np.where(token % 7 == 0, 7 - choice, choice % 2),
+  "one gets all": lambda token, choice: 6 + 0 * (token + choice),
+}
+
+
+@pytest.mark.parametrize(
+  ("kind", "shape", "spec"),
+  [
+    ("explicit", (4,), ("fsdp", None, None)),
+    ("auto", (2, 2), ("fsdp", None, "tp")),
+    ("explicit", (2, 2), (("tp", "fsdp"), None, None)),
+  ],
+)
+def test_rows_go_to_their_experts_and_back_whatever_the_routing(arrays, meshes, kind, shape, spec):
+  """Experts on the tokens' axis. Of one token several rows may go to one expert."""
+  mesh = meshes(kind, shape, ("fsdp", "tp")[: len(shape)])
+  (e, d, f), (x, weights, *_), rng = spec, arrays, np.random.default_rng(3)
+  stacks = [rng.normal(0, 0.25, size=size).astype(np.float32) for size in ((8, F, D), (8, F, D), (8, D, F))]
+  sharding = dataclasses.replace(SHARDING, exp_weight_edf=spec, exp_weight_efd=(e, f, d))
+  module = sparse(sharding, E=8)
+
+  def compiled(function):
+    loss = lambda arrays, experts: jnp.sum(jnp.sin(function(*arrays[:2], experts, *arrays[2:])))
+    return jax.jit(jax.value_and_grad(loss))
+
+  ours, theirs = compiled(module), compiled(functools.partial(dense, E=8))
+  place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
+  placed = (*(place(a, "fsdp") for a in (x, weights)), *(place(w, e) for w in stacks))
+  for routing in ROUTINGS.values():
+    experts = routing(np.arange(B * T)[:, None], np.arange(N)).reshape(B, T, N).astype(np.int32)
+    same(ours(placed, place(experts, "fsdp")), theirs((x, weights, *stacks), experts))
+  text = ours.lower(placed, place(experts, "fsdp")).compile().as_text()
+  sizes = [
+    use.instruction.size
+    for use in Program(text).collectives
+    if "all-gather" in use.instruction.opcode and "shard_map" in use.instruction.line
+  ]
+  # Only the counts of rows: not the tokens.
+  assert sizes
+  assert max(sizes) <= 4 * 8
+
+
+def test_rows_lie_where_their_routes_say(meshes):
+  """The example of `jax.lax.ragged_all_to_all`, which XLA's CPU backend lacks."""
+  mesh = meshes("auto", (2,), ("x",))
+  move = functools.partial(_equal_all_to_all, axes=("x",))
+  route = ([[0, 1], [0, 1]], [[1, 2], [1, 1]], [[0, 0], [1, 2]], [[1, 1], [2, 1]])
+  rows, out = jnp.array([1, 2, 2, 3, 4, 0.0])[:, None], jnp.zeros((8, 1))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    moved = jax.jit(jax.shard_map(move, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x")))(
+      *(
+        jax.device_put(a, NamedSharding(mesh, PartitionSpec("x")))
+        for a in (rows, out, *(jnp.array(r).reshape(-1) for r in route))
+      )
+    )
+  np.testing.assert_array_equal(moved[:, 0], [1, 3, 0, 0, 2, 2, 4, 0])
 
 
 def test_eager_experts_on_a_mesh(arrays, expected, mesh):
