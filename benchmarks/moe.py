@@ -1,5 +1,7 @@
 """The experts of a sparse layer against the dense form, which sends every token through every expert.
 
+Then single products of rows in E groups: grouped, with all experts, and with one matrix alone.
+
 Both are compiled, run in turns on the same arrays, and compared. The ratio of their fastest runs says how much the
 sparse form saves; with E experts, n of them for each token, no form can save more than E / n.
 
@@ -8,13 +10,15 @@ sparse form saves; with E experts, n of them for each token, no form can save mo
 """
 
 import argparse
+import os
 import time
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models_core.layers.moe import Experts, _ragged_dot, grouped_dot
+from models_core.layers.grouped import grouped_dot
+from models_core.layers.moe import Experts
 from models_core.sharding import ShardingConfig
 
 # Tokens of a call: decoding, and prefills or training steps.
@@ -73,7 +77,9 @@ def main() -> None:
 
     return jax.jit(jax.grad(loss, (0, 3, 4, 5)))
 
-  print(f"{jax.devices()[0].device_kind}, {args.dtype}, E={E}, n={n}, D={D}, F={F}; at best {E / n:.1f} x")
+  print(
+    f"load {os.getloadavg()[0]:.1f}, {jax.devices()[0].device_kind}, {args.dtype}, E={E}, n={n}, D={D}, F={F}; at best {E / n:.1f} x"
+  )
   print(
     f"{'tokens':>7} {'pass':>9} {'dense ms':>9} {'sparse ms':>10} {'dense / sparse':>15} {'difference':>11}"
   )
@@ -93,14 +99,35 @@ def main() -> None:
         f"{T:>7} {name:>9} {slow * 1e3:>9.1f} {fast * 1e3:>10.1f} {slow / fast:>15.2f} {difference:>11.1e}"
       )
 
-  rows = jax.random.normal(jax.random.key(0), (512, D), args.dtype)
-  sizes = jnp.full(E, 512 // E, jnp.int32)
-  ours = jax.jit(lambda x, w: grouped_dot(x, w, sizes))
-  theirs = jax.jit(lambda x, w: _ragged_dot(x, w, sizes, 2))
-  fast, slow = fastest([ours, theirs], (rows, stacks[0]), args.rounds)
+  products(stacks[0], args.rounds)
+
+
+def products(stack, rounds: int) -> None:
+  """One product of rows in E groups, and its gradient by rows and matrices, in each form; a line for each size."""
+  E, _, D = stack.shape
+
+  def all_experts(rows, stack, sizes):
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
+    products = jnp.einsum("md,efd->emf", rows, stack)
+    return jnp.sum(jnp.where((group == jnp.arange(E)[:, None])[..., None], products, 0), axis=0)
+
+  forms = [grouped_dot, all_experts, lambda rows, stack, sizes: rows @ stack[0].T]
+
+  def gradient(form):
+    loss = lambda rows, stack, sizes: jnp.sum(form(rows, stack, sizes).astype(jnp.float32) ** 2)
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+  print(f"one product, load {os.getloadavg()[0]:.1f}")
   print(
-    f"one product of 512 rows: grouped_dot {fast * 1e3:.1f} ms, jax.lax.ragged_dot_general {slow * 1e3:.1f} ms: {slow / fast:.1f} x"
+    f"{'rows':>7} {'pass':>9} {'grouped ms':>11} {'all experts / grouped':>22} {'grouped / one matrix':>21}"
   )
+  for M in (E, 8 * E, 64 * E):
+    keys = jax.random.split(jax.random.key(M), 2)
+    rows = jax.random.normal(keys[0], (M, D), stack.dtype)
+    sizes = jnp.bincount(jax.random.randint(keys[1], (M,), 0, E), length=E).astype(jnp.int32)
+    for name, wrapped in (("forward", map(jax.jit, forms)), ("gradient", map(gradient, forms))):
+      grouped, every, one = fastest(list(wrapped), (rows, stack, sizes), rounds)
+      print(f"{M:>7} {name:>9} {grouped * 1e3:>11.1f} {every / grouped:>22.2f} {grouped / one:>21.2f}")
 
 
 if __name__ == "__main__":
