@@ -284,7 +284,7 @@ def test_a_family_that_is_not_installed_is_refused_with_the_command_that_install
   here = {name: entry for name, entry in families.installed().items() if name != "qwen3"}
   monkeypatch.setattr(families, "installed", lambda: here)
   with pytest.raises(
-    ImportError, match=r'is a qwen3 model: pip install "models-automodel\[qwen\]"'
+    ImportError, match=r"is a qwen3 model: (uv )?pip install .*models-automodel.*\[qwen\]"
   ) as caught:
     AutoModel.from_pretrained(str(edit_config(model_type="qwen3")))
   assert isinstance(caught.value, ModelsError)

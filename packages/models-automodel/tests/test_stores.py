@@ -229,7 +229,7 @@ def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
   for module in ("models_sources.s3", "models_sources.object_store"):
     monkeypatch.delitem(sys.modules, module, raising=False)
   monkeypatch.setitem(sys.modules, "obstore", None)
-  with pytest.raises(MissingExtraError, match=r'pip install "models-sources\[stores\]"'):
+  with pytest.raises(MissingExtraError, match=r"the package obstore: (uv )?pip install .*\[stores\]"):
     AutoModel.plan("s3://bucket/models/mine")
 
 

@@ -385,7 +385,7 @@ def test_without_the_client_the_error_says_how_to_install_it(base, monkeypatch):
   for module in ("models_sources.s3", "models_sources.object_store", "models_sources.object_target"):
     monkeypatch.delitem(sys.modules, module, raising=False)
   monkeypatch.setitem(sys.modules, "obstore", None)
-  with pytest.raises(MissingExtraError, match=r'pip install "models-sources\[stores\]"'):
+  with pytest.raises(MissingExtraError, match=r"the package obstore: (uv )?pip install .*\[stores\]"):
     AutoModel.save_pretrained(model, "s3://bucket/x", progress=False)
 
 

@@ -35,7 +35,6 @@ def test_category_of_model_type(model_type, category):
 )
 def test_distribution_of(category, name, extra):
   assert distribution_of(category) == (name, extra)
-  assert distribution_of(category).install_command == f'pip install "models-automodel[{extra}]"'
   assert category in {info.category for info in FAMILIES.values()}
 
 

@@ -49,7 +49,7 @@ def test_a_missing_client_names_what_installs_it():
     "import sys; sys.modules['obstore'] = None; from models_sources import get_source; get_source('s3')"
   )
   done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
-  error = 'MissingClientError: object stores need the package obstore: pip install "models-sources[stores]"'
+  error = "MissingClientError: object stores need the package obstore: install models-sources[stores]"
   assert done.stderr.strip().splitlines()[-1] == f"models_sources.errors.{error}"
   assert issubclass(models_sources.MissingClientError, ImportError)
 

@@ -14,7 +14,7 @@ from models_core.errors import (
   SaveError,
   ShardingError,
 )
-from models_core.extras import MissingExtraError
+from models_core.extras import MissingExtraError, install_command
 
 __all__ = [
   "AdapterError",
@@ -59,6 +59,7 @@ def source_errors() -> Iterator[None]:
   try:
     yield
   except models_sources.MissingClientError as error:
-    raise MissingExtraError(str(error), name=error.name) from error
+    message = f"{error.need}: {install_command(error.requirement)}"
+    raise MissingExtraError(message, name=error.name) from error
   except models_sources.SourceError as error:
     raise SourceFilesError(str(error)) from error

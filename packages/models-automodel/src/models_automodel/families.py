@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import models_naming
 from models_automodel.errors import MissingFamilyError, ModelNameError
 from models_core.errors import ModelsError
+from models_core.extras import install_command
 
 if TYPE_CHECKING:
   from models_core.family import Family
@@ -37,9 +38,14 @@ def check_installed(model_id: str) -> None:
         raise _missing(category, model_id)
 
 
-def _missing(category: str, wanted_by: str) -> MissingFamilyError:
+def install_command_of(category: str) -> str | None:
+  """The command that installs the family of a config category; None for a third party's."""
   distribution = models_naming.distribution_of(category)
-  remedy = distribution.install_command if distribution else "install the package that announces it"
+  return install_command(f"models-automodel[{distribution.extra}]") if distribution else None
+
+
+def _missing(category: str, wanted_by: str) -> MissingFamilyError:
+  remedy = install_command_of(category) or "install the package that announces it"
   return MissingFamilyError(f"{wanted_by} is a {category} model: {remedy}")
 
 

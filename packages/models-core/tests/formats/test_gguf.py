@@ -474,7 +474,7 @@ def test_decoding_without_the_package(tmp_path, monkeypatch):
   checkpoint = read_gguf(LocalFiles(str(tmp_path)))
   info = checkpoint.tensors["w"]
   with pytest.raises(
-    ImportError, match=r'Q8_0 tensors needs the package gguf: pip install "models-core\[gguf\]"'
+    ImportError, match=r"Q8_0 tensors needs the package gguf: (uv )?pip install .*\[gguf\]"
   ) as caught:
     info.codec.decode(raw(checkpoint, info))
   assert isinstance(caught.value, ModelsError)

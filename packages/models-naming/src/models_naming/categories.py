@@ -16,11 +16,6 @@ class Distribution(NamedTuple):
   name: str
   extra: str
 
-  @property
-  def install_command(self) -> str:
-    """The command that installs it, for messages: `pip install "models-automodel[qwen]"`."""
-    return f'pip install "models-automodel[{self.extra}]"'
-
 
 _GEMMA = Distribution("models-gemma", "gemma")
 _LLAMA = Distribution("models-llama", "llama")

@@ -51,4 +51,17 @@ class DiskError(SourceError):
 
 
 class MissingClientError(ImportError):
-  """The client library of a source is not installed; the message says how to install it. Not a `SourceError`."""
+  """The client library of a source is not installed. Not a `SourceError`.
+
+  Attributes:
+    need: what is missing, such as "Kaggle needs the package kagglehub".
+    requirement: what brings it, such as "models-sources[kaggle]".
+  """
+
+  def __init__(self, need: str, requirement: str, name: str | None = None):
+    super().__init__(f"{need}: install {requirement}", name=name)
+    self.need = need
+    self.requirement = requirement
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return type(self), (self.need, self.requirement, self.name)

@@ -50,7 +50,7 @@ try:
   from requests.adapters import HTTPAdapter
 except ModuleNotFoundError as error:
   raise MissingClientError(
-    f'Kaggle needs the package {error.name}: pip install "models-sources[kaggle]"', name=error.name
+    f"Kaggle needs the package {error.name}", "models-sources[kaggle]", error.name
   ) from error
 
 T = TypeVar("T")

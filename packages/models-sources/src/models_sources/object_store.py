@@ -37,7 +37,7 @@ try:
   import obstore
 except ModuleNotFoundError as error:
   raise MissingClientError(
-    'object stores need the package obstore: pip install "models-sources[stores]"', name="obstore"
+    "object stores need the package obstore", "models-sources[stores]", error.name
   ) from error
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ def add_list(commands: Commands) -> None:
 
 def _list(options: argparse.Namespace) -> None:
   import models_naming
-  from models_automodel.families import installed
+  from models_automodel.families import install_command_of, installed
 
   for family, ids in models_naming.known_model_ids().items():
     category = models_naming.FAMILIES[
@@ -44,8 +44,7 @@ def _list(options: argparse.Namespace) -> None:
     elif options.installed:
       continue
     else:
-      distribution = models_naming.distribution_of(category)
-      note = f"{category}, not installed" + (f": {distribution.install_command}" if distribution else "")
+      note = f"{category}, not installed: {install_command_of(category)}"
     print(f"{family} ({note})")
     for model_id in ids:
       print(f"  {model_id}")
