@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Unpack
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from models_automodel import intermediate
 from models_automodel.adapters import base_error, base_of, merge_adapter
 from models_automodel.errors import ModelNameError, SourceFilesError, source_errors
-from models_automodel.families import family_of_config
+from models_automodel.families import family_of_config, register
 from models_automodel.finding import AdapterFoundError, Found, find
+from models_automodel.keywords import ConfigFields, Keywords
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
 from models_automodel.revision import agree_on_revision
@@ -30,6 +31,7 @@ from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError, ConfigError, ModelsError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, Files, RangeFiles
+from models_core.layers import CausalLM
 from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
@@ -60,8 +62,8 @@ class AutoModel:
     variant: str | None = None,
     intermediate_ckpt_dir: str | os.PathLike | None = None,
     rng_seed: int | None = None,
-    **kwargs: Any,
-  ) -> tuple[nnx.Module, str]:
+    **kwargs: Unpack[Keywords],
+  ) -> tuple[CausalLM, str]:
     """Loads a pretrained model onto a mesh.
 
     Args:
@@ -93,7 +95,8 @@ class AutoModel:
 
     Returns:
       The model, and the path of its files: a directory, or the address in an object store. For an adapter, it is the
-      path of its base.
+      path of its base. A checkpoint with a score head gives a `models_core.score_model.ScoreModel`, for which type
+      checkers need a `cast`.
 
     Raises:
       AdapterError: if an adapter does not fit its base, is of a kind that is not supported, or its tensors are not those
@@ -232,7 +235,7 @@ class AutoModel:
     ignore_config_keys: Collection[str] = (),
     layers: range | None = None,
     strict_sharding: bool = False,
-    **fields: Any,
+    **fields: Unpack[ConfigFields],
   ) -> LoadPlan:
     """Plans what `from_pretrained` would do. Reads only the configuration and the headers.
 
@@ -286,13 +289,30 @@ class AutoModel:
     return plan, adapter
 
   @staticmethod
+  def register(family: Family) -> None:
+    """Makes a family known to this process, without a package that announces it: in a notebook, or a test.
+
+    A checkpoint whose config.json has one of the family's `model_types` then loads through AutoModel. To register a
+    family of the same name again replaces it. A package announces its families by entry points `models.families`.
+
+    Args:
+      family: as `models_core.family.Family` describes it.
+
+    Raises:
+      MissingFamilyError: it is written for another version of the family contract, `FAMILY_API_VERSION`.
+      ModelNameError: its name is that of an installed family, or a family of this project reads one of its
+        `model_types`.
+    """
+    register(family)
+
+  @staticmethod
   def _plan(
     found: Found,
     mesh: Mesh | None,
     dtype: Any,
     layers: range | None,
     strict_sharding: bool,
-    fields: dict[str, Any],
+    fields: ConfigFields,
   ) -> LoadPlan:
     whole = override(found.config, fields, _keywords())
     final = cut(whole, layers)

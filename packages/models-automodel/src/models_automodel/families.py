@@ -1,10 +1,12 @@
-"""Families, found by the entry points `models.families`. Only the requested family is imported."""
+"""Families, found by the entry points `models.families` or registered. Only the requested family is imported."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.metadata
+import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,50 @@ if TYPE_CHECKING:
 
 GROUP = "models.families"
 
+_log = logging.getLogger(__name__)
+
+
+# Families of this process that no package announces, by name.
+_registered: dict[str, Family] = {}
+
 
 @functools.cache
 def installed() -> dict[str, importlib.metadata.EntryPoint]:
-  """The entry points of all installed families, by the family's name."""
-  return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+  """The entry points of all installed families, by the family's name. A name of this project is its own package's."""
+  found: dict[str, importlib.metadata.EntryPoint] = {}
+  for entry in importlib.metadata.entry_points(group=GROUP):
+    owner = models_naming.distribution_of(entry.name)
+    if owner is not None and entry.dist is not None and entry.dist.name != owner.name:
+      _log.warning(
+        "%s announces a family %s, which is of %s: it is not used", entry.dist.name, entry.name, owner.name
+      )
+    else:
+      found[entry.name] = entry
+  return found
+
+
+def known() -> list[str]:
+  """The names of all families that can be loaded: those that were registered, and those that are installed."""
+  return list(dict.fromkeys([*_registered, *installed()]))
+
+
+def register(family: Family) -> None:
+  """Makes a family known to this process, as `AutoModel.register` describes it.
+
+  Raises:
+    MissingFamilyError: it is written for another version of the family contract.
+    ModelNameError: its name or one of its `model_types` is taken.
+  """
+  _check_version(family, f"the family {family.name}")
+  if family.name in installed():
+    raise ModelNameError(f"{family.name} is the name of an installed family: register it under another name")
+  for model_type in family.model_types:
+    if (owner := models_naming.category_of_model_type(model_type)) is not None:
+      raise ModelNameError(
+        f"the family {family.name} reads model_type {model_type!r}, which is that of the family {owner}: pass "
+        "config= to load such a checkpoint with it"
+      )
+  _registered[family.name] = family
 
 
 def check_installed(model_id: str) -> None:
@@ -57,30 +98,64 @@ def family_module(category: str, wanted_by: str) -> ModuleType:
     wanted_by: the model that needs the family, for the message.
 
   Raises:
-    MissingFamilyError: the package is missing; the message holds the command that installs it.
+    MissingFamilyError: the package is missing or cannot be imported; the message holds the remedy.
   """
   entry = installed().get(category)
   if entry is None:
     raise _missing(category, wanted_by)
-  return importlib.import_module(entry.module)
+  try:
+    return importlib.import_module(entry.module)
+  except Exception as error:  # whatever a broken package raises
+    raise MissingFamilyError(
+      f"{_named(entry)} cannot be imported ({error}): repair or uninstall it"
+    ) from error
+
+
+def _named(entry: importlib.metadata.EntryPoint) -> str:
+  package = f" of the package {entry.dist.name}" if entry.dist is not None else ""
+  return f"the family {entry.name} = {entry.value}{package}"
 
 
 def load_family(category: str, wanted_by: str) -> Family:
-  """Imports the family of a config category.
+  """Returns the family of a config category: the one that was registered, or that of the installed package.
 
   Raises:
-    MissingFamilyError: the package is missing, or its version of the family contract differs from models-core's.
+    MissingFamilyError: the package is missing, broken, or of another version of the family contract than models-core.
   """
+  if (family := _registered.get(category)) is not None:
+    return family
+  module = family_module(category, wanted_by)
+  named = _named(installed()[category])
+  if not hasattr(module, "FAMILY"):
+    raise MissingFamilyError(f"{named} has no attribute FAMILY: repair or uninstall it")
+  _check_version(module.FAMILY, named)
+  return module.FAMILY
+
+
+def _check_version(family: Family, named: str) -> None:
   # Imported here, because `automodel list` does not need Flax.
   from models_core.family import FAMILY_API_VERSION
 
-  family = family_module(category, wanted_by).FAMILY
   if family.api_version != FAMILY_API_VERSION:
     raise MissingFamilyError(
-      f"{installed()[category].value} is written for version {family.api_version} of the family contract, "
-      f"models-core has {FAMILY_API_VERSION}: upgrade the older of the two"
+      f"{named} is written for version {family.api_version} of the family contract, models-core has "
+      f"{FAMILY_API_VERSION}: upgrade the older of the two"
     )
-  return family
+
+
+def loadable(wanted_by: str, *, only_theirs: bool = False) -> Iterator[tuple[str, Family]]:
+  """Yields all families by name, without those that cannot be loaded: each of these is logged.
+
+  Args:
+    wanted_by: the model that a family is looked for, for messages.
+    only_theirs: whether those of this project are left out.
+  """
+  for category in known():
+    if not only_theirs or models_naming.distribution_of(category) is None:
+      try:
+        yield category, load_family(category, wanted_by)
+      except MissingFamilyError as error:
+        _log.warning("%s: not tried: %s", wanted_by, error)
 
 
 def family_of_model_type(model_type: str, wanted_by: str) -> Family:
@@ -88,19 +163,17 @@ def family_of_model_type(model_type: str, wanted_by: str) -> Family:
 
   Raises:
     MissingFamilyError: as `load_family`.
-    ModelNameError: if no installed family reads it.
+    ModelNameError: if no family reads it.
   """
   if (category := models_naming.category_of_model_type(model_type)) is not None:
     return load_family(category, wanted_by)
   # Only the module of a third party's family says which model types it reads.
-  for category in installed():
-    if models_naming.distribution_of(category) is None:
-      family = load_family(category, wanted_by)
-      if model_type in family.model_types:
-        return family
+  for _, family in loadable(wanted_by, only_theirs=True):
+    if model_type in family.model_types:
+      return family
   raise ModelNameError(
     f"{wanted_by}: no installed family reads model_type {model_type!r}: install the package of its family; "
-    f"installed are {', '.join(installed()) or 'none'}"
+    f"installed are {', '.join(known()) or 'none'}"
   )
 
 
@@ -110,6 +183,9 @@ def family_of_config(config: Any, wanted_by: str) -> Family:
   Raises:
     ModelsError: if no installed family's package defines its class.
   """
+  for family in _registered.values():
+    if isinstance(config, family.config_class):
+      return family
   module = type(config).__module__
   for category, entry in installed().items():
     if module == entry.module or module.startswith(f"{entry.module}."):

@@ -10,7 +10,7 @@ from typing import Any
 
 import models_naming
 from models_automodel.errors import ModelNameError, name_errors
-from models_automodel.families import family_module, installed, load_family
+from models_automodel.families import family_module, load_family, loadable
 from models_core.errors import CheckpointError, ConfigError
 from models_core.family import Family
 from models_core.formats import Checkpoint
@@ -106,8 +106,7 @@ def preset_of(model_id: str, checkpoint: Checkpoint) -> tuple[Family, Any]:
   # A fine-tune with a name of its own: its shapes decide, unless published sizes share them.
   fitting: list[tuple[Family, str, Any]] = []
   tried: list[str] = []
-  for category in installed():
-    family = load_family(category, model_id)
+  for category, family in loadable(model_id):
     if checkpoint.format.keeps_own_names or checkpoint.format.naming in family.weights:
       tried.append(category)
       for name in presets(family.config_class):

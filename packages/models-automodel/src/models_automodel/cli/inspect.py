@@ -48,6 +48,10 @@ def _list(options: argparse.Namespace) -> None:
     print(f"{family} ({note})")
     for model_id in ids:
       print(f"  {model_id}")
+  for category, entry in installed().items():
+    if models_naming.distribution_of(category) is None:
+      package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
+      print(f"{category} (installed by {package})")
 
 
 def add_show(commands: Commands) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,62 @@ class CausalLM(SamplerMappings, nnx.Module):
   def _logits(self, hidden: jax.Array) -> jax.Array:
     """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V]."""
 
+  @overload
+  def __call__(
+    self,
+    tokens: ArrayLike | None,
+    positions: ArrayLike | None,
+    cache: Cache,
+    attention_mask: ArrayLike | None = None,
+    *,
+    inputs_embeds: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    output_hidden_states: bool = False,
+    skip_lm_head: bool = False,
+    decode_only_last_token: bool = False,
+  ) -> tuple[jax.Array, Cache]: ...
+  @overload
+  def __call__(
+    self,
+    tokens: ArrayLike | None,
+    positions: ArrayLike | None = None,
+    *,
+    cache: Cache,
+    attention_mask: ArrayLike | None = None,
+    inputs_embeds: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    output_hidden_states: bool = False,
+    skip_lm_head: bool = False,
+    decode_only_last_token: bool = False,
+  ) -> tuple[jax.Array, Cache]: ...
+  @overload
+  def __call__(
+    self,
+    tokens: ArrayLike | None,
+    positions: ArrayLike | None = None,
+    cache: None = None,
+    attention_mask: ArrayLike | None = None,
+    *,
+    inputs_embeds: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    output_hidden_states: bool = False,
+    skip_lm_head: bool = False,
+    decode_only_last_token: bool = False,
+  ) -> tuple[jax.Array, None]: ...
+  @overload
+  def __call__(
+    self,
+    tokens: ArrayLike | None,
+    positions: ArrayLike | None = None,
+    cache: Cache | None = None,
+    attention_mask: ArrayLike | None = None,
+    *,
+    inputs_embeds: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    output_hidden_states: bool = False,
+    skip_lm_head: bool = False,
+    decode_only_last_token: bool = False,
+  ) -> tuple[jax.Array, Cache | None]: ...
   def __call__(
     self,
     tokens: ArrayLike | None,
