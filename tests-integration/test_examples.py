@@ -4,6 +4,10 @@ import concurrent.futures
 import dataclasses
 import logging
 import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -305,3 +309,26 @@ def test_validate_weights(hub, mesh):
   norm = model.final_norm.w
   norm.set_value(norm[...].at[3].set(jnp.nan))
   assert not validate_weights(model)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_first_example_of_the_readme(tmp_path, devices):
+  """As it stands, in a process of its own, with a vocabulary of the published size."""
+  readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+  block = re.search(r"^```python\n(.*?)^```", readme, re.M | re.S)[1]
+  config = dataclasses.replace(ModelConfig.llama3p1_8b(), **TINY)
+  model = dummy_model_creator.create_dummy_model(Llama3, config, scale=0.1)
+  (directory := tmp_path / "llama").mkdir()
+  write_checkpoint(directory, load_family("llama3", "llama"), config, model)
+  with HubServer() as server:
+    server.add("meta-llama/Llama-3.1-8B", {file.name: file.read_bytes() for file in directory.iterdir()})
+    env = os.environ | {
+      "HF_ENDPOINT": server.endpoint,
+      "HF_HUB_CACHE": str(tmp_path / "cache"),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    check = f"assert logits.shape == (1, 3, {config.vocab_size}) and jax.device_count() == {devices}"
+    program = f"{block}\nassert jnp.isfinite(logits).all()\n{check}\n"
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr

@@ -17,6 +17,8 @@ from .presets import ModelModule, call_model_config, get_model_module
 from .rollout import from_checkpoint, iter_checkpoint, lazy_checkpoint, to_checkpoint
 from .where import ModelSource, Where
 
+__version__: str
+
 __all__ = [
   "AdapterError",
   "AutoModel",

@@ -41,7 +41,7 @@ class SourceFilesError(ModelsError, OSError):
 
 
 class MissingFamilyError(ModelsError, ImportError):
-  """A model whose architecture's package is not installed, or has another version of the family contract."""
+  """A model whose architecture's package is not installed or broken, or has another version of the family contract."""
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Names of pretrained checkpoints: family, version and configuration of a model id."""
 
+from typing import TYPE_CHECKING
+
 from models_naming.categories import Distribution, category_of_model_type, distribution_of
 from models_naming.errors import NamingConflictError, NamingError, UnknownModelError, UnsupportedModelError
 from models_naming.families import FAMILIES, FamilyInfo
@@ -34,3 +36,15 @@ __all__ = [
   "nearest_model_ids",
   "split",
 ]
+
+if TYPE_CHECKING:
+  __version__: str
+else:
+
+  def __getattr__(name: str) -> str:
+    # Not read at import, because importlib.metadata takes longer than all else here.
+    if name == "__version__":
+      from importlib.metadata import version
+
+      return version("models-naming")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

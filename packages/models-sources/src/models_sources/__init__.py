@@ -16,7 +16,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from models_sources.errors import (
   AccessError,
@@ -49,6 +49,19 @@ __all__ = [
   "source_names",
   "source_of_address",
 ]
+
+if TYPE_CHECKING:
+  __version__: str
+else:
+
+  def __getattr__(name: str) -> str:
+    # Not read at import, because importlib.metadata takes longer than all else here.
+    if name == "__version__":
+      from importlib.metadata import version
+
+      return version("models-sources")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 GROUP = "models.sources"
 
