@@ -11,10 +11,17 @@ from models_naming import (
   UnknownModelError,
   UnsupportedModelError,
   split,
+  third_party,
 )
 from models_naming.third_party import third_party_families
 
 _numbers = itertools.count()  # a module name is imported once a process
+
+
+def forget():
+  """Entries are read once in a process."""
+  third_party._entries.cache_clear()
+  third_party_families.cache_clear()
 
 
 @pytest.fixture
@@ -31,9 +38,9 @@ def announce(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(f"[models.names]\n{module} = {module}:NAMES\n")
     return module
 
-  third_party_families.cache_clear()
+  forget()
   yield install
-  third_party_families.cache_clear()
+  forget()
 
 
 def test_a_family_of_another_package(announce):
@@ -68,7 +75,7 @@ def test_a_prefix_without_a_dash(announce):
 def test_an_architecture_that_is_refused_here_may_be_theirs(announce):
   with pytest.raises(UnsupportedModelError):
     split("qwen3-vl-8b")
-  third_party_families.cache_clear()
+  forget()
   announce("{'qwen3-vl-': FamilyInfo('qwen3_vl', 'qwen3_vl'), 'gemma-5-': FamilyInfo('gemma5', 'gemma5')}")
   assert ModelNaming("Qwen/Qwen3-VL-8B").model_config_category == "qwen3_vl"
   assert ModelNaming("google/gemma-5-2b").model_config_id == "gemma5_2b"
@@ -112,6 +119,12 @@ def test_a_broken_entry_is_named(announce, expression, message):
   with pytest.raises(NamingError, match=message) as error:
     split("falcon-7b")
   assert f"{module} = {module}:NAMES" in str(error.value)
+
+
+def test_a_broken_entry_stops_no_other(announce):
+  announce("1 / 0")
+  announce("{'falcon-': FamilyInfo('falcon', 'falcon')}")
+  assert split("falcon-7b") == ("falcon-", "7b")
 
 
 def test_two_meanings_of_one_prefix(announce):

@@ -7,7 +7,7 @@ from models_naming.families import FAMILIES, FamilyInfo
 from models_naming.known import nearest_model_ids
 from models_naming.refusals import reason_against
 from models_naming.spelling import normalise, standardise
-from models_naming.third_party import third_party_families
+from models_naming.third_party import broken_entries, third_party_families
 
 _NAME = r"[a-z0-9][a-z0-9._-]*"
 # The size decides where the family ends: otherwise `gemma-5-2b` would be version `5-2b` of `gemma`.
@@ -106,5 +106,10 @@ def _unknown(text: str) -> UnknownModelError:
     f"the nearest known ids are {', '.join(near)}" if near else f"the families are {', '.join(families)}"
   )
   return UnknownModelError(
-    f"{text!r} is not a known model; {known}. A checkpoint directory with config.json loads whatever its name"
+    ". ".join(
+      [
+        f"{text!r} is not a known model; {known}. A checkpoint directory with config.json loads whatever its name",
+        *broken_entries(),
+      ]
+    )
   )

@@ -19,23 +19,40 @@ ENTRY_POINT_GROUP = "models.names"
 def third_party_families() -> Mapping[str, FamilyInfo]:
   """The prefixes that installed packages announce in the group `models.names`.
 
-  Each entry resolves to a mapping from a lower-case prefix to its `FamilyInfo`.
+  Each entry resolves to a mapping from a lower-case prefix to its `FamilyInfo`. One that does not is left out, so that
+  it stops no other: see `broken_entries`.
 
   Raises:
-    NamingError: an entry cannot be imported or is not such a mapping.
     NamingConflictError: two packages give one prefix different meanings.
   """
-  from importlib.metadata import entry_points  # takes longer to import than this whole package
-
   families: dict[str, FamilyInfo] = {}
-  for entry in entry_points(group=ENTRY_POINT_GROUP):
-    for prefix, info in _load(entry).items():
+  for entry, found in _entries():
+    for prefix, info in found.items() if isinstance(found, Mapping) else ():
       if families.setdefault(prefix, info) != info:
         raise NamingConflictError(
           f"the prefix {prefix!r} is announced twice, as {families[prefix]} and as {info} by the entry point "
           f"{entry.name} = {entry.value}: uninstall one of the two packages"
         )
   return families
+
+
+def broken_entries() -> tuple[str, ...]:
+  """What is wrong with entries that cannot be imported, or are no such mapping: one sentence each."""
+  return tuple(str(found) for _, found in _entries() if isinstance(found, NamingError))
+
+
+@functools.cache
+def _entries() -> tuple[tuple[EntryPoint, Mapping[str, FamilyInfo] | NamingError], ...]:
+  """All entries, each with what it announces or what is wrong with it."""
+  from importlib.metadata import entry_points  # takes longer to import than this whole package
+
+  found: list[tuple[EntryPoint, Mapping[str, FamilyInfo] | NamingError]] = []
+  for entry in entry_points(group=ENTRY_POINT_GROUP):
+    try:
+      found.append((entry, _load(entry)))
+    except NamingError as error:
+      found.append((entry, error))
+  return tuple(found)
 
 
 def _load(entry: EntryPoint) -> Mapping[str, FamilyInfo]:
