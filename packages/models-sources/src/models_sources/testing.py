@@ -6,6 +6,9 @@
       ...
       assert [r.line for r in hub.requests] == ["GET /api/models/org/name/revision/main"]
 
+A HubServer takes files, too, as a client sends them without Xet: it makes repositories and commits, and says which large
+files its storage host has already. `writers` are the tokens that may.
+
 Large files are served as the hub serves them: by a redirect to a signed address on a storage host, which has another
 name and another port.
 
@@ -20,6 +23,7 @@ Needs only the standard library.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -51,7 +55,7 @@ class Request:
 
   Attributes:
     host: the server: "hub" or "storage" of a HubServer, "store" of a StoreServer.
-    method: GET or HEAD; of a StoreServer also PUT, POST or DELETE.
+    method: GET, HEAD, PUT, POST or DELETE.
     path: of the address, without the query.
     headers: by name in lower case.
     query: of the address.
@@ -189,6 +193,7 @@ class HubServer(_Loopback):
 
   Attributes:
     requests: all received requests, in order. A test may clear the list.
+    writers: tokens that may make repositories and commits.
     has_xet: whether large files are offered by the protocol Xet, too. Its host, "xet", only hands out tokens: a client
       that uses it fails there, as `fail` says, or with 404.
   """
@@ -199,6 +204,7 @@ class HubServer(_Loopback):
     self._repos: dict[str, _Repo] = {}
     self._blobs: dict[str, bytes] = {}
     self._moved: dict[str, str] = {}
+    self.writers: frozenset[str] = frozenset()
 
   @property
   def endpoint(self) -> str:
@@ -244,7 +250,14 @@ class HubServer(_Loopback):
       self._repos[new] = self._repos.pop(old)
       self._moved[old] = new
 
+  def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
+    """The files of a revision of a repository."""
+    place = self._repos[repo]
+    return dict(place.commits[place.refs.get(revision, revision)])
+
   def _answer(self, request: Request, query: str, body: bytes) -> _Answer:
+    if request.host == "storage" and request.method == "PUT":
+      return self._taken(request.path, body)
     if request.host == "storage":
       return self._stored(request.path)
     if request.host == "xet":
@@ -262,6 +275,8 @@ class HubServer(_Loopback):
         target := re.sub(rf"^(/api/models)?/{re.escape(old)}(?=/|$)", rf"\1/{new}", request.path)
       ) != request.path:
         return _Answer(307, {"Location": target + (f"?{query}" if query else "")})
+    if request.method == "POST":
+      return self._changed(request, body)
     if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", request.path):
       return self._listed(
         request, match[1], match[3] or "main", match[2] == "tree", "blobs" in parse_qs(query)
@@ -323,6 +338,85 @@ class HubServer(_Loopback):
     if self.has_xet:
       headers |= {"X-Xet-Hash": linked, "X-Xet-Refresh-Route": f"{self.endpoint}{_XET_TOKEN}"}
     return _Answer(302, headers | {"Location": f"{self.storage}/blobs/{linked}?{SIGNATURE}"})
+
+  def _changed(self, request: Request, body: bytes) -> _Answer:
+    """Makes a repository, or takes a step of an upload."""
+    token = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if request.path == "/api/validate-yaml":
+      return _json({"errors": [], "warnings": []})
+    if token not in self.writers:
+      return _error(403 if token else 401, "", "You don't have the rights to write")
+    if request.path == "/api/repos/create":
+      return self._made(json.loads(body))
+    if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/(.+)", request.path):
+      found = self._commit(request, match[1], unquote(match[3]), of_file=False)
+      if isinstance(found, _Answer):
+        return found
+      if match[2] == "preupload":
+        return self._asked(found[1], json.loads(body))
+      return self._committed(match[1], unquote(match[3]), *found, body)
+    if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", request.path):
+      return self._batch(json.loads(body))
+    return _error(404, "", "Not found")
+
+  def _made(self, asked: Mapping[str, Any]) -> _Answer:
+    name = f"{asked['organization']}/{asked['name']}"
+    url = f"{self.endpoint}/{name}"
+    if name in self._repos:
+      refused = _error(409, "", "You already created this model repo")
+      return dataclasses.replace(refused, body=json.dumps({"error": "it exists", "url": url}).encode())
+    self.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
+    if asked.get("private") or asked.get("visibility") == "private":
+      self._repos[name].readers = self.writers
+    return _json({"url": url, "name": name})
+
+  def _asked(self, there: Mapping[str, bytes], asked: Mapping[str, Any]) -> _Answer:
+    """Says which files are large, and what the branch has under their names."""
+    files = []
+    for name in (file["path"] for file in asked["files"]):
+      large, data = name.endswith(LARGE), there.get(name)
+      oid = None if data is None else hashlib.sha256(data).hexdigest() if large else _git_hash(data)
+      mode = "lfs" if large else "regular"
+      files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+    return _json({"files": files})
+
+  def _batch(self, asked: Mapping[str, Any]) -> _Answer:
+    """Says where large content goes, for that which the storage host does not have yet."""
+    objects = []
+    for one in asked["objects"]:
+      href = f"{self.storage}/blobs/{one['oid']}?{SIGNATURE}"
+      new = one["oid"] not in self._blobs
+      objects.append(dict(one) | ({"actions": {"upload": {"href": href}}} if new else {}))
+    return _json({"transfer": "basic", "objects": objects})
+
+  def _taken(self, path: str, body: bytes) -> _Answer:
+    oid = path.removeprefix("/blobs/")
+    if hashlib.sha256(body).hexdigest() != oid:
+      return _error(400, "", "the content does not have its hash")
+    self._blobs[oid] = body
+    return _Answer(200)
+
+  def _committed(
+    self, repo: str, revision: str, parent: str, there: Mapping[str, bytes], body: bytes
+  ) -> _Answer:
+    lines = [json.loads(line) for line in body.splitlines()]
+    files = dict(there)
+    for kind, value in ((line["key"], line["value"]) for line in lines):
+      if kind == "header" and value.get("parentCommit") not in (None, parent):
+        return _error(412, "", "A commit has happened since. Please refresh and try again.")
+      if kind == "file":
+        files[value["path"]] = base64.b64decode(value["content"])
+      elif kind == "lfsFile":
+        if value["oid"] not in self._blobs:
+          return _error(400, "", f"{value['path']}: its content was not uploaded")
+        files[value["path"]] = self._blobs[value["oid"]]
+      elif kind == "deletedFile":
+        del files[value["path"]]
+    place = self._repos[repo]
+    commit = self.add(repo, files, revision=revision, gated=place.gated, readers=place.readers)
+    return _json(
+      {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{repo}/commit/{commit}"}
+    )
 
   def _stored(self, path: str) -> _Answer:
     data = self._blobs.get(path.removeprefix("/blobs/"))

@@ -221,6 +221,16 @@ class HubFiles:
       self.cache.remember(self.hub.revision, self.commit, self.listing)
     return self.path
 
+  def is_same(self, name: str, path: str | os.PathLike) -> bool:
+    """Whether a file on this machine has the size and the hash that the hub states for one of its files.
+
+    Raises:
+      FilesNotFoundError: there is no such file in the commit.
+    """
+    entry = self._entries([name])[name]
+    with read_errors(pathlib.Path(path)):
+      return is_intact_file(entry, pathlib.Path(path))
+
   def _entries(self, names: Sequence[str]) -> dict[str, Entry]:
     """The listing's entries of the named files.
 
