@@ -13,6 +13,7 @@ from .errors import (
   ShardingError,
   SourceFilesError,
 )
+from .hub import push_to_hub, upload
 from .presets import ModelModule, call_model_config, get_model_module
 from .rollout import from_checkpoint, iter_checkpoint, lazy_checkpoint, to_checkpoint
 from .where import ModelSource, Where
@@ -44,5 +45,7 @@ __all__ = [
   "lazy_checkpoint",
   "load_adapter",
   "merge_adapter",
+  "push_to_hub",
   "to_checkpoint",
+  "upload",
 ]

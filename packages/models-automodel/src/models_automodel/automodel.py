@@ -67,7 +67,7 @@ class AutoModel:
     """Loads a pretrained model onto a mesh.
 
     Args:
-      model_id: a repository id on the hub, a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
+      model_id: a repository id on the hub or its address, "hf://org/repo@revision", a Kaggle handle such as "google/gemma-2/flax/gemma2-2b-it", an address in an
         object store such as "gs://bucket/dir", or a local directory or GGUF file. A `pathlib.Path` is always local.
         "org/repo:Q8_0" chooses a GGUF file, "org/repo/folder" a folder. A `Where` holds this and all other arguments up
         to `variant`. A LoRA adapter of peft is merged into the base that it names.

@@ -32,6 +32,10 @@ def open_target(place: str | os.PathLike, *, token: str | bool | None = None) ->
   if not isinstance(place, str) or (match := _SCHEME.match(path)) is None or match[1].lower() == "file":
     return path
   name = models_sources.source_of_address(path) or match[1]
+  if name == "hf":
+    raise SaveError(
+      f"{path} cannot be written in place: save to a directory, then `models_automodel.upload` it"
+    )
   if name not in models_sources.source_names():
     raise SaveError(
       f"{path} cannot be written: there is no source for addresses {match[0]}; save to a directory, or to gs:// or s3://"

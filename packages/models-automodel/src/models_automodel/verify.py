@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_automodel.automodel import AutoModel
+from models_automodel.errors import SourceFilesError, source_errors
 from models_automodel.where import ModelSource, Where
 from models_core.errors import CheckpointError
 from models_core.formats import TensorInfo, TensorReader, checkpoint_entries
@@ -101,6 +102,45 @@ def check_checksums(path: str | os.PathLike, expected: Mapping[str, str]) -> Non
   ]
   if problems:
     raise CheckpointError(os.fspath(path), problems)
+
+
+def check_hub(path: str | os.PathLike, repo_id: str, *, revision: str | None = None) -> str:
+  """Compares the files of a directory with the hashes that the hub states for a repository. Nothing is downloaded.
+
+  Args:
+    path: a directory; its subdirectories are left out.
+    repo_id: the repository.
+    revision: branch, tag or commit; None is `main`.
+
+  Returns:
+    The commit that the files are of.
+
+  Raises:
+    CheckpointError: lists each file whose bytes differ, each that the repository lacks, and each safetensors file of the
+      repository that is missing here.
+    SourceFilesError: the hub cannot be reached, or has no such repository.
+  """
+  from models_sources.huggingface import open_files
+
+  root = pathlib.Path(path)
+  here = sorted(entry.name for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
+  with source_errors():
+    files = open_files(repo_id, revision=revision, progress=False)
+    if files.listing is None:
+      raise SourceFilesError(f"{repo_id}: {files.unreachable}; its hashes are not known here")
+    place = f"{repo_id} at commit {files.commit}"
+    problems = [
+      f"{name} is not in {place}" if name not in files.listing else f"{name} differs from that of {place}"
+      for name in here
+      if name not in files.listing or not files.is_same(name, root / name)
+    ]
+  absent = [
+    name for name in files.names() if name.endswith(".safetensors") and "/" not in name and name not in here
+  ]
+  problems += [f"{name} of {place} is missing" for name in absent]
+  if problems:
+    raise CheckpointError(os.fspath(path), problems)
+  return files.commit
 
 
 def read_checksums(path: str | os.PathLike) -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 
 import models_naming
 import models_sources
-from models_automodel.errors import name_errors
+from models_automodel.errors import ModelNameError, name_errors
 from models_core.formats import Files, is_part, open_folder, select
 from models_core.saving import recover
 
@@ -29,6 +29,10 @@ class ModelSource(enum.Enum):
 _TAGGED = re.compile(r"(?P<place>.+):(?P<quantisation>[A-Za-z0-9][\w-]*)", re.DOTALL)
 # As it may end an address, whose names may have colons.
 _QUANTISATION = re.compile(r"(UD-)?(I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|F16|F32)", re.IGNORECASE)
+_HUB = "hf://"
+_ADDRESS = re.compile(
+  r"hf://(models/)?(?P<repository>(?!datasets/|spaces/|buckets/)[^/@:]+/[^/@:]+)(@(?P<revision>[^/:]+))?(?P<inner>[/:].*)?"
+)
 # Beginnings of paths. An organisation of the hub has no such name.
 _PATHS = ("/", "./", "../", "~")
 
@@ -61,7 +65,8 @@ class Where:
   """Where a checkpoint lies, and how its source is asked for the files.
 
   Attributes:
-    model_id: a repository id on the hub, a Kaggle handle, an address in an object store, or a local path.
+    model_id: a repository id on the hub or its address, such as "hf://org/repo@revision", a Kaggle handle, an address in
+      an object store, or a local path.
     source: name of the source: a value of ModelSource, or a source that another package announces.
     path: a local path, or an address in the source, to load instead of `model_id`.
     revision: branch, tag or commit.
@@ -83,6 +88,28 @@ class Where:
   file: str | None = None
   subfolder: str | None = None
   variant: str | None = None
+
+  def __post_init__(self) -> None:
+    """Resolves an address `hf://org/repo@revision/folder`, in which huggingface_hub and others name places of the hub.
+
+    Raises:
+      ModelNameError: it is an address of something else than a model, or states another revision.
+    """
+    for name in ("model_id", "path"):
+      place = getattr(self, name)
+      if isinstance(place, str) and place.startswith(_HUB):
+        found = _ADDRESS.fullmatch(place)
+        if found is None:
+          raise ModelNameError(
+            f"{place} names no model: write hf://org/repo, hf://org/repo@revision or hf://org/repo/folder"
+          )
+        if found["revision"] and self.revision not in (None, found["revision"]):
+          raise ModelNameError(f"{place} and revision={self.revision!r} are two revisions: state one")
+        # Frozen: these are the only fields that an address states.
+        object.__setattr__(self, "model_id", found["repository"] + (found["inner"] or ""))
+        object.__setattr__(self, "path", None)
+        object.__setattr__(self, "source", ModelSource.HUGGINGFACE.value)
+        object.__setattr__(self, "revision", found["revision"] or self.revision)
 
   @classmethod
   def of(

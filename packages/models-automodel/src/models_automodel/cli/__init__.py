@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from models_automodel.cli import convert, generate, inspect
+from models_automodel.cli import convert, generate, inspect, upload
 from models_core.errors import ModelsError
 
 # Functions that add a command to the parser, in the order of --help.
@@ -24,6 +24,7 @@ _COMMANDS = (
   generate.add_generate,
   convert.add_convert,
   inspect.add_verify,
+  upload.add_upload,
   generate.add_quickstart,
 )
 

@@ -201,10 +201,16 @@ def add_verify(commands: Commands) -> None:
   parser.add_argument(
     "--checksums", metavar="FILE", help="compare the files with a list that --sha256 printed"
   )
+  parser.add_argument(
+    "--hub",
+    metavar="REPOSITORY",
+    help="compare the files with the hashes that the hub states for a repository",
+  )
+  parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
 
 
 def _verify(options: argparse.Namespace) -> None:
-  from models_automodel.verify import check_checksums, checksums, read_checksums, verify
+  from models_automodel.verify import check_checksums, check_hub, checksums, read_checksums, verify
 
   plan = verify(
     options.directory,
@@ -214,6 +220,9 @@ def _verify(options: argparse.Namespace) -> None:
   )
   if options.checksums:
     check_checksums(options.directory, read_checksums(options.checksums))
+  if options.hub:
+    commit = check_hub(options.directory, options.hub, revision=options.revision)
+    print(f"all files are those of {options.hub} at commit {commit}")
   if options.sha256:
     for name, digest in checksums(options.directory).items():
       print(f"{digest}  {name}")
