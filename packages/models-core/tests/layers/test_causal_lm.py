@@ -1,5 +1,8 @@
 """The calling convention and the way through the layers, on models of attention alone."""
 
+import inspect
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
-from models_core.layers.causal_lm import _period
+from models_core.layers.causal_lm import CausalLM, _period
 from models_core.layers.logits import mean_cross_entropy
 from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
 from models_core.layers.remat import RematConfig
@@ -315,3 +318,11 @@ def test_arguments_that_do_not_fit_are_named():
     model(TOKENS, POSITIONS, model.init_cache(3, 8))
   with pytest.raises(ValueError, match=r"cache_size is 8\.0, expected a positive whole number"):
     model.init_cache(2, 8.0)
+
+
+def test_all_overloads_of_a_call_take_what_it_takes():
+  taken = set(inspect.signature(CausalLM.__call__).parameters)
+  assert all(
+    set(inspect.signature(one).parameters) == taken for one in typing.get_overloads(CausalLM.__call__)
+  )
+  assert len(typing.get_overloads(CausalLM.__call__)) == 4

@@ -64,6 +64,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs_embeds: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
+    output_router_logits: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, Cache]: ...
@@ -78,6 +79,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs_embeds: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
+    output_router_logits: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, Cache]: ...
@@ -92,6 +94,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs_embeds: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
+    output_router_logits: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, None]: ...
@@ -106,6 +109,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs_embeds: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     output_hidden_states: bool = False,
+    output_router_logits: bool = False,
     skip_lm_head: bool = False,
     decode_only_last_token: bool = False,
   ) -> tuple[jax.Array, Cache | None]: ...
