@@ -46,6 +46,12 @@ def assert_same(array, expected):
     np.testing.assert_array_equal(bits(shard.data), bits(expected[shard.index]))
 
 
+def anonymous():
+  """Bytes of this process's memory that are no file's."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
 @pytest.fixture
 def plan(toy):
   def make(directory, parameters, table, mesh=None, **options):
@@ -481,6 +487,23 @@ class TestMemory:
       assert (memory.shape, memory.dtype) == (shape, dtype)
       assert memory.ctypes.data % 64 == 0 if memory.size else True
       assert memory.flags.c_contiguous
+
+  @pytest.mark.parametrize("dtype", [None, np.dtype(np.float32)], ids=["as stored", "cast"])
+  def test_memory_returns_when_half_of_the_parameters_are_dropped(self, dtype, save, plan, rng):
+    x = rng.normal(size=(3 << 9, 1 << 10)).astype(BF16)
+    tensors = {f"x{i}": x for i in range(16)}
+    table = WeightTable(*((name, name, "v d") for name in tensors))
+    made = plan(save(tensors, data_start=8), dict.fromkeys(tensors, (x.shape, P())), table, dtype=dtype)
+    before = anonymous()
+    arrays = jax.block_until_ready(load_arrays(made))
+    size = sum(array.nbytes for array in arrays.values())
+    assert anonymous() - before < size + (10 << 20)
+    for name in list(tensors)[::2]:
+      del arrays[name]
+    gc.collect()
+    assert anonymous() - before < size / 2 + (10 << 20)
+    for array in arrays.values():
+      np.testing.assert_array_equal(array, x.astype(array.dtype))
 
   def test_loaded_parameters_may_be_donated(self, save, plan, rng, mesh):
     x = rng.normal(size=(8, 8)).astype(np.float32)

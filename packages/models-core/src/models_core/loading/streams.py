@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from models_core.formats import Index, TensorInfo
+from models_core.formats import Index, TensorInfo, aligned_empty
 from models_core.loading import boxes
 
 
@@ -148,7 +148,7 @@ def scratch(run: Run, dtype: np.dtype) -> np.ndarray:
   nbytes = math.prod(run.shape) * dtype.itemsize
   buffer = getattr(_scratch, "buffer", None)
   if buffer is None or buffer.nbytes < nbytes:
-    buffer = _scratch.buffer = np.empty(nbytes, np.uint8)
+    buffer = _scratch.buffer = aligned_empty((nbytes,), np.dtype(np.uint8))
   return buffer[:nbytes].view(dtype).reshape(run.shape)
 
 

@@ -18,6 +18,7 @@ from models_core.config import TYING_FIELDS, field_of
 from models_core.dtypes import float_dtypes
 from models_core.errors import CheckpointError, ModelsError
 from models_core.family import Family
+from models_core.formats import aligned_empty
 from models_core.layers import dotted
 from models_core.loading import match_tensors, shorten
 from models_core.rollout.moves import Move, finished, put, same_bits, take, tensor_sharding
@@ -278,7 +279,7 @@ def _with_part(
 ) -> jax.Array:
   """A parameter into which one array is written."""
   if (on_host := isinstance(array, np.ndarray)) and piece.conversion is None:
-    cast = np.empty(array.shape, like.dtype)
+    cast = aligned_empty(array.shape, np.dtype(like.dtype))
     cast_into(cast, array)
     array = cast
   placed = _placed(array, tensor_sharding(Move.of(piece, like.shape), like.sharding))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models_core.casting import cast_into
 from models_core.dtypes import common_dtype
 from models_core.errors import SaveError
-from models_core.formats import Index, bounds_of
+from models_core.formats import Index, aligned_empty, bounds_of
 from models_core.saving.plan import SavedTensor
 from models_core.weights import Piece, put_back
 
@@ -63,7 +63,7 @@ def assemble(
   if rows is not None:
     count = rows.stop - rows.start
     shape = (tensor.shape[0] // piece.split[0] * count, *tensor.shape[1:])
-  block = np.empty(shape, functools.reduce(common_dtype, (host.dtype for host, _ in sources)))
+  block = aligned_empty(shape, functools.reduce(common_dtype, (host.dtype for host, _ in sources)))
   for host, piece in sources:
     cut = piece if rows is None else dataclasses.replace(piece, split=(count, *piece.split[1:]))
     put_back(host.part(piece, rows), cut, block)
@@ -78,7 +78,7 @@ def cast(data: np.ndarray, tensor: SavedTensor) -> np.ndarray:
   """
   if data.dtype == tensor.dtype:
     return data
-  written = np.empty(data.shape, tensor.dtype)
+  written = aligned_empty(data.shape, tensor.dtype)
   try:
     cast_into(written, data)
   except OverflowError as error:
@@ -149,9 +149,13 @@ class HostArray:
       if common == index:
         return part
       if whole is None:
-        whole = np.empty([i.stop - i.start for i in index], self.dtype)
+        whole = aligned_empty(_shape(index), self.dtype)
       whole[_within(index, common)] = part
-    return np.empty([i.stop - i.start for i in index], self.dtype) if whole is None else whole
+    return aligned_empty(_shape(index), self.dtype) if whole is None else whole
+
+
+def _shape(index: Index) -> tuple[int, ...]:
+  return tuple(bounds.stop - bounds.start for bounds in index)
 
 
 def _within(outer: Index, inner: Index) -> Any:

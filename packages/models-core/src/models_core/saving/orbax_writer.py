@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from models_core.extras import require
-from models_core.formats import METADATA, Index, OnBytes, TensorInfo, TensorReader, cells_of
+from models_core.formats import METADATA, Index, OnBytes, TensorInfo, TensorReader, aligned_empty, cells_of
 from models_core.saving.atomic import sync_directory
 from models_core.saving.directory import write_texts
 from models_core.saving.host_arrays import HostArray, assemble, cast, with_arrays
@@ -225,7 +225,7 @@ def _part(tensor: SavedTensor, sources: Sequence[tuple[HostArray, Piece]], box: 
     if part.size == math.prod(shape):
       return part.reshape(shape)
     if data is None:
-      data = np.empty(shape, tensor.dtype)
+      data = aligned_empty(shape, tensor.dtype)
     place: tuple[Any, ...] = tuple(at - bounds.start if isinstance(at, int) else at for at, bounds in axes)
     data[(*place, ...)] = part
   assert data is not None
