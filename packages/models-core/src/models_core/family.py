@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from models_core.errors import ConfigError
 from models_core.formats import SAFETENSORS, Format, TensorInfo
-from models_core.layers import dotted, shapes_only
+from models_core.layers import abstract_state, dotted
 from models_core.weights import WeightTable, own_names
 
 # The version of this contract. AutoModel refuses a family that was written for another version.
@@ -63,10 +64,12 @@ class Family(Generic[C, M]):
   def shapes(self, config: C) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that a configuration gives the model, by name. Nothing is allocated."""
     make: Any = self.model_class
-    with nnx.use_eager_sharding(False), shapes_only():
-      model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(params=0)))
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {dotted(path): tuple(variable.get_value().shape) for path, variable in state}
+    _, state = abstract_state(functools.partial(make, config))
+    return {
+      dotted(path): tuple(variable.get_value().shape)
+      for path, variable in nnx.to_flat_state(state)
+      if isinstance(variable, nnx.Param)
+    }
 
   def tables_for(
     self, format: Format, names: Collection[str], shapes: Mapping[str, Sequence[int]]

@@ -100,9 +100,9 @@ class ScoreModel(nnx.Module):
 
 
 def _put_beside(parameter: nnx.Param, weight: jax.Array) -> None:
-  """Replicates a parameter over the devices of a weight; not while they are traced."""
+  """Replicates a parameter over the devices of a weight; not while they are traced or have no values."""
   value = parameter.get_value()
-  if any(isinstance(array, jax.core.Tracer) for array in (value, weight)):
+  if any(isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)) for array in (value, weight)):
     return
   sharding: jax.sharding.Sharding = weight.sharding
   if isinstance(sharding, NamedSharding):

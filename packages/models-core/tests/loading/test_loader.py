@@ -525,8 +525,8 @@ class Transferred:
 
   def block_until_ready(self):
     if self._values is None:
-      self._values = np.empty(self._shape, self._host[0][0].dtype)
-      for (buffer, _), index in zip(
+      self._values = np.empty(self._shape, self._host[0].dtype)
+      for buffer, index in zip(
         self._host, self.sharding.devices_indices_map(self._shape).values(), strict=True
       ):
         self._values[index] = buffer
@@ -550,17 +550,17 @@ def accelerator(monkeypatch):
   def counted_empty(shape, dtype):
     buffer = aligned_empty(shape, dtype)
     count(buffer.nbytes)
-    weakref.finalize(buffer, count, -buffer.nbytes)
+    weakref.finalize(buffer.base, count, -buffer.nbytes)
     return buffer
 
-  def transfer(shape, sharding, parts, dtype):
-    assert all(buffer.dtype == dtype for buffer, _ in parts)
+  def transfer(shape, sharding, get, dtype):
+    parts = [get(index) for index in sharding.devices_indices_map(shape).values()]
+    assert all(buffer.dtype == dtype for buffer in parts)
     return Transferred(shape, sharding, parts)
 
   monkeypatch.setattr(opened_plan, "_is_cpu", lambda plan: False)
   monkeypatch.setattr(fill, "aligned_empty", counted_empty)
-  monkeypatch.setattr(jax, "device_put", lambda buffer, device: (buffer, device))
-  monkeypatch.setattr(jax, "make_array_from_single_device_arrays", transfer)
+  monkeypatch.setattr(jax, "make_array_from_callback", transfer)
   return levels
 
 

@@ -8,7 +8,7 @@ from .mesh import explicit_axes, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
-from .parameters import INITIALIZERS, SCALE, dotted, parameter, shapes_only
+from .parameters import INITIALIZERS, SCALE, abstract_state, dotted, parameter, shapes_only
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
@@ -32,6 +32,7 @@ __all__ = [
   "RematConfig",
   "Rotary",
   "VisibleKeys",
+  "abstract_state",
   "attend",
   "bound",
   "cross_entropy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ _shapes_only: contextvars.ContextVar[bool] = contextvars.ContextVar("shapes_only
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-  """Context in which `parameter` draws no random values: tracing the draws of a thousand parameters takes a minute."""
+  """Context in which parameters are shapes: `parameter` draws no values, whose traces would take a minute for a thousand."""
   token = _shapes_only.set(True)
   try:
     yield
@@ -58,11 +58,37 @@ def parameter(
     dtype: of the values.
   """
   if _shapes_only.get():
-    value = jnp.zeros(shape, dtype)
+    value = jax.ShapeDtypeStruct(tuple(shape), dtype)
   else:
     value = INITIALIZERS[init](rngs.params(), tuple(shape), dtype)
   # Eager sharding would need a mesh in context, even if the model is only traced for its shapes.
   return nnx.Param(value, out_sharding=spec, eager_sharding=False, heads=tuple(heads), init=init)
+
+
+def abstract_state(make: Callable[..., nnx.Module]) -> tuple[Any, Any]:
+  """The structure of a module, and its state with a `jax.ShapeDtypeStruct` for each array. Nothing is allocated.
+
+  Args:
+    make: called as `make(rngs=...)`, returns the module.
+
+  Returns:
+    The graphdef and the state, as `nnx.split` returns them.
+  """
+  found: list[tuple[Any, Any]] = []
+
+  def trace() -> None:
+    # Whatever the module computes besides its parameters is traced.
+    found.append(nnx.split(make(rngs=nnx.Rngs(params=0))))
+
+  # With eager sharding, a module with annotated parameters would require a mesh in context.
+  with nnx.use_eager_sharding(False), shapes_only():
+    jax.eval_shape(trace)
+  [(graphdef, state)] = found
+  flat = []
+  for path, variable in nnx.to_flat_state(state):
+    value = variable.get_raw_value()
+    flat.append((path, variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype))))
+  return graphdef, nnx.from_flat_state(flat)
 
 
 def along_last(vector: jax.Array, ndim: int) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from models_core.errors import ShardingError
-from models_core.layers import dotted, shapes_only
+from models_core.layers import abstract_state, dotted
 from models_core.sharding import Misfit, check_mesh, fit, named
 from models_core.weights import letter_sizes
 
@@ -84,10 +85,7 @@ def abstract_model(
       random state.
   """
   check_mesh(mesh)
-  # With eager sharding, a module with annotated parameters would require a mesh in context.
-  with nnx.use_eager_sharding(False), shapes_only():
-    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0)))
-  graphdef, state = nnx.split(model)
+  graphdef, state = abstract_state(functools.partial(model_class, config))
   parameters = {}
   for path, variable in nnx.to_flat_state(state):
     metadata = variable.get_metadata()

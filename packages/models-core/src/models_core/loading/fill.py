@@ -21,6 +21,7 @@ import numpy as np
 from models_core.casting import cast_into
 from models_core.errors import CheckpointError
 from models_core.formats import (
+  ALIGNMENT,
   CellReader,
   Index,
   RunReader,
@@ -58,7 +59,7 @@ class Shard:
 
 
 def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[Shard]:
-  """The distinct shards that this process's devices hold.
+  """The distinct shards that this process's devices hold. Their buffers lie in one piece of memory.
 
   Args:
     planned: the parameter.
@@ -70,27 +71,44 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     bounds = bounds_of(index or (), shape)
     holders.setdefault(bounds, []).append(device)
-  shards = []
-  for bounds, devices in holders.items():
-    index = tuple(slice(*bound) for bound in bounds)
-    mapped = _mapped(planned, index, reader) if alias else None
-    shard_shape = tuple(stop - start for start, stop in bounds)
-    buffer = aligned_empty(shard_shape, planned.dtype) if mapped is None else mapped.reshape(shard_shape)
-    shards.append(Shard(index, tuple(devices), buffer, mapped is not None))
-  return shards
+  indices = [tuple(slice(*bound) for bound in bounds) for bounds in holders]
+  run = _run_of(planned, reader) if alias else None
+  mapped = [None if run is None else _mapped(planned, run, index, reader) for index in indices]
+  shard_shape = sharding.shard_shape(shape)
+  free = _buffers(sum(part is None for part in mapped), shard_shape, planned.dtype)
+  return [
+    Shard(index, tuple(devices), next(free) if part is None else part.reshape(shard_shape), part is not None)
+    for index, devices, part in zip(indices, holders.values(), mapped, strict=True)
+  ]
 
 
-def _mapped(planned: PlannedParameter, index: Index, reader: TensorReader) -> np.ndarray | None:
-  """The mapped memory of a shard's elements; None if the file does not hold them contiguously in the loaded dtype."""
-  piece, shape = planned.pieces[0], planned.parameter.shape
-  info = reader.tensors[piece.tensor]
+def _buffers(count: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+  """Some arrays in one piece of memory, each of which a CPU device can alias."""
+  nbytes = math.prod(shape) * dtype.itemsize
+  step = -(-nbytes // ALIGNMENT) * ALIGNMENT
+  memory = aligned_empty((count * step,), np.dtype(np.uint8))
+  for start in (number * step for number in range(count)):
+    yield memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _run_of(planned: PlannedParameter, reader: TensorReader) -> int | None:
+  """The element of a tensor from which on a file holds a parameter contiguously, in the loaded dtype; None if none does."""
+  piece = planned.pieces[0]
+  if reader.runs is None or len(planned.pieces) > 1 or reader.tensors[piece.tensor].dtype != planned.dtype:
+    return None
+  return piece.run
+
+
+def _mapped(planned: PlannedParameter, run: int, index: Index, reader: TensorReader) -> np.ndarray | None:
+  """The mapped memory of a shard's elements; None if they are not contiguous, or cannot be mapped."""
+  shape = planned.parameter.shape
+  if not _is_whole(index, shape):
+    return None
+  assert reader.runs is not None
   rows = index[0] if index else slice(0, 1)
-  if reader.runs is None or len(planned.pieces) > 1 or piece.run is None:
-    return None
-  if info.dtype != planned.dtype or not _is_whole(index, shape):
-    return None
   row = math.prod(shape[1:])
-  return reader.runs.map_elements(info, piece.run + rows.start * row, (rows.stop - rows.start) * row)
+  info = reader.tensors[planned.pieces[0].tensor]
+  return reader.runs.map_elements(info, run + rows.start * row, (rows.stop - rows.start) * row)
 
 
 def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:

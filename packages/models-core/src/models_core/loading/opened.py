@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from models_core.errors import CheckpointError
-from models_core.formats import Checkpoint, OnBytes, TensorReader
+from models_core.formats import Checkpoint, OnBytes, TensorReader, bounds_of
 from models_core.loading.fill import Shard, shards_of, tasks
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process, part_to_read, redistribute
@@ -226,12 +226,15 @@ def _is_cpu(parameters: Iterable[PlannedParameter]) -> bool:
 
 
 def _assemble(planned: PlannedParameter, shards: list[Shard]) -> jax.Array:
-  """The global array of this process's shards.
+  """The global array of this process's shards, which one call puts on all of its devices.
 
   It avoids `device_put` to a sharding over several processes, which would compare the values of all processes.
   """
-  parts = [jax.device_put(shard.buffer, device) for shard in shards for device in shard.devices]
-  parameter = planned.parameter
-  return jax.make_array_from_single_device_arrays(
-    parameter.shape, parameter.sharding, parts, dtype=planned.dtype
+  shape = planned.parameter.shape
+  buffers = {bounds_of(shard.index, shape): shard.buffer for shard in shards}
+  return jax.make_array_from_callback(
+    shape,
+    planned.parameter.sharding,
+    lambda index: buffers[bounds_of(index or (), shape)],
+    dtype=planned.dtype,
   )
