@@ -34,7 +34,7 @@ from models_core.loading import boxes, streams
 from models_core.loading.planned import PlannedParameter
 from models_core.weights import Piece, arrange, part_shape
 
-# Bytes that one task of a thread fills.
+# Most bytes that one task of a thread fills. Small tensors, such as experts, share a task of a quarter of it.
 _TASK = 32 << 20
 
 # The elements that a shard takes of what a piece fills, and the view of the shard's buffer that they go to.
@@ -122,6 +122,8 @@ def tasks(
   """The tasks that fill the shards of some parameters, for several threads to run in any order."""
   streamed: dict[str, list[streams.Share]] = {}
   boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
+  small: list[Callable[[], None]] = []
+  small_nbytes = 0
   for planned, shards in filled:
     for piece in planned.pieces:
       info = reader.tensors[piece.tensor]
@@ -141,7 +143,15 @@ def tasks(
       last = max(index[0].stop for index, _ in targets)
       for start in range(min(index[0].start for index, _ in targets), last, step):
         rows = (start, min(start + step, last))
-        yield _task(reader, info, _fill_rows, run, info, shape, targets, *rows, reader.chunk, reader.runs)
+        small.append(
+          _task(reader, info, _fill_rows, run, info, shape, targets, *rows, reader.chunk, reader.runs)
+        )
+        small_nbytes += (rows[1] - rows[0]) * math.prod(shape[1:]) * info.dtype.itemsize
+        if small_nbytes >= _TASK // 4:
+          yield functools.partial(_run_all, small)
+          small, small_nbytes = [], 0
+  if small:
+    yield functools.partial(_run_all, small)
   for several in boxed.values():
     # Parameters that share a tensor take turns: a cell that they share is decoded once and freed soon.
     for turn in itertools.zip_longest(*several):
@@ -275,6 +285,11 @@ def _fill_whole(
   part = arrange(reader.read_box(info, box), within, shape)
   for index, target in targets:
     cast_into(target, part[index])
+
+
+def _run_all(several: Sequence[Callable[[], None]]) -> None:
+  for one in several:
+    one()
 
 
 def _task(

@@ -252,10 +252,12 @@ def match_tensors(
   heads = _stored_as_heads(tensors, parameters, table)
   for name, shape in parameters.items():
     row, placeholders = table.row_of(name)
-    forms = [
-      [dataclasses.replace(piece, tensor=heads.get(piece.tensor, piece.tensor)) for piece in form]
-      for form in (pieces(row, form, placeholders, shape, letters) for form in row.forms)
-    ]
+    forms = [pieces(row, form, placeholders, shape, letters) for form in row.forms]
+    if heads:
+      forms = [
+        [dataclasses.replace(piece, tensor=heads.get(piece.tensor, piece.tensor)) for piece in form]
+        for form in forms
+      ]
     found, trouble = _choose(row, forms, name, shape, tensors, config, may_be_held, table.absence)
     problems += trouble
     if found:

@@ -72,6 +72,9 @@ def files_of_process(
   for planned in parameters:
     way = part_to_read(planned, tensors)
     shape, sharding = way.parameter.shape, way.parameter.sharding
+    if sharding.is_fully_addressable:
+      names.update(piece.tensor for piece in way.pieces)
+      continue
     indices = sharding.addressable_devices_indices_map(shape).values()
     names |= {
       piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
