@@ -13,3 +13,5 @@ except PackageNotFoundError:  # naming and sources do without
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and (0, 9) <= _jax <= (0, 10):
   # Emitters of fusions take most of a compilation. Newer versions have nothing else.
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# The command would keep programs in the cache of whoever runs the tests.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")

@@ -1,18 +1,21 @@
-"""Loads one checkpoint three ways, in turns: a plain read of its bytes, models_automodel, and google-tunix's own loader.
+"""Loads checkpoints of several kinds, with each library in turns, beside the floor: a plain read into huge pages.
 
 Each measurement is a fresh process that first touches more memory than it will need (a page that a machine touches
-for the first time can cost ten times a warm one), reads the files once into the page cache, and imports what it uses.
-Then the clock runs from the call to the last array that is ready. A second clock reads every byte of the result once,
-so that a loader that only maps its files pays for it in sight. Values are compared with the file's each time.
+for the first time can cost ten times a warm one), reads the files once into the page cache, or drops them from it, and
+imports what it uses. Then the clock runs from the call to the last array that is ready. A second clock reads every byte
+of the result once, so that a loader that only maps its files pays for it in sight. This pass combines all values by
+exclusive or, which must give what the files' tensors give: in whatever order and layout a library keeps them.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import mmap
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import struct
 import subprocess
@@ -22,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import floor
 import numpy as np
 
 MIB = 2**20
@@ -59,6 +63,41 @@ CONFIG = {
   "use_cache": True,
   "vocab_size": 128256,
 }
+# A dense model of 290 tensors, and one whose tensors are nearly all experts.
+DENSE = CONFIG | {
+  "hidden_size": 1024,
+  "intermediate_size": 3584,
+  "num_attention_heads": 16,
+  "num_hidden_layers": 32,
+  "vocab_size": 49152,
+}
+MOE = {
+  "architectures": ["Qwen3MoeForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "decoder_sparse_step": 1,
+  "head_dim": 64,
+  "hidden_act": "silu",
+  "hidden_size": 1024,
+  "initializer_range": 0.02,
+  "intermediate_size": 3072,
+  "max_position_embeddings": 40960,
+  "mlp_only_layers": [],
+  "model_type": "qwen3_moe",
+  "moe_intermediate_size": 384,
+  "norm_topk_prob": True,
+  "num_attention_heads": 16,
+  "num_experts": 64,
+  "num_experts_per_tok": 8,
+  "num_hidden_layers": 14,
+  "num_key_value_heads": 4,
+  "rms_norm_eps": 1e-06,
+  "rope_theta": 1000000.0,
+  "sliding_window": None,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "vocab_size": 32768,
+}
 # checkpoint name -> (path in models_llama, path in google-tunix)
 LAYER_NAMES = {
   "input_layernorm": ("input_layernorm.w", "input_layernorm.w"),
@@ -80,6 +119,7 @@ TOP_NAMES = {"model.embed_tokens": "embedder.input_embedding", "model.norm": "fi
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
   """Names and shapes of all tensors, in the order of the file."""
   d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+  experts = config.get("num_experts", 0)
   n, k = config["num_attention_heads"] * h, config["num_key_value_heads"] * h
   layer = {
     "input_layernorm": (d,),
@@ -88,10 +128,12 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     "self_attn.v_proj": (k, d),
     "self_attn.o_proj": (d, n),
     "post_attention_layernorm": (d,),
-    "mlp.gate_proj": (f, d),
-    "mlp.up_proj": (f, d),
-    "mlp.down_proj": (d, f),
   }
+  if experts:
+    f = config["moe_intermediate_size"]
+    layer |= {"self_attn.q_norm": (h,), "self_attn.k_norm": (h,), "mlp.gate": (experts, d)}
+  for block in [f"mlp.experts.{i}" for i in range(experts)] or ["mlp"]:
+    layer |= {f"{block}.gate_proj": (f, d), f"{block}.up_proj": (f, d), f"{block}.down_proj": (d, f)}
   table = {"model.embed_tokens.weight": (config["vocab_size"], d)}
   for i in range(config["num_hidden_layers"]):
     table |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
@@ -157,49 +199,28 @@ def size_of(directory: pathlib.Path) -> int:
 
 
 # --- The ways to load ------------------------------------------------------------------------------------------
-# Each function imports what it needs and returns the call to be timed; the result of that call maps
-# a checkpoint's name and array to the loaded array, in the shape of the checkpoint's.
-
-
-def plain_read(directory: pathlib.Path) -> Callable:
-  """The bytes of all files into anonymous memory, by readinto: what any loader must at least do."""
-
-  def load() -> Callable:
-    arena = mmap.mmap(-1, size_of(directory), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    view, start, starts = memoryview(arena), 0, {}
-    for file in files(directory):
-      starts[file.name] = start
-      with open(file, "rb", buffering=0) as f:
-        while count := f.readinto(view[start:]):
-          start += count
-    assert start == size_of(directory)
-    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
-
-    def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
-      start = starts[index[name]]
-      (length,) = struct.unpack("<Q", view[start : start + 8])
-      offsets = json.loads(bytes(view[start + 8 : start + 8 + length]))[name]["data_offsets"]
-      begin, end = (start + 8 + length + offset for offset in offsets)
-      return np.frombuffer(view[begin:end], np.uint16).reshape(shape)
-
-    return get
-
-  return load
+# Each function imports what it needs and returns the call to be timed, which returns the loaded arrays.
 
 
 def one_device_mesh():
   """A mesh of the first device, with the axis names of both libraries' defaults."""
+  return mesh_of(1)
+
+
+def mesh_of(devices: int):
+  """A mesh of one device, or of (2, devices / 2)."""
   import jax
 
-  return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+  shape = (1, 1) if devices == 1 else (2, devices // 2)
+  return jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(shape), ("fsdp", "tp"))
 
 
-def ready(model) -> None:
-  """Waits for every array of a model."""
+def ready(model) -> list:
+  """Waits for every array of a model, and returns all."""
   import jax
   from flax import nnx
 
-  jax.block_until_ready(nnx.state(model))
+  return jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
 
 
 def parameter(model, path: str) -> np.ndarray:
@@ -218,64 +239,144 @@ def path_of(name: str, which: int) -> str:
   return f"layers.{layer}.{LAYER_NAMES[rest][which]}"
 
 
-def models_automodel(directory: pathlib.Path) -> Callable:
+def models_automodel(directory: pathlib.Path, devices: int, dtype: str | None) -> Callable[[], list]:
   """This workspace's AutoModel."""
-  import models_llama.llama3  # noqa: F401  (AutoModel imports a family when it is asked for)
+  # AutoModel imports a family when it is asked for.
+  import models_llama.llama3  # noqa: F401
+  import models_qwen.qwen3  # noqa: F401
   from models_automodel import AutoModel
 
-  mesh = one_device_mesh()
-
-  def load() -> Callable:
-    model, _ = AutoModel.from_pretrained(str(directory), mesh)
-    ready(model)
-    # In memory as in the file: at most one axis is seen as two.
-    return lambda name, shape: parameter(model, path_of(name, 0)).reshape(shape)
-
-  return load
+  mesh = mesh_of(devices)
+  return lambda: ready(AutoModel.from_pretrained(str(directory), mesh, dtype=dtype, progress=False)[0])
 
 
-def google_tunix(directory: pathlib.Path) -> Callable:
+def google_tunix(directory: pathlib.Path, devices: int, dtype: str | None) -> Callable[[], list]:
   """google-tunix's loader, as its AutoModel calls it."""
-  from tunix.models.llama3 import model as model_lib
-  from tunix.models.llama3 import params
+  import jax.numpy as jnp
 
   config = json.loads((directory / "config.json").read_text())
-  mesh = one_device_mesh()
+  fields = {
+    "num_layers": config["num_hidden_layers"],
+    "vocab_size": config["vocab_size"],
+    "embed_dim": config["hidden_size"],
+    "hidden_dim": config.get("moe_intermediate_size", config["intermediate_size"]),
+    "num_heads": config["num_attention_heads"],
+    "head_dim": config["head_dim"],
+    "num_kv_heads": config["num_key_value_heads"],
+    "rope_theta": int(config["rope_theta"]),
+    "norm_eps": config["rms_norm_eps"],
+  }
+  if "num_experts" in config:
+    from tunix.models.qwen3 import model, params
 
-  def load() -> Callable:
-    model = params.create_model_from_safe_tensors(
-      str(directory),
-      model_lib.ModelConfig(
-        num_layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        embed_dim=config["hidden_size"],
-        hidden_dim=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        head_dim=config["head_dim"],
-        num_kv_heads=config["num_key_value_heads"],
-        rope_theta=int(config["rope_theta"]),
-        norm_eps=config["rms_norm_eps"],
-        weight_tying=config["tie_word_embeddings"],
-      ),
-      mesh,
-    )
-    ready(model)
+    fields |= {name: config[name] for name in ("num_experts", "num_experts_per_tok")}
+    fields["use_tied_embedding"] = config["tie_word_embeddings"]
+  else:
+    from tunix.models.llama3 import model, params
 
-    def get(name: str, shape: tuple[int, ...]) -> np.ndarray:
-      values = parameter(model, path_of(name, 1))
-      # Every projection is turned; the embedding and the norms are not.
-      return values if name.removesuffix(".weight") in TOP_NAMES else values.reshape(shape[::-1]).T
+    fields["weight_tying"] = config["tie_word_embeddings"]
+  mesh = mesh_of(devices)
+  wanted = None if dtype is None else jnp.dtype(dtype)
+  return lambda: ready(
+    params.create_model_from_safe_tensors(str(directory), model.ModelConfig(**fields), mesh, dtype=wanted)
+  )
 
-    return get
+
+def safetensors_jax(directory: pathlib.Path, devices: int, dtype: str | None) -> Callable[[], list]:
+  """The safetensors library alone: its files as JAX arrays, without a model, on one device."""
+  import jax
+  from safetensors.flax import load_file
+
+  def load() -> list:
+    arrays = [array for file in files(directory) for array in load_file(file).values()]
+    return jax.block_until_ready([array.astype(dtype) if dtype else array for array in arrays])
 
   return load
 
 
-VARIANTS = {
-  "plain read": plain_read,
+def transformers_torch(directory: pathlib.Path, devices: int, dtype: str | None) -> Callable[[], list]:
+  """transformers' AutoModelForCausalLM, as torch tensors."""
+  import torch
+  import transformers
+
+  wanted = torch.float32 if dtype == "float32" else torch.bfloat16
+
+  def load() -> list:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+    return [p.detach().view(torch.int32 if dtype else torch.int16).numpy() for p in model.parameters()]
+
+  return load
+
+
+# --- The checkpoints -------------------------------------------------------------------------------------------
+
+
+def write_dense(directory: pathlib.Path, align: int) -> None:
+  """The dense model as safetensors."""
+  write(directory, DENSE, align)
+
+
+def write_moe(directory: pathlib.Path, align: int) -> None:
+  """The model of experts as safetensors."""
+  write(directory, MOE, align)
+
+
+def write_tree(directory: pathlib.Path, align: int) -> None:
+  """The dense model as an Orbax tree, as MaxText writes one."""
+  from models_automodel.convert import convert
+
+  with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+    write_dense(pathlib.Path(temporary), align)
+    convert(temporary, directory, to="maxtext", progress=False)
+
+
+def write_gguf(directory: pathlib.Path, align: int) -> None:
+  """The dense model's shapes as GGUF: random blocks of Q8_0."""
+  import gguf
+
+  directory.mkdir(parents=True)
+  writer = gguf.GGUFWriter(directory / "model.gguf", "llama")
+  writer.add_block_count(DENSE["num_hidden_layers"])
+  writer.add_context_length(DENSE["max_position_embeddings"])
+  writer.add_embedding_length(DENSE["hidden_size"])
+  writer.add_feed_forward_length(DENSE["intermediate_size"])
+  writer.add_head_count(DENSE["num_attention_heads"])
+  writer.add_head_count_kv(DENSE["num_key_value_heads"])
+  writer.add_rope_dimension_count(DENSE["head_dim"])
+  writer.add_layer_norm_rms_eps(DENSE["rms_norm_eps"])
+  writer.add_rope_freq_base(DENSE["rope_theta"])
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, DENSE["num_hidden_layers"])
+  random = np.random.default_rng(0)
+  for name, shape in shapes(DENSE).items():
+    found = names.get_name(name, (".weight",))
+    if len(shape) == 1:
+      writer.add_tensor(found, np.ones(shape, np.float32))
+      continue
+    blocks = random.integers(0, 256, (math.prod(shape) // 32, 34), np.uint8)
+    blocks[:, :2] = np.full((len(blocks), 1), 0.01, np.float16).view(np.uint8)
+    writer.add_tensor(found, blocks.reshape(shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+PEERS = {
   "models-automodel": models_automodel,
   "google-tunix": google_tunix,
+  "safetensors": safetensors_jax,
+  "transformers": transformers_torch,
 }
+# Of each row of a table: who writes the checkpoint, the folder that keeps it, the dtype asked for, who loads it.
+CHECKPOINTS = {
+  "dense": (write_dense, "dense", None, list(PEERS)),
+  "moe": (write_moe, "moe", None, list(PEERS)),
+  "cast": (write_dense, "dense", "float32", list(PEERS)),
+  "orbax": (write_tree, "orbax", None, ["models-automodel"]),
+  "gguf": (write_gguf, "gguf", "bfloat16", ["models-automodel"]),
+}
+# Libraries that load onto one device alone.
+ONE_DEVICE = ("safetensors", "transformers")
 
 
 # --- One measurement, in a process of its own ------------------------------------------------------------------
@@ -314,28 +415,65 @@ def touch(size: int) -> None:
   memory.close()
 
 
-def measure(variant: str, directory: pathlib.Path) -> dict[str, float]:
-  """Seconds to load, of the clock and of all cores; seconds to read the result once; peak of anonymous memory over the files' size."""
-  size = size_of(directory)
-  load = VARIANTS[variant](directory)
-  for file in files(directory):
+def settle(directory: pathlib.Path, cold: bool) -> int:
+  """Puts all files of a folder into the page cache, or out of it. Returns their bytes."""
+  size = 0
+  for file in directory.rglob("*"):
+    if not file.is_file():
+      continue
+    size += file.stat().st_size
     with open(file, "rb", buffering=0) as f:
-      while f.read(MIB):
+      if cold:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+      while not cold and f.read(MIB):
         pass
-  touch(2 * size)  # last, so that the same pages are handed out again
+  return size
+
+
+def measure(kind: str, variant: str, directory: pathlib.Path, devices: int, cold: bool) -> dict[str, float]:
+  """Seconds to load, of the clock and of all cores; seconds to read the result once; page faults; peak of anonymous memory."""
+  _, _, dtype, _ = CHECKPOINTS[kind]
+  load = None if variant == "floor" else PEERS[variant](directory, devices, dtype)
+  size = settle(directory, cold)
+  touch(2 * size)  # so that the same pages are handed out again
+  if cold:
+    settle(directory, cold)
+  if load is None:
+    seconds = floor.read(directory)
+    return {"load": seconds, "cpu": 0, "first read": 0, "peak": 1, "faults": 0, "bytes": size}
   peak = PeakMemory()
   peak.start()
+  faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   start, cpu = time.perf_counter(), time.process_time()
-  get = load()
+  arrays = load()
   seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-  more = peak.more
-  table = shapes(json.loads((directory / "config.json").read_text()))
+  faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+  more, nbytes = peak.more, sum(array.nbytes for array in arrays)
   start = time.perf_counter()
-  for name, shape in table.items():
-    np.bitwise_xor.reduce(flat(get(name, shape)))
+  values = combined(arrays)
   reading = time.perf_counter() - start
-  check(get, directory, table)
-  return {"load": seconds, "cpu": cpu, "first read": reading, "peak": more / size}
+  # Blocks of GGUF are decoded: no bits are those of the file.
+  if files(directory) and values != combined(array for _, array in tensors(directory)):
+    sys.exit(f"{variant}: the loaded values are not the file's")
+  return {
+    "load": seconds,
+    "cpu": cpu,
+    "first read": reading,
+    "peak": more / nbytes,
+    "faults": faults / nbytes * 1e9,
+    "bytes": size,
+  }
+
+
+def combined(arrays) -> int:
+  """All values as bfloat16, combined by exclusive or."""
+  found = 0
+  for array in arrays:
+    bits = flat(np.asarray(array))
+    bits = bits.view(np.uint32) >> 16 if bits.itemsize == 4 else bits.view(np.uint16)
+    found ^= int(np.bitwise_xor.reduce(bits))
+  return found
 
 
 def flat(array: np.ndarray) -> np.ndarray:
@@ -343,84 +481,91 @@ def flat(array: np.ndarray) -> np.ndarray:
   return (array if array.flags.c_contiguous else array.T).reshape(-1)
 
 
-def check(get: Callable, directory: pathlib.Path, table: dict[str, tuple[int, ...]]) -> None:
-  """Compares every tensor with the file's: each 61st row, and the last."""
-  seen = set()
-  for name, wanted in tensors(directory):
-    got = get(name, wanted.shape)
-    if (
-      got.shape != table[name]
-      or not np.array_equal(got[::61], wanted[::61])
-      or not np.array_equal(got[-1], wanted[-1])
-    ):
-      sys.exit(f"{name}: the loaded values are not the file's")
-    seen.add(name)
-  if seen != table.keys():
-    sys.exit(f"the files lack {sorted(table.keys() - seen)}")
-
-
 # --- The comparison --------------------------------------------------------------------------------------------
 
 
-def run(variant: str, directory: pathlib.Path) -> dict[str, float]:
+def run(kind: str, variant: str, directory: pathlib.Path, devices: int, cold: bool) -> dict[str, float]:
   """One measurement in a fresh process."""
-  command = [sys.executable, __file__, "--directory", str(directory), "--measure", variant]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  command = [sys.executable, __file__, "--directory", str(directory), "--measure", kind, variant]
+  command += ["--devices", str(devices), *(["--cold"] if cold else [])]
+  env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | env)
   if done.returncode:
-    sys.exit(f"{variant} failed with exit code {done.returncode}")
+    sys.exit(f"{kind}, {variant}: failed with exit code {done.returncode}")
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(results: dict[str, list[dict[str, float]]]) -> None:
-  """One line a variant: medians and minima, and the ratio of minima to the plain read's."""
-  fastest = {variant: min(r["load"] for r in rows) for variant, rows in results.items()}
-  base = fastest.get("plain read")
-  titles = ("median s", "min s", "/ plain", "min cpu s", "min + first read s", "peak / file")
-  print(f"{'':18}" + "".join(f"{title:>{len(title) + 2}}" for title in titles))
-  for variant, rows in results.items():
-    cells = (
-      f"{statistics.median(r['load'] for r in rows):.3f}",
-      f"{fastest[variant]:.3f}",
-      f"{fastest[variant] / base:.2f}" if base else "-",
-      f"{min(r['cpu'] for r in rows):.3f}",
-      f"{min(r['load'] + r['first read'] for r in rows):.3f}",
-      f"{max(r['peak'] for r in rows):.2f}",
-    )
-    print(f"{variant:18}" + "".join(f"{c:>{len(t) + 2}}" for c, t in zip(cells, titles, strict=True)))
+TITLES = (
+  "GB", "median s", "min s", "/ floor", "x slower than ours", "min cpu s", "min + first read s", "peak", "faults / GB"
+)  # fmt: skip
+
+
+def report(results: dict[tuple[str, int], dict[str, list[dict[str, float]]]]) -> None:
+  """A Markdown table, one line a variant; ratios are of medians of one run."""
+  print("| checkpoint | devices | variant | " + " | ".join(TITLES) + " |")
+  print("|---" * (len(TITLES) + 3) + "|")
+  for (kind, devices), variants in results.items():
+    median = {name: statistics.median(r["load"] for r in rows) for name, rows in variants.items()}
+    ours = median.get("models-automodel")
+    for name, rows in variants.items():
+      cells = (
+        f"{rows[0]['bytes'] / 1e9:.2f}",
+        f"{median[name]:.3f}",
+        f"{min(r['load'] for r in rows):.3f}",
+        f"{median[name] / median['floor']:.2f}",
+        f"{median[name] / ours:.1f}" if ours else "-",
+        f"{min(r['cpu'] for r in rows):.3f}",
+        f"{min(r['load'] + r['first read'] for r in rows):.3f}",
+        f"{max(r['peak'] for r in rows):.2f}",
+        f"{max(r['faults'] for r in rows):,.0f}",
+      )
+      print(f"| {kind} | {devices} | {name} | " + " | ".join(cells) + " |")
+
+
+def installed(variant: str) -> bool:
+  """Whether the libraries of a variant are installed."""
+  module = {"google-tunix": "tunix", "transformers": "torch", "safetensors": "safetensors"}.get(variant)
+  return module is None or importlib.util.find_spec(module) is not None
 
 
 def main() -> None:
-  """Makes the checkpoint where it is missing, measures in turns, prints a table."""
+  """Makes the checkpoints where they are missing, measures in turns, prints a table."""
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument(
-    "--directory", type=pathlib.Path, help="where the checkpoint is kept; else it is temporary"
+    "--directory", type=pathlib.Path, help="where the checkpoints are kept; else it is temporary"
   )
-  parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
   parser.add_argument(
     "--align", type=int, default=8, help="bytes; 8 as the safetensors library writes, 64 to be mapped"
   )
+  parser.add_argument("--checkpoints", nargs="+", default=list(CHECKPOINTS), choices=CHECKPOINTS)
+  parser.add_argument("--devices", nargs="+", type=int, default=[1, 8], choices=[1, 8])
+  parser.add_argument("--variants", nargs="+", default=list(PEERS), choices=PEERS)
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-  parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+  parser.add_argument("--cold", action="store_true", help="drop the files from the page cache first")
+  parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:
-    print(json.dumps(measure(args.measure, args.directory)))
+    print(json.dumps(measure(*args.measure, args.directory, args.devices[0], args.cold)))
     return
   with tempfile.TemporaryDirectory() as temporary:
-    directory = args.directory or pathlib.Path(temporary)
-    if not (directory / "config.json").exists():
-      write(directory, CONFIG | {"num_hidden_layers": args.layers}, args.align)
-    count, size = len(files(directory)), size_of(directory) / 10**9
-    cores = os.cpu_count()
+    root = args.directory or pathlib.Path(temporary)
+    load = os.getloadavg()[0]
     print(
-      f"{size:.3f} GB in {count} files; {platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}"
+      f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, {'cold' if args.cold else 'warm'}\n"
     )
-    results: dict[str, list[dict[str, float]]] = {variant: [] for variant in args.variants}
-    for number in range(args.rounds):
-      for variant in args.variants:
-        results[variant].append(run(variant, directory))
-        seconds = results[variant][-1]["load"]
-        print(f"round {number + 1}, {variant}: {seconds:.3f} s", file=sys.stderr)
+    results: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
+    for kind in args.checkpoints:
+      make, folder, _, variants = CHECKPOINTS[kind]
+      if not (root / folder).exists():
+        make(root / folder, args.align)
+      for devices in args.devices:
+        names = ["floor", *(name for name in variants if name in args.variants and installed(name))]
+        names = [name for name in names if devices == 1 or name not in ONE_DEVICE]
+        rows = results.setdefault((kind, devices), {name: [] for name in names})
+        for _ in range(args.rounds):
+          for name in names:
+            rows[name].append(run(kind, name, root / folder, devices, args.cold))
+            print(f"{kind}, {devices}, {name}: {rows[name][-1]['load']:.3f} s", file=sys.stderr)
     report(results)
 
 

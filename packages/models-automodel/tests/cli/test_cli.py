@@ -2,8 +2,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from models_automodel import cli
 from models_automodel.cli import main
 
 
@@ -94,3 +96,28 @@ def test_an_error_is_one_message_without_a_traceback(directory, tmp_path):
   assert "Traceback" not in done.stderr
   assert str(tmp_path) in done.stderr
   assert "Traceback" in run("--traceback", "plan", str(tmp_path)).stderr
+
+
+class TestCompiledPrograms:
+  @pytest.fixture
+  def before_jax(self, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+      monkeypatch.setenv(name, "")  # so that it is restored
+      monkeypatch.delenv(name)
+
+  def test_they_are_kept_in_the_users_cache(self, before_jax, tmp_path):
+    cli.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "automodel" / "compiled")
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
+
+  def test_the_environment_wins(self, before_jax, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    cli.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+  def test_a_process_that_uses_jax_keeps_its_own_settings(self, before_jax, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    cli.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit status: 0, or 1 for an error, whose message is printed to stderr.
   """
   options = _parser().parse_args(arguments)
+  keep_compiled_programs()
   try:
     options.run(options)
   # The messages of these errors hold the remedy, which a traceback would hide.
@@ -52,6 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   return 0
+
+
+def keep_compiled_programs() -> None:
+  """Has JAX keep compiled programs in the user's cache, unless JAX is in use already or the environment says where.
+
+  `JAX_COMPILATION_CACHE_DIR` names another directory; `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+  """
+  if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(cache, "automodel", "compiled")
+  # The programs of a small model compile in less than the second from which on JAX keeps them by default.
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _parser() -> argparse.ArgumentParser:

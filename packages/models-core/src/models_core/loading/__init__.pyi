@@ -1,4 +1,5 @@
 from .abstract import AbstractModel, AbstractParameter, abstract_model
+from .compiling import Compiling
 from .loader import load, load_arrays
 from .opened import OpenedPlan
 from .plan import LoadPlan, Match, loaded_dtype, match_tensors, plan_load, shorten
@@ -7,6 +8,7 @@ from .planned import PlannedParameter
 __all__ = [
   "AbstractModel",
   "AbstractParameter",
+  "Compiling",
   "LoadPlan",
   "Match",
   "OpenedPlan",

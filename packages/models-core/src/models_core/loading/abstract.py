@@ -55,11 +55,11 @@ class AbstractModel:
   _graphdef: Any
   _state: Any
 
-  def fill(self, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+  def fill(self, arrays: Mapping[str, Any]) -> nnx.Module:
     """The model with the given arrays as its parameters.
 
     Args:
-      arrays: an array for each parameter, by name.
+      arrays: an array for each parameter, by name; or a `jax.ShapeDtypeStruct`.
     """
     filled = [
       (path, variable.replace(arrays[dotted(path)])) for path, variable in nnx.to_flat_state(self._state)

@@ -20,6 +20,7 @@ from models_core.errors import CheckpointError
 from models_core.family import Family
 from models_core.formats import Checkpoint, OnBytes, TensorInfo
 from models_core.loading.abstract import AbstractModel, misfit_notes
+from models_core.loading.compiling import Compiling, with_shapes
 from models_core.loading.floats import check_floats
 from models_core.loading.misnamed import misnamed
 from models_core.loading.opened import OpenedPlan
@@ -65,6 +66,23 @@ class LoadPlan:
       on_bytes: called with the number of bytes of each read, from several threads.
     """
     return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes, self.model.config)
+
+  def compile(self, function: Callable[..., Any], *args: Any) -> Compiling:
+    """Compiles `function(model, *args)` in a thread, while the caller loads the plan.
+
+    The time to the first result is then the longer one of the two, not their sum:
+
+        step = plan.compile(lambda model, tokens: model(tokens)[0], jax.ShapeDtypeStruct((1, 16), "int32"))
+        model = load(plan)
+        logits = step(model, tokens)  # waits until the function is compiled
+
+    The thread traces the function, too: contexts that the caller has entered, such as `jax.set_mesh`, do not hold there.
+
+    Args:
+      function: of the model and other arguments; one that is jitted keeps its options, such as donated arguments.
+      *args: the other arguments, as arrays or as `jax.ShapeDtypeStruct`.
+    """
+    return Compiling(function, with_shapes(self.model, self.parameters), *args)
 
   @property
   def files(self) -> tuple[str, ...]:
