@@ -78,6 +78,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, m
   ("processes", "devices", "mesh", "names", "auto"),
   [
     (4, 1, (4,), ("fsdp",), False),
+    (4, 1, (4,), ("tp",), False),
     (4, 1, (2, 2), ("fsdp", "tp"), True),
     (2, 4, (2, 4), ("fsdp", "tp"), False),
     (2, 2, (4, 1), ("other", "tp"), False),

@@ -28,7 +28,7 @@ from models_core.processes import check_same, processes_of, together
 from models_core.weights import Tied
 
 # Bytes that a process reads before it synchronises with the others.
-_BATCH = 1 << 30
+_BATCH = 128 << 20
 # Bytes of host memory that wait for their transfer to an accelerator.
 _IN_FLIGHT = 2 << 30
 

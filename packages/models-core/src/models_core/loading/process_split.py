@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -
   split = NamedSharding(mesh, PartitionSpec("devices"))
   ways = [planned]
   if shape and shape[0] % mesh.size == 0:
-    ways.append(_as(planned, shape, split, planned.pieces))
+    ways += [_as(planned, shape, sharding, planned.pieces) for sharding in (_rows_near(target), split)]
   piece, size = planned.pieces[0], math.prod(shape)
   codec = tensors[piece.tensor].codec
   is_run = len(planned.pieces) == 1 and piece.run is not None and bool(shape)
@@ -55,6 +56,17 @@ def part_to_read(planned: PlannedParameter, tensors: Mapping[str, TensorInfo]) -
   if is_run and size % (mesh.size * (codec.block_size if codec else 1)) == 0:
     ways.append(_as(planned, (size,), split, (piece.in_one_row(),)))
   return min(ways, key=lambda way: _elements_read(way.parameter.shape, way.parameter.sharding))
+
+
+def _rows_near(target: NamedSharding) -> NamedSharding:
+  """Rows split over all devices, such that each device reads rows of its own target, as far as the target splits rows.
+
+  Only columns are left to exchange, which takes no copy of the whole parameter.
+  """
+  rows = axis_names(target.spec[0]) if target.spec else ()
+  others = (name for name in target.mesh.axis_names if name not in rows)
+  mesh = Mesh(target.mesh.devices, target.mesh.axis_names)
+  return NamedSharding(mesh, PartitionSpec((*rows, *others)))
 
 
 def files_of_process(
@@ -112,18 +124,23 @@ def redistribute(array: jax.Array, shape: Sequence[int], target: Sharding) -> ja
   if array.sharding == target:
     return array
   # Move integers: some backends convert small floats to wider ones while they copy, which changes NaNs.
-  bits = _to_bits(array)
-  for step in (_between(shape, target), target):
+  bits = _viewed(array, np.dtype(f"u{array.dtype.itemsize}"))
+  for step in dict.fromkeys((_between(shape, target), target)):
     bits = _mover(tuple(shape), step)(bits)
   # Wait: this frees what was read, and no two parameters' collectives can block each other.
-  return _from_bits(target, array.dtype)(bits).block_until_ready()
+  return _viewed(bits, array.dtype).block_until_ready()
 
 
-@jax.jit
-def _to_bits(x: jax.Array) -> jax.Array:
-  if x.dtype == jax.numpy.bool_:
-    return x.astype(jax.numpy.uint8)
-  return jax.lax.bitcast_convert_type(x, np.dtype(f"u{x.dtype.itemsize}"))
+def _viewed(array: jax.Array, dtype: np.dtype) -> jax.Array:
+  """The bits of an array as another dtype of the same size. On CPUs the result aliases the array."""
+  shape, sharding = array.shape, array.sharding
+  devices: Any = sharding.device_set
+  if any(device.platform != "cpu" for device in devices):
+    return _bitcast(sharding, dtype)(array)
+  shards = {bounds_of(s.index, shape): np.asarray(s.data).view(dtype) for s in array.addressable_shards}
+  return jax.make_array_from_callback(
+    shape, sharding, lambda index: shards[bounds_of(index or (), shape)], dtype=dtype
+  )
 
 
 @functools.lru_cache(256)
@@ -132,9 +149,11 @@ def _mover(shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], 
 
 
 @functools.lru_cache(256)
-def _from_bits(sharding: Sharding, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
+def _bitcast(sharding: Sharding, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
   def convert(x: jax.Array) -> jax.Array:
-    return x.astype(dtype) if dtype == jax.numpy.bool_ else jax.lax.bitcast_convert_type(x, dtype)
+    # Truth values are 0 or 1, which no bitcast takes.
+    plain = jax.numpy.bool_ in (x.dtype, dtype)
+    return x.astype(dtype) if plain else jax.lax.bitcast_convert_type(x, dtype)
 
   return jax.jit(convert, out_shardings=sharding)
 
