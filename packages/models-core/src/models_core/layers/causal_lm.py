@@ -307,7 +307,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     return call_module(run, out_specs, self, self._weight(), *args)
 
   def _weight(self) -> jax.Array:
-    return self.embedder.input_embedding[...]
+    return self.embedder.input_embedding.get_value()
 
   def _mesh(self) -> Mesh | AbstractMesh | None:
     return find_mesh(self._weight())
