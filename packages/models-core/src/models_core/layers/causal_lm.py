@@ -121,8 +121,6 @@ class CausalLM(SamplerMappings, nnx.Module):
       attention_mask: jax.Array | None,
       segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None, tuple[jax.Array, ...]]:
-      if positions is None:
-        positions = cache_lib.next_positions(cache, *inputs.shape[:2])
       with keep_router_logits(output_router_logits):
         hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
       routers = take_router_logits(model.layers) if output_router_logits else ()
@@ -187,7 +185,7 @@ class CausalLM(SamplerMappings, nnx.Module):
   def _hidden(
     self,
     inputs: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | None,
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
@@ -198,7 +196,10 @@ class CausalLM(SamplerMappings, nnx.Module):
       Hidden states after the final norm [B, T, D], NaN for tokens without a free slot, and the cache with T more slots in
       use.
     """
-    seen, windows = self._visible(positions, cache, attention_mask, segment_ids), self.windows()
+    if counted := positions is None:
+      positions = cache_lib.next_positions(cache, *inputs.shape[:2])
+    seen = self._visible(positions, cache, attention_mask, segment_ids, counted)
+    windows = self.windows()
     by_window = {window: (self._rotary(window), visible) for window, visible in seen.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
@@ -262,6 +263,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
+    counted: bool,
   ) -> dict[int | None, VisibleKeys]:
     """Visible keys for each of the `windows`. Layers with the same window share them."""
     first: dict[int | None, int] = {}
@@ -269,7 +271,12 @@ class CausalLM(SamplerMappings, nnx.Module):
       first.setdefault(window, i)
     return {
       window: visible_keys(
-        positions, cache[f"layer_{i}"] if cache else None, attention_mask, segment_ids, window
+        positions,
+        cache[f"layer_{i}"] if cache else None,
+        attention_mask,
+        segment_ids,
+        window,
+        counted=counted,
       )
       for window, i in first.items()
     }

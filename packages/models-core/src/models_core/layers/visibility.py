@@ -6,6 +6,7 @@ Visibility follows from the positions of tokens, so that neither padding nor a p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Required, TypedDict
 
@@ -18,6 +19,18 @@ from models_core.layers import cache as cache_lib
 # Numbers of queries and of keys for which extremes are kept: blocks of attention have multiples of them.
 QUERIES, KEYS = 64, 128
 _LARGEST = jnp.iinfo(jnp.int32).max
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """Says that query i and key i are the token at position i: kernels need a rule that is known when they are traced.
+
+  Attributes:
+    window: sliding window in tokens, or None.
+  """
+
+  window: int | None
 
 
 class VisibleKeys(TypedDict, total=False):
@@ -38,6 +51,7 @@ class VisibleKeys(TypedDict, total=False):
     mask: bool [B or 1, T or 1, S].
     mask_of_slots: bool [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
     extremes: of each block of queries and keys; missing if a size is symbolic, or T is less than QUERIES.
+    counted: present if positions count from 0 in every row, without a cache and without a mask.
   """
 
   query_slots: Required[jax.Array]
@@ -50,6 +64,7 @@ class VisibleKeys(TypedDict, total=False):
   mask: jax.Array
   mask_of_slots: jax.Array
   extremes: Extremes
+  counted: Counted
 
 
 class Extremes(TypedDict):
@@ -185,6 +200,8 @@ def visible_keys(
   mask: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   window: int | None = None,
+  *,
+  counted: bool = False,
 ) -> VisibleKeys:
   """Describes which keys each query sees.
 
@@ -198,6 +215,7 @@ def visible_keys(
       with False.
     segment_ids: int [B, T]; tokens of different segments do not see each other. Only without a cache.
     window: sliding window in tokens: a query at position p sees no key before position p - window + 1.
+    counted: whether positions are known to count from 0 in every row.
 
   Returns:
     Visibility of the S keys that `extend_cache` returns, in the same order.
@@ -237,20 +255,22 @@ def visible_keys(
     visible["query_segments"] = visible["key_segments"] = segment_ids
   if window is not None:
     visible["window"] = jnp.int32(window)
-  return _with_extremes(visible)
+  if counted and layer is None and mask is None:
+    visible["counted"] = Counted(window)
+  return with_extremes(visible)
 
 
 def keys_of_mask(mask: jax.Array) -> VisibleKeys:
   """Visibility by a mask alone, bool [B, T, S]."""
   B, T, S = mask.shape
   query, key = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-  return _with_extremes(
+  return with_extremes(
     {"query_slots": query, "query_positions": query, "key_slots": key, "key_positions": key, "mask": mask}
   )
 
 
-def _with_extremes(visible: VisibleKeys) -> VisibleKeys:
-  """Adds the extremes, which need sizes that are numbers, where there are enough queries for a block."""
+def with_extremes(visible: VisibleKeys) -> VisibleKeys:
+  """Adds the extremes of its blocks, where sizes are numbers and there are enough queries for a block."""
   B, T = visible["query_slots"].shape
   sizes = (B, T, visible["key_slots"].shape[1])
   if all(isinstance(n, int) for n in sizes) and T >= QUERIES:
