@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import ConfigError
@@ -14,6 +15,8 @@ from models_core.layers import ATTENTION_IMPLEMENTATIONS, AttentionCase, explain
 from models_core.layers.attention import attend
 from models_core.layers.splash import attend_splash
 from models_core.layers.visibility import visible_keys
+
+from .tiny_lm import SHARDING, Config, make
 
 P = PartitionSpec
 CASE = AttentionCase(
@@ -65,7 +68,7 @@ def test_a_name_is_taken_but_a_few_queries_are_computed_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["flash_attention_2", None, 3, ["auto"]], ids=str)
 def test_another_name_is_refused_with_the_choices(name) -> None:
-  with pytest.raises(ConfigError, match="attn_implementation is .*, expected one of auto, cudnn, splash"):
+  with pytest.raises(ConfigError, match=r"attn_implementation is .*, expected one of auto, cudnn, splash"):
     explain_case(CASE, name)
 
 
@@ -144,6 +147,43 @@ def test_on_a_mesh_keys_are_gathered_once_and_loops_send_nothing(name, kind) -> 
   assert len(sent) == sum(entry.count(f" {opcode}(") for opcode in set(sent)), "a loop sends something"
   if name == "sequence":
     assert sorted(sent) == ["all-gather"] * 2 + ["reduce-scatter"] * 2
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_model_whose_sequence_is_divided_over_a_mesh(kind) -> None:
+  shd = dataclasses.replace(
+    SHARDING,
+    act_btd=("fsdp", "cp", None),
+    act_btf=("fsdp", "cp", None),
+    act_btnh=("fsdp", "cp", None, None),
+  )
+  config = Config(windows=(None, 90), shd_config=shd)
+  tokens, out = RNG.integers(0, 16, (B, T)), RNG.normal(size=(B, T, 16)).astype(np.float32)
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "cp"), axis_types=(kind,) * 2)
+  placed = jax.device_put(tokens, NamedSharding(mesh, P("fsdp", "cp")))
+
+  def both(model, tokens):
+    graphdef, state = nnx.split(model)
+    run = lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0]
+
+    def loss(state, tokens, out):
+      return jnp.sum(run(state, tokens) * out)
+
+    return jax.jit(run), jax.jit(jax.grad(loss)), state
+
+  run, grad, state = both(make(None, config), tokens)
+  expected = run(state, tokens), *jax.tree.leaves(grad(state, tokens, out))
+  run, grad, state = both(make(mesh, config), placed)
+  program = run.lower(state, placed).compile()
+  logits = program(state, placed)
+  assert logits.sharding.shard_shape(logits.shape) == (1, T // 2, 16)
+  weights = jax.device_put(out, logits.sharding)
+  for ours, theirs in zip((logits, *jax.tree.leaves(grad(state, placed, weights))), expected, strict=True):
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-5 * np.abs(theirs).max()
+  sent = [use.instruction for use in Program(program.as_text()).collectives]
+  keys = [one for one in sent if one.size == T * config.num_kv_heads * config.head_dim]
+  assert len(keys) == 2 * len(config.windows), "keys and values must be gathered once a layer"
+  assert max(one.size for one in sent) == max(one.size for one in keys)
 
 
 def test_a_call_is_explained_without_being_run() -> None:

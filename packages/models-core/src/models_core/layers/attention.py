@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from models_core.errors import ConfigError
 from models_core.layers.attention_case import AttentionCase
-from models_core.layers.attention_shards import on_shards, shards_of
+from models_core.layers.attention_shards import Attend, on_shards, shards_of
 from models_core.layers.blockwise import attend_blockwise, why_not_blockwise
 from models_core.layers.cudnn import attend_cudnn, why_not_cudnn
 from models_core.layers.linear import products_are_replaced
@@ -60,7 +60,7 @@ def attend(
   scale: float,
   soft_cap: float | None = None,
   implementation: str = "auto",
-  spec: PartitionSpec = PartitionSpec(),
+  spec: PartitionSpec | None = None,
 ) -> jax.Array:
   """Grouped-query attention with float32 logits and softmax.
 
@@ -74,8 +74,8 @@ def attend(
     soft_cap: bounds the logits to (-soft_cap, soft_cap) before the mask applies; None does not bound them.
     implementation: one of `ATTENTION_IMPLEMENTATIONS`. A name holds for calls of at least 64 queries; fewer, as in a step
       of decoding, are computed at once.
-    spec: mesh axes of q. On a mesh each device computes its own rows, queries and heads; if T is divided, keys and values
-      are gathered once. Without it, the compiler decides.
+    spec: mesh axes of q. Each device computes its own rows, queries and heads; if T is divided, keys and values are
+      gathered once. With None, the compiler decides.
 
   Returns:
     [B, T, N, H] in the dtype of q.
@@ -86,19 +86,18 @@ def attend(
   if not isinstance(visible, dict):
     visible = keys_of_mask(visible)
   k, v = k.astype(q.dtype), v.astype(q.dtype)
-  axes, parts = shards_of(q, spec)
+  axes, parts = shards_of(q, spec or PartitionSpec())
   explanation = explain_case(_case(q, k, visible, soft_cap, parts), implementation)
   if (heard := _heard.get()) is not None and explanation not in heard:
     heard.append(explanation)
   taken = IMPLEMENTATIONS[explanation.taken]
 
-  def run(q: jax.Array, k: jax.Array, v: jax.Array, visible: VisibleKeys) -> jax.Array:
-    return taken.attend(q, k, v, visible, scale, soft_cap)
-
-  if taken.on_shards:
-    run = on_shards(run, axes, typed=taken.typed) if max(parts) > 1 else run
-    return call_auto(run, spec_of(q), q, k, v, visible)
-  return run(q, k, v, visible)
+  run: Attend = functools.partial(taken.attend, scale=scale, soft_cap=soft_cap)
+  if not taken.on_shards:
+    return run(q, k, v, visible)
+  if max(parts) > 1:
+    run = on_shards(run, axes, typed=taken.typed)
+  return call_auto(run, spec_of(q), q, k, v, visible)
 
 
 @dataclasses.dataclass(frozen=True)

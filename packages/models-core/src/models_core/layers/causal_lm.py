@@ -69,8 +69,8 @@ class CausalLM(SamplerMappings, nnx.Module):
   ) -> tuple[jax.Array, Cache | None]:
     """Computes, for each token, the logits of the token that follows it.
 
-    On a mesh with Explicit axes the result is sharded along B as the tokens are; without a cache, tokens that have no
-    sharding take that of `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
+    On a mesh with Explicit axes the result is sharded along B and T as the tokens are; without a cache, tokens that have
+    no sharding take that of B in `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
     slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
     them.
 
@@ -110,6 +110,8 @@ class CausalLM(SamplerMappings, nnx.Module):
       cache_lib.check_room(cache, inputs.shape[1])
     batch = self._batch_spec(inputs, cache)
     result = batch if skip_lm_head else self._logits_spec(inputs, cache)
+    if decode_only_last_token:  # one token cannot be divided
+      result = PartitionSpec(*result[:1], *(None,) * len(result[1:2]), *result[2:])
     kept = batch if output_hidden_states else None
     out_specs = (result, jax.tree.map(spec_of, cache), kept, batch)
 
@@ -164,23 +166,26 @@ class CausalLM(SamplerMappings, nnx.Module):
     return logits if shd.act_btv is None else shard(logits, shd.spec("act_btv", "b t v"))
 
   def _batch_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
-    """Sharding of a result [B, ...] on Explicit axes: that of the inputs [B, ...], or else that of `act_btd`.
+    """Sharding of a result [B, T, ...] on Explicit axes: that of the inputs [B, T, ...], or else of B in `act_btd`.
 
     With a cache it is that of the inputs alone, since samplers write the results to buffers beside these.
     """
-    batch = PartitionSpec(*spec_of(inputs)[:1])
-    if batch != PartitionSpec(None) or cache is not None:
-      return batch
+    batch, time = spec_of(inputs)[:2]
+    if time is not None:
+      return PartitionSpec(batch, time)
+    if batch is not None or cache is not None:
+      return PartitionSpec(batch)
     return fit_explicit(inputs.shape[:1], self.config.shd_config.spec("act_btd", "b"), self._mesh())
 
   def _logits_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
     """Sharding of logits [B, T, V] on Explicit axes."""
-    (batch,) = self._batch_spec(inputs, cache)
+    batch = self._batch_spec(inputs, cache)
     if self.config.shd_config.act_btv is None:
-      return PartitionSpec(batch)
+      return batch
     (vocab,) = fit_explicit((self.num_embed,), self.config.shd_config.spec("act_btv", "v"), self._mesh())
-    shared = set(axis_names(batch)) & set(axis_names(vocab))
-    return PartitionSpec(batch, None, None if shared else vocab)
+    rows, time = (*batch, None)[:2]
+    shared = {*axis_names(rows), *axis_names(time)} & set(axis_names(vocab))
+    return PartitionSpec(rows, time, None if shared else vocab)
 
   def _hidden(
     self,

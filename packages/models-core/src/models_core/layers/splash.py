@@ -44,16 +44,17 @@ def attend_splash(
   q, k, v = (pad(x).transpose(0, 2, 1, 3) for x in (q, k, v))
   shape, window = (q.shape[2],) * 2, visible["counted"].window
   mask = lib.CausalMask(shape) if window is None else lib.LocalMask(shape, (window - 1, 0), 0)
-  sizes = dict.fromkeys(
-    (
-      *("block_q", "block_kv", "block_kv_compute", "block_q_dkv"),
-      *("block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
-    ),
-    block,
+  sizes = lib.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
   )
   kernel = lib.make_splash_mha(
     mask=lib.MultiHeadMask([mask] * N),
-    block_sizes=lib.BlockSizes(**sizes),
+    block_sizes=sizes,
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=soft_cap,
