@@ -30,6 +30,7 @@ CASES = {
   "packed": (PACKED.astype(np.int32), None, SEGMENTS),
   "any order": (SHUFFLED, None, None),
   "mask": (STRAIGHT, MASK, None),
+  "mask of a block and a part": (STRAIGHT, MASK.astype(np.int32), None),
   "mask of keys": (LEFT, RNG.random((1, 1, T - 30)) < 0.5, None),
 }
 
@@ -155,6 +156,18 @@ def test_temporaries_grow_linearly() -> None:
     assert large <= 4.2 * small
     # Queries, keys and values take 8 + 2 + 2 heads.
     assert large <= (4 if gradient else 3) * 16384 * 12 * 64 * 4
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int32], ids=["bool", "int"])
+def test_a_mask_is_cut_block_by_block_and_never_copied(dtype) -> None:
+  T = 4104  # no multiple of a block
+
+  def temporaries(mask) -> int:
+    q, k = (jax.ShapeDtypeStruct((1, T, n, 16), jnp.float32) for n in (2, 1))
+    run = lambda q, k, v, mask: attend(q, k, v, visible_keys(jnp.arange(T)[None], mask=mask), scale=0.1)
+    return jax.jit(run).lower(q, k, k, mask).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(jax.ShapeDtypeStruct((1, T, T), dtype)) <= temporaries(None) + T * T / 4
 
 
 def test_blocks_stay_in_the_cache_of_a_core() -> None:

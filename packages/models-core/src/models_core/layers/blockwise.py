@@ -78,7 +78,7 @@ def attend_blockwise(
   q = q.reshape(B, T, k.shape[2], -1, H)
   if missing:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-  out, sees = _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)
+  out, sees = _attend(q, k, v, pad_queries(visible, blocks[0]), scale, soft_cap, blocks)
   mean = jnp.mean(v, axis=1, dtype=jnp.float32).astype(v.dtype)
   out = jnp.where(sees[:, :, None, None, None], out, mean[:, None, :, None, :])
   return out[:, :T].reshape(B, T, N, H)

@@ -48,8 +48,8 @@ class VisibleKeys(TypedDict, total=False):
     query_segments: int [B, T], of packed sequences.
     key_segments: int [B, S], of packed sequences.
     window: int [], the sliding window in tokens.
-    mask: bool [B or 1, T or 1, S].
-    mask_of_slots: bool [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
+    mask: bool or int [B or 1, T or 1, S].
+    mask_of_slots: bool or int [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
     extremes: of each block of queries and keys; missing if a size is symbolic, or T is less than QUERIES.
     counted: present if positions count from 0 in every row, without a cache and without a mask.
   """
@@ -99,9 +99,9 @@ def dense_mask(visible: VisibleKeys) -> jax.Array:
   if is_causal(visible):
     seen &= (key <= query) & (key >= 0)
   elif "mask" in visible:
-    seen &= visible["mask"]
+    seen &= visible["mask"].astype(bool)
   else:
-    mask, slots = visible["mask_of_slots"], visible["key_slots"]
+    mask, slots = visible["mask_of_slots"].astype(bool), visible["key_slots"]
     seen &= _at_slots(jnp.broadcast_to(mask, (slots.shape[0], *mask.shape[1:])), slots)
   if "window" in visible:
     seen &= key > query - visible["window"]
@@ -128,20 +128,28 @@ def block_mask(
     for name, array in whole.items():
       if name.startswith(side):
         part[name] = lax.dynamic_slice_in_dim(array, start, size, 1)
-  for name in part.keys() & {"mask", "mask_of_slots"}:
-    if part[name].shape[1] != 1:
-      part[name] = lax.dynamic_slice_in_dim(part[name], query, queries, 1)
   if "mask" in part:
     part["mask"] = lax.dynamic_slice_in_dim(part["mask"], key, keys, 2)
+  for name in part.keys() & {"mask", "mask_of_slots"}:
+    if (rows := part[name].shape[1]) != 1:
+      start = jnp.minimum(query, rows - queries)
+      block = lax.dynamic_slice_in_dim(part[name], start, queries, 1)
+      # The last block begins earlier than it should: its first rows are those of the block before.
+      part[name] = jnp.roll(block, start - query, axis=1) if rows % queries else block
   return dense_mask(part)
 
 
-def pad_queries(visible: VisibleKeys, new: int) -> VisibleKeys:
-  """The same with further queries at the end, of which it does not matter what they see."""
+def pad_queries(visible: VisibleKeys, queries: int) -> VisibleKeys:
+  """The same with further queries at the end, up to a multiple of a number, of which it does not matter what they see.
+
+  A mask is as large as all blocks: it gets further rows only if it has fewer than one block, see `block_mask`.
+  """
   padded: Any = dict(visible)
   for name, array in list(padded.items()):
-    if name.startswith("query_") or (name.startswith("mask") and array.shape[1] != 1):
-      padded[name] = jnp.pad(array, [(0, new if axis == 1 else 0) for axis in range(array.ndim)])
+    is_mask = name.startswith("mask") and 1 < array.shape[1] < queries
+    if name.startswith("query_") or is_mask:
+      missing = -array.shape[1] % queries
+      padded[name] = jnp.pad(array, [(0, missing if axis == 1 else 0) for axis in range(array.ndim)])
   return padded
 
 
@@ -279,7 +287,7 @@ def with_extremes(visible: VisibleKeys) -> VisibleKeys:
 
 
 def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
-  """Checks a caller's mask, and pads its last axis to S: bool [B or 1, T or 1, S]."""
+  """Checks a caller's mask, and pads its last axis to S: [B or 1, T or 1, S]."""
   if mask.ndim != 3 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, T) or mask.shape[2] > S:
     remedy = "; make_causal_attn_mask makes one from a padding mask [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
@@ -288,7 +296,7 @@ def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
       f"attention_mask is {mask.dtype}, expected booleans, True where a query sees a key: pass mask == 0 for a mask "
       "that is added to the logits"
     )
-  return jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
+  return jnp.pad(mask, ((0, 0), (0, 0), (0, S - mask.shape[2])))
 
 
 def _at_slots(mask: jax.Array, key_slots: jax.Array) -> jax.Array:
