@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models_core.layers import RematConfig, explain_attention, mean_cross_entropy
+from models_core.layers import RematConfig, explain_attention
 from models_core.loading import abstract_model
 from models_gemma.gemma3.model import Gemma3
 from models_gemma.gemma3.model import ModelConfig as Gemma3Config
@@ -44,10 +44,6 @@ class Account:
   def loss_without_head(self, parameters, tokens):
     return self.prefill(parameters, tokens).astype(jnp.float32).sum()
 
-  def loss(self, parameters, tokens):
-    logits, _ = self.model.fill(parameters)(tokens)
-    return mean_cross_entropy(logits[:, :-1], tokens[:, 1:])
-
   def temporaries(self, function, *args, **options):
     program = jax.jit(function, **options).lower(self.parameters, *args).compile()
     return program.memory_analysis().temp_size_in_bytes
@@ -69,19 +65,9 @@ def test_prefill(account, T, bound, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_and_training_step(account, kind):
+def test_gradient(account, kind):
   llama = account(remat_config=RematConfig.DECODER, attn_implementation=kind)
-  gradient = llama.temporaries(jax.grad(llama.loss_without_head), llama.tokens(8192))
-  assert gradient <= 2.5 * GB
-
-  def step(parameters, tokens):
-    grads = jax.grad(llama.loss)(parameters, tokens)
-    return jax.tree.map(
-      lambda p, grad: p - (1e-3 * grad.astype(jnp.float32)).astype(p.dtype), parameters, grads
-    )
-
-  # The loss keeps the gradient of the logits [T, V] in bfloat16.
-  assert llama.temporaries(step, llama.tokens(8192), donate_argnums=0) <= gradient + 0.5 * GB
+  assert llama.temporaries(jax.grad(llama.loss_without_head), llama.tokens(8192)) <= 2.5 * GB
 
 
 def test_a_chunk_of_a_long_cache(account):
