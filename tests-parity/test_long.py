@@ -61,3 +61,20 @@ def test_left_padding_and_packed_sequences(name, kind, tmp_path, assert_parity):
   segments = (np.arange(T) >= length).astype(np.int32)[None].repeat(2, 0)
   logits = np.asarray(call(model, tokens, packed, segment_ids=segments))
   assert_parity(logits[0], np.concatenate(parts), what="packed")
+
+
+def test_blocks_are_as_exact_as_attention_at_once(tmp_path):
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(**SIZES)
+  theirs = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+  theirs.save_pretrained(tmp_path)
+  tokens = np.random.default_rng(0).integers(0, 96, (1, 1024))
+  with torch.no_grad():
+    exact = theirs.double()(torch.tensor(tokens)).logits.numpy()
+
+  def error(kind):
+    model, _ = AutoModel.from_pretrained(tmp_path, dtype="float32", progress=False, attn_implementation=kind)
+    logits = nnx.jit(lambda model, tokens: model(tokens)[0])(model, tokens)
+    return np.abs(np.asarray(logits, np.float64) - exact).mean()
+
+  assert error("blockwise") <= 1.5 * error("dense")

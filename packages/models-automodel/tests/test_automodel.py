@@ -92,6 +92,34 @@ def test_another_remat_config_is_a_type_error_with_the_choices(checkpoint, value
     AutoModel.plan(checkpoint[0], remat_config=value)
 
 
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({}, "auto"),
+    ({"attn_implementation": "splash"}, "splash"),
+    ({"use_flash_attention": True}, "auto"),
+    ({"use_flash_attention": False}, "dense"),
+  ],
+  ids=str,
+)
+def test_attention_is_named(checkpoint, fields, expected):
+  assert AutoModel.plan(checkpoint[0], **fields).config.attn_implementation == expected
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"attn_implementation": "sdpa"}, "attn_implementation is 'sdpa', expected one of auto"),
+    ({"use_flash_attention": 1}, "use_flash_attention=1, expected True or False"),
+    ({"use_flash_attention": True, "attn_implementation": "auto"}, "give only attn_implementation"),
+  ],
+  ids=str,
+)
+def test_another_name_of_attention_is_refused(checkpoint, fields, message):
+  with pytest.raises((ConfigError, TypeError), match=message):
+    AutoModel.plan(checkpoint[0], **fields)
+
+
 @pytest.mark.parametrize("value", ["linear", 8, {"rope_type": "linear", "factor": 8.0}], ids=str)
 def test_what_is_no_rope_scaling_is_refused_with_the_choices(checkpoint, value):
   with pytest.raises(ConfigError, match=r"rope_scaling is .*, expected None or a scaling .*LinearScaling"):

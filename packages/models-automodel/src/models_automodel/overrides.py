@@ -25,6 +25,8 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
       type.
   """
   own = {field.name: field for field in dataclasses.fields(config)}
+  if "attn_implementation" in own:
+    fields = _attention(fields)
   for name in fields:
     if name not in own:
       # `plan` lacks some keywords of `from_pretrained`; a name is never suggested for itself.
@@ -36,6 +38,19 @@ def override(config: Any, fields: Mapping[str, Any], known: tuple[str, ...] = ()
   return dataclasses.replace(
     config, **{name: _value(name, getattr(config, name), new) for name, new in fields.items()}
   )
+
+
+def _attention(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields with `attn_implementation` in place of `use_flash_attention`, the name of tunix' configurations."""
+  fields = dict(fields)
+  if "use_flash_attention" in fields:
+    flash = fields.pop("use_flash_attention")
+    if not isinstance(flash, bool):
+      raise TypeError(f"use_flash_attention={flash!r}, expected True or False")
+    if "attn_implementation" in fields:
+      raise TypeError("use_flash_attention says what attn_implementation says: give only attn_implementation")
+    fields["attn_implementation"] = "auto" if flash else "dense"
+  return fields
 
 
 def cut(config: Any, layers: range | None) -> Any:

@@ -51,6 +51,9 @@ B, T = 2, 7
 TOKENS = np.random.default_rng(0).integers(0, 32, (B, T), np.int32)
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
 
+# Fields of a configuration that describe how a process runs the model.
+_OF_THE_PROCESS = {"shd_config", "remat_config", "attn_implementation"}
+
 MESHES = {
   "explicit": lambda: jax.make_mesh((2, 2), ("fsdp", "tp"), devices=jax.devices()[:4]),
   "auto": lambda: Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tp")),
@@ -236,8 +239,9 @@ class FamilyContract:
   Attributes:
     family: under test.
     config: tiny, with at least two layers, two query heads for each KV head and a vocabulary of 32 tokens.
-    changes: another value for each field of the configuration except `shd_config` and `remat_config`. A field that has
-      no effect in `config`, such as `num_experts` in a dense model, may be left out if one of `others` changes it.
+    changes: another value for each field of the configuration except `shd_config`, `remat_config` and
+      `attn_implementation`. A field that has no effect in `config`, such as `num_experts` in a dense model, may be left
+      out if one of `others` changes it.
     others: further configurations of the family; test each in a subclass of its own, too.
     even: sizes for the tests of compiled programs, in place of those of `config` that are larger than 1. Two devices
       divide each, no product of them is divisible by T, and the vocabulary is much larger than the rest.
@@ -385,7 +389,7 @@ class FamilyContract:
     yield from self.others
 
   def test_every_config_field_changes_shapes_or_output(self, model: Any, expected: np.ndarray) -> None:
-    own = {field.name for field in dataclasses.fields(self.config)} - {"shd_config", "remat_config"}
+    own = {field.name for field in dataclasses.fields(self.config)} - _OF_THE_PROCESS
     elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
     assert own - elsewhere <= set(self.changes) <= own, (
       "changes must hold another value for each field of the configuration"
@@ -488,7 +492,7 @@ class FamilyContract:
       for value in (number, member.name, member.name.lower(), member):
         assert dataclasses.replace(self.config, remat_config=value).remat_config is member
 
-  @pytest.mark.parametrize("field", ["remat_config", "rope_scaling", "shd_config"])
+  @pytest.mark.parametrize("field", ["attn_implementation", "remat_config", "rope_scaling", "shd_config"])
   def test_fields_of_another_kind_are_refused(self, field: str) -> None:
     if not hasattr(self.config, field):
       pytest.skip("the configuration has no such field")

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models_core.layers import attention
 from models_core.layers.attention import attend
 from models_core.layers.blockwise import block_sizes
 from models_core.layers.cache import extend_cache, init_layer
@@ -31,23 +30,12 @@ CASES = {
   "packed": (PACKED.astype(np.int32), None, SEGMENTS),
   "any order": (SHUFFLED, None, None),
   "mask": (STRAIGHT, MASK, None),
+  "mask of a block and a part": (STRAIGHT, MASK.astype(np.int32), None),
   "mask of keys": (LEFT, RNG.random((1, 1, T - 30)) < 0.5, None),
 }
 
 # Half precision differs in how numbers are rounded, whatever is visible.
 HALF = ("left padding", "mask")
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-  """Computes attention at once, whatever its sizes."""
-
-  def call(function, *args):
-    with monkeypatch.context() as patch:
-      patch.setattr(attention, "why_not_blockwise", lambda *sizes: "asked to")
-      return function(*args)
-
-  return call
 
 
 def close(ours, expected, bound: float) -> None:
@@ -57,50 +45,47 @@ def close(ours, expected, bound: float) -> None:
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 2.0)])
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients_are_those_of_attention_at_once(at_once, case, window, soft_cap) -> None:
+def test_results_and_gradients_are_those_of_attention_at_once(case, window, soft_cap) -> None:
   positions, mask, segments = (None if x is None else jnp.asarray(x) for x in CASES[case])
 
-  def run(dtype):
-    # Traced anew in each mode.
+  def run(dtype, implementation="blockwise"):
     def weighted(q, k, v):
-      out = attend(
-        q, k, v, visible_keys(positions, None, mask, segments, window), scale=0.3, soft_cap=soft_cap
-      )
+      visible = visible_keys(positions, None, mask, segments, window)
+      out = attend(q, k, v, visible, scale=0.3, soft_cap=soft_cap, implementation=implementation)
       return jnp.sum(out.astype("float32") * OUT), out
 
     arrays = [jnp.asarray(x, dtype) for x in (Q, KEYS, VALUES)]
     (_, out), grads = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(*arrays)
     return out, *grads
 
-  assert attention.why_not_blockwise(B, T, T, N) is None
-  exact = at_once(run, "float32")
+  exact = run("float32", "dense")
   for ours, expected in zip(run("float32"), exact, strict=True):
     close(ours, expected, 2e-6)
   if case not in HALF:
     return
   # Half precision rounds the inputs in both; what the blocks add to it is smaller.
-  for ours, rounded, expected in zip(run("bfloat16"), at_once(run, "bfloat16"), exact, strict=True):
+  for ours, rounded, expected in zip(run("bfloat16"), run("bfloat16", "dense"), exact, strict=True):
     error = np.abs(np.asarray(ours, np.float32) - expected).mean()
     assert error <= 1.5 * np.abs(np.asarray(rounded, np.float32) - expected).mean()
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["all slots", "ring"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
-def test_chunks_in_a_cache(at_once, ring: bool, masked: bool) -> None:
+def test_chunks_in_a_cache(ring: bool, masked: bool) -> None:
   window = 90 if ring else None
   mask = jnp.asarray(MASK if masked else np.ones((B, T, T), bool)) if masked else None
 
-  def run():
+  def run(implementation):
     layer = init_layer(B, 230, K, H, "float32", mesh=None, spec=jax.sharding.PartitionSpec(), window=window)
     out = []
     for cut in (slice(0, 70), slice(70, 71), slice(71, 200)):
       positions = jnp.asarray(LEFT[:, cut])
       visible = visible_keys(positions, layer, None if mask is None else mask[:, cut], window=window)
       layer, k, v = extend_cache(layer, jnp.asarray(KEYS[:, cut]), jnp.asarray(VALUES[:, cut]), positions)
-      out.append(attend(jnp.asarray(Q[:, cut]), k, v, visible, scale=0.3))
+      out.append(attend(jnp.asarray(Q[:, cut]), k, v, visible, scale=0.3, implementation=implementation))
     return jnp.concatenate(out, axis=1)
 
-  close(run(), at_once(run), 2e-6)
+  close(run("blockwise"), run("dense"), 2e-6)
 
 
 def summed(q, k, v):
@@ -173,10 +158,22 @@ def test_temporaries_grow_linearly() -> None:
     assert large <= (4 if gradient else 3) * 16384 * 12 * 64 * 4
 
 
+@pytest.mark.parametrize("dtype", [bool, jnp.int32], ids=["bool", "int"])
+def test_a_mask_is_cut_block_by_block_and_never_copied(dtype) -> None:
+  T = 4104  # no multiple of a block
+
+  def temporaries(mask) -> int:
+    q, k = (jax.ShapeDtypeStruct((1, T, n, 16), jnp.float32) for n in (2, 1))
+    run = lambda q, k, v, mask: attend(q, k, v, visible_keys(jnp.arange(T)[None], mask=mask), scale=0.1)
+    return jax.jit(run).lower(q, k, k, mask).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(jax.ShapeDtypeStruct((1, T, T), dtype)) <= temporaries(None) + T * T / 4
+
+
 def test_blocks_stay_in_the_cache_of_a_core() -> None:
   for rows in (1, 14, 32, 256):
     for T in (128, 512, 100_000):
-      queries, keys = block_sizes(rows, T, T)
+      queries, keys = block_sizes(rows, T, T, "cpu")
       assert queries % 64 == 0
       assert keys % 128 == 0
       assert (queries, keys) == (64, 128) or rows * queries * keys <= 1 << 19

@@ -36,6 +36,7 @@ class Config:
 class Layer(nnx.Module):
   def __init__(self, config, *, rngs):
     shd = config.shd_config
+    self.spec = shd.spec("act_btnh", "b t n h")
     q, kv = shd.spec("q_weight_dnh", "(n h) d"), shd.spec("kv_weight_dnh", "(k h) d")
     self.q = Projection(N * H, D, q, heads=(N, None), rngs=rngs)
     self.k = Projection(K * H, D, kv, heads=(K, None), rngs=rngs)
@@ -46,7 +47,7 @@ class Layer(nnx.Module):
     q = rotate(split_heads(self.q(x), N), positions, rotary)
     k = rotate(split_heads(self.k(x), K), positions, rotary)
     cache, k, v = extend_cache(cache, k, split_heads(self.v(x), K), positions)
-    return x + self.o(join_heads(attend(q, k, v, mask, scale=0.5))), cache
+    return x + self.o(join_heads(attend(q, k, v, mask, scale=0.5, spec=self.spec))), cache
 
 
 class Model(CausalLM):

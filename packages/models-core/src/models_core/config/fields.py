@@ -9,7 +9,7 @@ from typing import Any
 from models_core.config.keys import ConfigKeys
 from models_core.config.rope import write_scaling
 from models_core.errors import ConfigError
-from models_core.layers import RematConfig
+from models_core.layers import RematConfig, check_attention_implementation
 from models_core.rope_scaling import RopeScaling
 from models_core.sharding import ShardingConfig
 
@@ -46,12 +46,12 @@ def check_decoder(config: Any) -> None:
 
   Args:
     config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta`, `norm_eps`,
-      `rope_scaling`, `shd_config` and `remat_config`.
+      `rope_scaling`, `attn_implementation`, `shd_config` and `remat_config`.
 
   Raises:
     ConfigError: if a size is not a positive whole number, RoPE's theta or the epsilon is not a positive number, the
       number of heads is not a multiple of the number of KV heads, the heads have an odd dimension, or one of the last
-      three fields is of another kind.
+      four fields is of another kind.
   """
   for field in (*SIZES, "num_embed"):
     size = getattr(config, field, 1)
@@ -76,6 +76,8 @@ def check_decoder(config: Any) -> None:
       f"rope_scaling is {scaling!r}, expected None or a scaling of models_core.rope_scaling: LinearScaling, "
       "Llama3Scaling, YarnScaling or FrequencyFactors"
     )
+  if hasattr(config, "attn_implementation"):
+    check_attention_implementation(config.attn_implementation)
   if hasattr(config, "shd_config") and not isinstance(config.shd_config, ShardingConfig):
     raise ConfigError(f"shd_config is {config.shd_config!r}, expected a models_core.sharding.ShardingConfig")
   if hasattr(config, "remat_config"):

@@ -1,4 +1,15 @@
-from .attention import attend, bound, join_heads, split_heads
+from .attention import (
+  ATTENTION_IMPLEMENTATIONS,
+  AttentionExplanation,
+  attend,
+  bound,
+  check_attention_implementation,
+  explain_attention,
+  explain_case,
+  join_heads,
+  split_heads,
+)
+from .attention_case import AttentionCase
 from .cache import Cache, LayerCache, extend_cache
 from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
@@ -15,8 +26,11 @@ from .router import load_balancing_loss, sow_router_logits
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
+  "ATTENTION_IMPLEMENTATIONS",
   "INITIALIZERS",
   "SCALE",
+  "AttentionCase",
+  "AttentionExplanation",
   "BiasedProjection",
   "Cache",
   "CausalLM",
@@ -35,8 +49,11 @@ __all__ = [
   "abstract_state",
   "attend",
   "bound",
+  "check_attention_implementation",
   "cross_entropy",
   "dotted",
+  "explain_attention",
+  "explain_case",
   "explicit_axes",
   "extend_cache",
   "gelu_tanh",

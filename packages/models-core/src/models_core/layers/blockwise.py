@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from models_core.layers.attention_case import AttentionCase
+from models_core.layers.mesh import platform_of
 from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask, block_ranges, pad_queries
 
 # A float that every product exceeds, and that exp can subtract from minus infinity.
@@ -28,15 +30,27 @@ _MOST = 512
 Blocks = tuple[int, int]
 
 
-def block_sizes(rows: int, T: int, S: int) -> Blocks:
+def why_not_blockwise(case: AttentionCase) -> str | None:
+  """Why attention cannot be computed block by block, in one sentence; None if it can."""
+  if case.is_symbolic:
+    return "its sizes are symbolic"
+  if case.products_replaced:
+    return "a library replaces JAX's products, and must see them as they are"
+  if case.queries < QUERIES * case.sequence_shards:
+    return f"it has fewer than {QUERIES} queries on a device, the size of a block"
+  return None
+
+
+def block_sizes(rows: int, T: int, S: int, platform: str) -> Blocks:
   """Numbers of queries and of keys in a block.
 
   Args:
     rows: B * N, the number of query heads of all sequences.
     T: number of queries.
     S: number of keys.
+    platform: "cpu", "gpu" or "tpu".
   """
-  products = _PRODUCTS.get(jax.default_backend(), _PRODUCTS_ELSEWHERE)
+  products = _PRODUCTS.get(platform, _PRODUCTS_ELSEWHERE)
   queries, keys = QUERIES, KEYS
   while queries < min(T, _MOST) and 2 * queries * keys * rows <= products:
     queries *= 2
@@ -46,15 +60,9 @@ def block_sizes(rows: int, T: int, S: int) -> Blocks:
 
 
 def attend_blockwise(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  visible: VisibleKeys,
-  scale: float,
-  soft_cap: float | None,
-  blocks: Blocks,
+  q: jax.Array, k: jax.Array, v: jax.Array, visible: VisibleKeys, scale: float, soft_cap: float | None
 ) -> jax.Array:
-  """Attention of q [B, T, K, G, H] to k and v [B, S, K, H], all of one dtype -> [B, T, K, G, H].
+  """Attention of q [B, T, N, H] to k and v [B, S, K, H], all of one dtype -> [B, T, N, H].
 
   Args:
     q: queries.
@@ -63,15 +71,17 @@ def attend_blockwise(
     visible: which keys a query sees; a query that sees none gets the mean of v.
     scale: factor of the logits.
     soft_cap: bounds the logits before the mask applies, or None.
-    blocks: of `block_sizes`.
   """
-  T = q.shape[1]
+  B, T, N, H = q.shape
+  blocks = block_sizes(B * N, T, k.shape[1], platform_of(q))
   missing = -T % blocks[0]
+  q = q.reshape(B, T, k.shape[2], -1, H)
   if missing:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-  out, sees = _attend(q, k, v, pad_queries(visible, missing), scale, soft_cap, blocks)
+  out, sees = _attend(q, k, v, pad_queries(visible, blocks[0]), scale, soft_cap, blocks)
   mean = jnp.mean(v, axis=1, dtype=jnp.float32).astype(v.dtype)
-  return jnp.where(sees[:, :, None, None, None], out, mean[:, None, :, None, :])[:, :T]
+  out = jnp.where(sees[:, :, None, None, None], out, mean[:, None, :, None, :])
+  return out[:, :T].reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -129,8 +129,8 @@ class CausalLM(SamplerMappings, nnx.Module):
   ) -> tuple[jax.Array, Cache | None]:
     """Computes, for each token, the logits of the token that follows it.
 
-    On a mesh with Explicit axes the result is sharded along B as the tokens are; without a cache, tokens that have no
-    sharding take that of `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
+    On a mesh with Explicit axes the result is sharded along B and T as the tokens are; without a cache, tokens that have
+    no sharding take that of B in `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
     slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
     them.
 
@@ -170,6 +170,8 @@ class CausalLM(SamplerMappings, nnx.Module):
       cache_lib.check_room(cache, inputs.shape[1])
     batch = self._batch_spec(inputs, cache)
     result = batch if skip_lm_head else self._logits_spec(inputs, cache)
+    if decode_only_last_token:  # one token cannot be divided
+      result = PartitionSpec(*result[:1], *(None,) * len(result[1:2]), *result[2:])
     kept = batch if output_hidden_states else None
     out_specs = (result, jax.tree.map(spec_of, cache), kept, batch)
 
@@ -181,8 +183,6 @@ class CausalLM(SamplerMappings, nnx.Module):
       attention_mask: jax.Array | None,
       segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None, tuple[jax.Array, ...]]:
-      if positions is None:
-        positions = cache_lib.next_positions(cache, *inputs.shape[:2])
       with keep_router_logits(output_router_logits):
         hidden, new_cache = model._hidden(inputs, positions, cache, attention_mask, segment_ids)
       routers = take_router_logits(model.layers) if output_router_logits else ()
@@ -226,28 +226,31 @@ class CausalLM(SamplerMappings, nnx.Module):
     return logits if shd.act_btv is None else shard(logits, shd.spec("act_btv", "b t v"))
 
   def _batch_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
-    """Sharding of a result [B, ...] on Explicit axes: that of the inputs [B, ...], or else that of `act_btd`.
+    """Sharding of a result [B, T, ...] on Explicit axes: that of the inputs [B, T, ...], or else of B in `act_btd`.
 
     With a cache it is that of the inputs alone, since samplers write the results to buffers beside these.
     """
-    batch = PartitionSpec(*spec_of(inputs)[:1])
-    if batch != PartitionSpec(None) or cache is not None:
-      return batch
+    batch, time = spec_of(inputs)[:2]
+    if time is not None:
+      return PartitionSpec(batch, time)
+    if batch is not None or cache is not None:
+      return PartitionSpec(batch)
     return fit_explicit(inputs.shape[:1], self.config.shd_config.spec("act_btd", "b"), self._mesh())
 
   def _logits_spec(self, inputs: jax.Array, cache: Cache | None = None) -> PartitionSpec:
     """Sharding of logits [B, T, V] on Explicit axes."""
-    (batch,) = self._batch_spec(inputs, cache)
+    batch = self._batch_spec(inputs, cache)
     if self.config.shd_config.act_btv is None:
-      return PartitionSpec(batch)
+      return batch
     (vocab,) = fit_explicit((self.num_embed,), self.config.shd_config.spec("act_btv", "v"), self._mesh())
-    shared = set(axis_names(batch)) & set(axis_names(vocab))
-    return PartitionSpec(batch, None, None if shared else vocab)
+    rows, time = (*batch, None)[:2]
+    shared = {*axis_names(rows), *axis_names(time)} & set(axis_names(vocab))
+    return PartitionSpec(rows, time, None if shared else vocab)
 
   def _hidden(
     self,
     inputs: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | None,
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
@@ -258,7 +261,10 @@ class CausalLM(SamplerMappings, nnx.Module):
       Hidden states after the final norm [B, T, D], NaN for tokens without a free slot, and the cache with T more slots in
       use.
     """
-    seen, windows = self._visible(positions, cache, attention_mask, segment_ids), self.windows()
+    if counted := positions is None:
+      positions = cache_lib.next_positions(cache, *inputs.shape[:2])
+    seen = self._visible(positions, cache, attention_mask, segment_ids, counted)
+    windows = self.windows()
     by_window = {window: (self._rotary(window), visible) for window, visible in seen.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
@@ -322,6 +328,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     cache: Cache | None,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
+    counted: bool,
   ) -> dict[int | None, VisibleKeys]:
     """Visible keys for each of the `windows`. Layers with the same window share them."""
     first: dict[int | None, int] = {}
@@ -329,7 +336,12 @@ class CausalLM(SamplerMappings, nnx.Module):
       first.setdefault(window, i)
     return {
       window: visible_keys(
-        positions, cache[f"layer_{i}"] if cache else None, attention_mask, segment_ids, window
+        positions,
+        cache[f"layer_{i}"] if cache else None,
+        attention_mask,
+        segment_ids,
+        window,
+        counted=counted,
       )
       for window, i in first.items()
     }

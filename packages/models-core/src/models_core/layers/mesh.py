@@ -37,6 +37,18 @@ def explicit_axes(mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
   return (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).explicit_axes
 
 
+def platform_of(*trees: Any) -> str:
+  """For which devices a computation is traced: "cpu", "gpu" or "tpu". The mesh tells, or else JAX's default device."""
+  mesh = find_mesh(trees)
+  abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+  if (device := getattr(abstract, "abstract_device", None)) is not None:
+    # Older versions of JAX tell only the kind, such as "TPU v5 lite".
+    kind = device.device_kind.lower()
+    return getattr(device, "platform", kind if kind == "cpu" else "tpu" if "tpu" in kind else "gpu")
+  default = jax.config.jax_default_device  # type: ignore[attr-defined]
+  return default.platform if isinstance(default, jax.Device) else default or jax.default_backend()
+
+
 def call_auto(function: Callable, out_specs: Any, *trees: Any) -> Any:
   """Calls `function(*trees)` in a context where every mesh axis is Auto.
 

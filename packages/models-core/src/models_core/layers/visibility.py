@@ -6,6 +6,7 @@ Visibility follows from the positions of tokens, so that neither padding nor a p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Required, TypedDict
 
@@ -18,6 +19,18 @@ from models_core.layers import cache as cache_lib
 # Numbers of queries and of keys for which extremes are kept: blocks of attention have multiples of them.
 QUERIES, KEYS = 64, 128
 _LARGEST = jnp.iinfo(jnp.int32).max
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """Says that query i and key i are the token at position i: kernels need a rule that is known when they are traced.
+
+  Attributes:
+    window: sliding window in tokens, or None.
+  """
+
+  window: int | None
 
 
 class VisibleKeys(TypedDict, total=False):
@@ -35,9 +48,10 @@ class VisibleKeys(TypedDict, total=False):
     query_segments: int [B, T], of packed sequences.
     key_segments: int [B, S], of packed sequences.
     window: int [], the sliding window in tokens.
-    mask: bool [B or 1, T or 1, S].
-    mask_of_slots: bool [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
+    mask: bool or int [B or 1, T or 1, S].
+    mask_of_slots: bool or int [B or 1, T or 1, slots], in place of `mask` for a ring, which holds keys in another order.
     extremes: of each block of queries and keys; missing if a size is symbolic, or T is less than QUERIES.
+    counted: present if positions count from 0 in every row, without a cache and without a mask.
   """
 
   query_slots: Required[jax.Array]
@@ -50,6 +64,7 @@ class VisibleKeys(TypedDict, total=False):
   mask: jax.Array
   mask_of_slots: jax.Array
   extremes: Extremes
+  counted: Counted
 
 
 class Extremes(TypedDict):
@@ -84,9 +99,9 @@ def dense_mask(visible: VisibleKeys) -> jax.Array:
   if is_causal(visible):
     seen &= (key <= query) & (key >= 0)
   elif "mask" in visible:
-    seen &= visible["mask"]
+    seen &= visible["mask"].astype(bool)
   else:
-    mask, slots = visible["mask_of_slots"], visible["key_slots"]
+    mask, slots = visible["mask_of_slots"].astype(bool), visible["key_slots"]
     seen &= _at_slots(jnp.broadcast_to(mask, (slots.shape[0], *mask.shape[1:])), slots)
   if "window" in visible:
     seen &= key > query - visible["window"]
@@ -113,20 +128,28 @@ def block_mask(
     for name, array in whole.items():
       if name.startswith(side):
         part[name] = lax.dynamic_slice_in_dim(array, start, size, 1)
-  for name in part.keys() & {"mask", "mask_of_slots"}:
-    if part[name].shape[1] != 1:
-      part[name] = lax.dynamic_slice_in_dim(part[name], query, queries, 1)
   if "mask" in part:
     part["mask"] = lax.dynamic_slice_in_dim(part["mask"], key, keys, 2)
+  for name in part.keys() & {"mask", "mask_of_slots"}:
+    if (rows := part[name].shape[1]) != 1:
+      start = jnp.minimum(query, rows - queries)
+      block = lax.dynamic_slice_in_dim(part[name], start, queries, 1)
+      # The last block begins earlier than it should: its first rows are those of the block before.
+      part[name] = jnp.roll(block, start - query, axis=1) if rows % queries else block
   return dense_mask(part)
 
 
-def pad_queries(visible: VisibleKeys, new: int) -> VisibleKeys:
-  """The same with further queries at the end, of which it does not matter what they see."""
+def pad_queries(visible: VisibleKeys, queries: int) -> VisibleKeys:
+  """The same with further queries at the end, up to a multiple of a number, of which it does not matter what they see.
+
+  A mask is as large as all blocks: it gets further rows only if it has fewer than one block, see `block_mask`.
+  """
   padded: Any = dict(visible)
   for name, array in list(padded.items()):
-    if name.startswith("query_") or (name.startswith("mask") and array.shape[1] != 1):
-      padded[name] = jnp.pad(array, [(0, new if axis == 1 else 0) for axis in range(array.ndim)])
+    is_mask = name.startswith("mask") and 1 < array.shape[1] < queries
+    if name.startswith("query_") or is_mask:
+      missing = -array.shape[1] % queries
+      padded[name] = jnp.pad(array, [(0, missing if axis == 1 else 0) for axis in range(array.ndim)])
   return padded
 
 
@@ -185,6 +208,8 @@ def visible_keys(
   mask: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   window: int | None = None,
+  *,
+  counted: bool = False,
 ) -> VisibleKeys:
   """Describes which keys each query sees.
 
@@ -198,6 +223,7 @@ def visible_keys(
       with False.
     segment_ids: int [B, T]; tokens of different segments do not see each other. Only without a cache.
     window: sliding window in tokens: a query at position p sees no key before position p - window + 1.
+    counted: whether positions are known to count from 0 in every row.
 
   Returns:
     Visibility of the S keys that `extend_cache` returns, in the same order.
@@ -237,20 +263,22 @@ def visible_keys(
     visible["query_segments"] = visible["key_segments"] = segment_ids
   if window is not None:
     visible["window"] = jnp.int32(window)
-  return _with_extremes(visible)
+  if counted and layer is None and mask is None:
+    visible["counted"] = Counted(window)
+  return with_extremes(visible)
 
 
 def keys_of_mask(mask: jax.Array) -> VisibleKeys:
   """Visibility by a mask alone, bool [B, T, S]."""
   B, T, S = mask.shape
   query, key = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-  return _with_extremes(
+  return with_extremes(
     {"query_slots": query, "query_positions": query, "key_slots": key, "key_positions": key, "mask": mask}
   )
 
 
-def _with_extremes(visible: VisibleKeys) -> VisibleKeys:
-  """Adds the extremes, which need sizes that are numbers, where there are enough queries for a block."""
+def with_extremes(visible: VisibleKeys) -> VisibleKeys:
+  """Adds the extremes of its blocks, where sizes are numbers and there are enough queries for a block."""
   B, T = visible["query_slots"].shape
   sizes = (B, T, visible["key_slots"].shape[1])
   if all(isinstance(n, int) for n in sizes) and T >= QUERIES:
@@ -259,7 +287,7 @@ def _with_extremes(visible: VisibleKeys) -> VisibleKeys:
 
 
 def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
-  """Checks a caller's mask, and pads its last axis to S: bool [B or 1, T or 1, S]."""
+  """Checks a caller's mask, and pads its last axis to S: [B or 1, T or 1, S]."""
   if mask.ndim != 3 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, T) or mask.shape[2] > S:
     remedy = "; make_causal_attn_mask makes one from a padding mask [B, T]" if mask.ndim == 2 else ""
     raise ValueError(f"attention_mask has shape {mask.shape}, expected [B={B}, T={T} or 1, S<={S}]{remedy}")
@@ -268,7 +296,7 @@ def _fit_mask(mask: jax.Array, B: int, T: int, S: int) -> jax.Array:
       f"attention_mask is {mask.dtype}, expected booleans, True where a query sees a key: pass mask == 0 for a mask "
       "that is added to the logits"
     )
-  return jnp.pad(mask.astype(bool), ((0, 0), (0, 0), (0, S - mask.shape[2])))
+  return jnp.pad(mask, ((0, 0), (0, 0), (0, S - mask.shape[2])))
 
 
 def _at_slots(mask: jax.Array, key_slots: jax.Array) -> jax.Array:

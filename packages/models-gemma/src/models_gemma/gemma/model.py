@@ -91,6 +91,7 @@ class ModelConfig:
     weight_tying: whether the head is the embedding, as in all published models.
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
+    attn_implementation: how attention is computed, one of `models_core.layers.ATTENTION_IMPLEMENTATIONS`.
   """
 
   num_layers: int
@@ -112,6 +113,7 @@ class ModelConfig:
   weight_tying: bool = True
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
+  attn_implementation: str = "auto"
 
   def __post_init__(self) -> None:
     check_decoder(self)
@@ -158,7 +160,14 @@ class Attention(nnx.Module):
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
     out = attend(
-      q, k, v, visible, scale=config.query_pre_attn_scalar**-0.5, soft_cap=config.attn_logits_soft_cap
+      q,
+      k,
+      v,
+      visible,
+      scale=config.query_pre_attn_scalar**-0.5,
+      soft_cap=config.attn_logits_soft_cap,
+      implementation=config.attn_implementation,
+      spec=act_btnh,
     )
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
 

@@ -63,6 +63,7 @@ class ModelConfig:
     max_window_layers: index of the first sliding layer; layers before it see all tokens.
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
+    attn_implementation: how attention is computed, one of `models_core.layers.ATTENTION_IMPLEMENTATIONS`.
   """
 
   num_layers: int
@@ -80,6 +81,7 @@ class ModelConfig:
   max_window_layers: int = 0
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
+  attn_implementation: str = "auto"
 
   def __post_init__(self) -> None:
     check_decoder(self)
@@ -142,7 +144,8 @@ class Attention(nnx.Module):
     k = shard(rotate(split_heads(self.k_proj(x), self.num_kv_heads), positions, rotary), act_btnh)
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
     cache, k, v = extend_cache(cache, k, v, positions)
-    out = attend(q, k, v, visible, scale=self.config.head_dim**-0.5)
+    kind = self.config.attn_implementation
+    out = attend(q, k, v, visible, scale=self.config.head_dim**-0.5, implementation=kind, spec=act_btnh)
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
 
 
