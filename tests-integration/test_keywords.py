@@ -17,4 +17,5 @@ def test_fields_of_all_configurations():
 def test_arguments_of_the_plan():
   named = inspect.signature(AutoModel.from_pretrained).parameters
   others = set(inspect.signature(AutoModel.plan).parameters) - set(named) - {"fields"}
-  assert set(Keywords.__annotations__) == others | set(ConfigFields.__annotations__)
+  aliases = {"use_flash_attention"}
+  assert set(Keywords.__annotations__) == others | set(ConfigFields.__annotations__) | aliases

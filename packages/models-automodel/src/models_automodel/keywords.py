@@ -17,6 +17,7 @@ class ConfigFields(TypedDict, total=False):
 
   attention_bias: bool
   attention_types: Sequence[Any]
+  attn_implementation: str
   attn_logits_soft_cap: float | None
   decoder_sparse_step: int
   embed_dim: int
@@ -58,3 +59,4 @@ class Keywords(ConfigFields, total=False):
   ignore_config_keys: Collection[str]
   layers: range | None
   strict_sharding: bool
+  use_flash_attention: bool  # tunix' name for a choice of attn_implementation
