@@ -49,7 +49,7 @@ def check_prompts(
   if context is not None:
     for i, row in enumerate(rows):
       if len(row) + new_tokens > context:
-        new = f" and {new_tokens:,} new ones" if new_tokens else ""
+        new = f" and {new_tokens:,} new one{'s' * (new_tokens > 1)}" if new_tokens else ""
         remedy = "shorten it" if len(row) >= context else f"ask for at most {context - len(row):,} new tokens"
         raise ConfigError(
           f"prompt {i} has {len(row):,} tokens{new}, but the model's context is {context:,}: {remedy}"
