@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any, Unpack
 
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models_automodel import intermediate
 from models_automodel.adapters import base_error, base_of, merge_adapter
@@ -36,7 +36,7 @@ from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
-from models_core.sharding import check_mesh
+from models_core.sharding import check_mesh, check_mesh_of_plan
 from models_core.weights import letter_sizes
 
 _log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class AutoModel:
   def plan(
     cls,
     model_id: str | os.PathLike | Where,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
     model_path: str | os.PathLike | None = None,
@@ -230,8 +230,9 @@ class AutoModel:
     """Plans what `from_pretrained` would do. Reads only the configuration and the headers.
 
     Takes the arguments of `from_pretrained`, except `intermediate_ckpt_dir` and `rng_seed`, and raises the same errors.
+    The mesh may be a `jax.sharding.AbstractMesh`, which needs no devices; such a plan cannot be loaded.
     """
-    check_mesh(mesh)
+    check_mesh_of_plan(mesh)
     where = as_where(
       model_id,
       model_source=model_source,
@@ -268,7 +269,7 @@ class AutoModel:
   @staticmethod
   def _plan(
     found: Found,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     dtype: Any,
     layers: range | None,
     strict_sharding: bool,
@@ -341,6 +342,7 @@ def prepare(where: Where, mesh: Mesh | None, **kwargs: Any) -> Prepared:
     ConfigError: if only some layers of an adapter's base are asked for.
     ModelsError: as `AutoModel.plan`.
   """
+  check_mesh(mesh)
   with contextlib.suppress(AdapterFoundError):
     return Prepared(AutoModel.plan(where, mesh, **kwargs), None, mesh, where.progress)
   where = agree_on_revision(mesh, where, functools.partial(_open, where))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from models_automodel.text.generation_config import read_context, read_sampling
@@ -132,6 +132,7 @@ class TextModel:
     sampling: Sampling | None = None,
     seed: int = 0,
     interval: int = 8,
+    on_tokens: Callable[[int], Any] = lambda count: None,
     **variables: Any,
   ) -> Iterator[str]:
     """The text that follows a prompt, as it arrives.
@@ -143,6 +144,7 @@ class TextModel:
       sampling: how tokens are chosen; None does what the checkpoint's generation_config.json says.
       seed: of the sampling.
       interval: upper limit of the tokens between two texts, from 1 to 32.
+      on_tokens: is called with the number of tokens that arrived, before their text comes.
       **variables: of the chat template, such as `tools`; as `Tokenizer.render` takes them.
 
     Raises:
@@ -152,8 +154,13 @@ class TextModel:
     ids = self.settings.encode(prompt, **variables)
     limit, stops = self.settings.check([ids], max_new_tokens, stop)
     pieces = self._run([ids], limit, stops, sampling, seed, interval=interval)
-    new = (token for piece in pieces for token in piece.tokens[0].tolist())
-    return until(self.tokenizer.stream(new), stops.texts)
+
+    def arriving() -> Iterator[int]:
+      for piece in pieces:
+        on_tokens(len(piece.tokens[0]))
+        yield from piece.tokens[0].tolist()
+
+    return until(self.tokenizer.stream(arriving()), stops.texts)
 
   def generate_batch(
     self,
