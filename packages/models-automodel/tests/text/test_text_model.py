@@ -58,7 +58,7 @@ def test_texts_and_conversations(model):
   pieces = list(model.stream("w1 w2", max_new_tokens=20))
   assert "".join(pieces) == answer
   assert len(pieces) > 3
-  prompts = ["w1 w2", messages, "w9 w8 w7 w6"]
+  prompts = ["w1 w2", messages, [9, 8, 7, 6]]
   assert model.generate_batch(prompts, max_new_tokens=20) == [
     model.generate(prompt, max_new_tokens=20) for prompt in prompts
   ]
@@ -93,15 +93,17 @@ def test_a_stop_string_across_pieces(size):
 
 
 def test_prompts_that_cannot_be(model):
-  for prompt, message in (("", "the prompt is empty"), ([], "the conversation is empty")):
-    with pytest.raises(ConfigError, match=message):
+  for prompt in ("", []):
+    with pytest.raises(ConfigError, match="the prompt is empty"):
       model.stream(prompt)
   with pytest.raises(ConfigError, match="has 90 tokens and 20 new ones, but the model's context is 100"):
     model.stream("w1 " * 90, max_new_tokens=20)
   with pytest.raises(ConfigError, match=r"has 100 tokens and 1 new one, .* shorten"):
     model.stream("w1 " * 100)
   assert len(model.generate("w1 " * 90).split()) <= 10
-  with pytest.raises(ConfigError, match="tools: variables of a chat template, but the prompt is a text"):
+  with pytest.raises(
+    ConfigError, match="tools: variables of a chat template, but the prompt is no conversation"
+  ):
     model.stream("w1", tools=[])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from models_automodel.text.generation_config import read_context, read_sampling
 from models_automodel.text.stop_strings import StopTexts, first_stop, stop_texts, until
@@ -15,8 +15,8 @@ from models_core.generation import GREEDY, Sampling, Scored, Stop, Stream, check
 
 # New tokens of an answer for which no limit is given, at most.
 _NEW_TOKENS = 256
-# A text, or a conversation.
-Prompt = str | Sequence[Mapping[str, Any]]
+# A text, a conversation, or token ids.
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +47,25 @@ class TextSettings:
     """Encodes a prompt.
 
     Args:
-      prompt: a text to continue, or the messages of a conversation to answer, each with "role" and "content".
+      prompt: a text to continue, or the messages of a conversation to answer, each with "role" and "content"; token ids
+        stay as they are.
       **variables: of the chat template, such as `tools`; as `Tokenizer.render` takes them.
 
     Raises:
       ConfigError: if the prompt is empty, or its template fails; if variables come with a text.
     """
-    if not isinstance(prompt, str):
-      if not prompt:
-        raise ConfigError("the conversation is empty: give at least one message")
-      return self.tokenizer.chat(prompt, **variables)
-    if variables:
+    if len(prompt) == 0:
+      raise ConfigError("the prompt is empty: give a text to continue, or at least one message to answer")
+    plain = isinstance(prompt, str) or not isinstance(prompt[0], Mapping)
+    if plain and variables:
       raise ConfigError(
-        f"{', '.join(variables)}: variables of a chat template, but the prompt is a text: give messages"
+        f"{', '.join(variables)}: variables of a chat template, but the prompt is no conversation: give messages"
       )
-    if not prompt:
-      raise ConfigError("the prompt is empty: give a text to continue")
-    return self.tokenizer.encode(prompt)
+    if isinstance(prompt, str):
+      return self.tokenizer.encode(prompt)
+    return (
+      [int(i) for i in cast(Sequence[int], prompt)] if plain else self.tokenizer.chat(prompt, **variables)
+    )
 
   def check(
     self, ids: Sequence[Sequence[int]], new_tokens: int | None, stop: Sequence[str]
@@ -96,7 +98,7 @@ class TextModel:
   """A model that takes and gives texts.
 
   A prompt is a text, which is continued, or a conversation, which is answered: a list of messages, each with "role" and
-  "content".
+  "content". It may also be a list of token ids.
 
   Attributes:
     model: a `models_core.layers.CausalLM`, on any mesh.
