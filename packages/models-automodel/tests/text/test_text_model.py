@@ -122,6 +122,20 @@ def test_a_wrong_prompt_reads_no_weights(directory, tmp_path):
   assert found == [(5968, 100)]
 
 
+def test_a_wrong_prompt_fetches_no_weights(directory, hub):
+  hub.add("org/name", {path.name: path.read_bytes() for path in directory.iterdir()})
+
+  def check(plan, settings):
+    assert settings.context == 100
+    raise ConfigError("wrong")
+
+  with pytest.raises(ConfigError, match="wrong"):
+    load_text_model("org/name", before_weights=check, progress=False)
+  nbytes = sum(request.sent for request in hub.requests if "model.safetensors" in request.line)
+  assert nbytes < (directory / "model.safetensors").stat().st_size
+  assert load_text_model("org/name", progress=False).generate("w1", max_new_tokens=2)
+
+
 def test_scores_are_those_of_the_tokens(model):
   (found,) = model.score(["w1 w2"], ["w3 w4 w5"])
   assert found.log_probs.shape == (3,)

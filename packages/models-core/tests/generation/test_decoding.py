@@ -185,6 +185,7 @@ def test_a_row_is_ended_from_outside(model):
   pieces.end(0)
   counts = [[len(row) for row in piece.tokens] for piece in pieces]
   assert sum(a for a, _ in counts) <= 8
+  assert next(pieces, None) is None
   assert sum(b for _, b in counts) == 39
 
 

@@ -148,18 +148,54 @@ def stream(
       f"need {needed:,} slots, but cache_size is {cache_size:,}"
     )
   return Stream(
-    placed,
-    beginning,
-    np.repeat(np.arange(len(rows), dtype=np.int32), num_samples),
-    np.array([len(row) for row in rows], np.int32),
-    _seen(rows, placed.num_embed) if sampling.repetition_penalty != 1 else None,
-    _row_seeds(seeds, len(rows) * num_samples),
-    (cache_size, cache_dtype),
-    max_new_tokens,
-    interval,
-    sampling,
-    stop,
+    _Request(
+      placed,
+      beginning,
+      prompts=np.repeat(np.arange(len(rows), dtype=np.int32), num_samples),
+      lengths=np.array([len(row) for row in rows], np.int32),
+      seen=_seen(rows, placed.num_embed) if sampling.repetition_penalty != 1 else None,
+      seeds=_row_seeds(seeds, len(rows) * num_samples),
+      cache_size=cache_size,
+      cache_dtype=cache_dtype,
+      max_new_tokens=max_new_tokens,
+      interval=interval,
+      sampling=sampling,
+      stop=stop,
+    )
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+  """What a call asks for, checked.
+
+  Attributes:
+    placed: the model.
+    beginning: the prompts, divided into what they share and the rest.
+    prompts: int32 [rows], which of them each row continues.
+    lengths: int32 [prompts].
+    seen: bool [prompts, V], tokens of each prompt; None if repetitions are not penalised.
+    seeds: uint32 [rows].
+    cache_size: slots of a row.
+    cache_dtype: of keys and values, or None.
+    max_new_tokens: of each row.
+    interval: tokens of a row in a piece, at most.
+    sampling: how tokens are chosen.
+    stop: what ends a row.
+  """
+
+  placed: Placed
+  beginning: Beginning
+  prompts: np.ndarray
+  lengths: np.ndarray
+  seen: np.ndarray | None
+  seeds: np.ndarray
+  cache_size: int
+  cache_dtype: Any
+  max_new_tokens: int
+  interval: int
+  sampling: Sampling
+  stop: Stop
 
 
 def _row_seeds(seeds: int | Sequence[int], rows: int) -> np.ndarray:
@@ -182,42 +218,15 @@ def _seen(rows: Sequence[np.ndarray], num_embed: int) -> np.ndarray:
 class Stream(Iterator[Piece]):
   """Pieces of new tokens; `stream` makes it."""
 
-  def __init__(
-    self,
-    placed: Placed,
-    beginning: Beginning,
-    prompts: np.ndarray,
-    lengths: np.ndarray,
-    seen: np.ndarray | None,
-    seeds: np.ndarray,
-    cache_kind: tuple[int, Any],
-    max_new_tokens: int,
-    interval: int,
-    sampling: Sampling,
-    stop: Stop,
-  ):
-    """Takes checked arguments.
-
-    Args:
-      placed: the model.
-      beginning: the prompts, divided.
-      prompts: int32 [rows], which of them each row continues.
-      lengths: int32 [prompts].
-      seen: bool [prompts, V] or None.
-      seeds: uint32 [rows].
-      cache_kind: slots and dtype of the cache.
-      max_new_tokens: of each row.
-      interval: tokens of a row in a piece.
-      sampling: how tokens are chosen.
-      stop: what ends a row.
-    """
-    self._placed, self._beginning = placed, beginning
-    self._prompts, self._lengths, self._seen, self._seeds = prompts, lengths, seen, seeds
-    self._cache_kind, self._left, self._interval = cache_kind, max_new_tokens, interval
-    self._steps = steps_of(sampling)
-    self._settings = (numbers_of(sampling), ends_of(stop))
+  def __init__(self, request: _Request):
+    """Takes a checked request."""
+    self._request = request
+    self._steps = steps_of(request.sampling)
+    self._settings = (numbers_of(request.sampling), ends_of(request.stop))
+    # Tokens of a row that have not been dispatched.
+    self._left = request.max_new_tokens
     # Rows that the caller ended.
-    self._ended = np.zeros(len(prompts), bool)
+    self._ended = np.zeros(len(request.prompts), bool)
     self._rows: Rows | None = None
     self._cache: Cache | None = None
     self._running: Drawn | None = None
@@ -236,16 +245,12 @@ class Stream(Iterator[Piece]):
       self._running = self._begin()
     current, self._running = self._running, None
     if current is None:
-      self._rows = self._cache = None
+      self._rows, self._cache, self._left = None, None, 0
       raise StopIteration
     # Dispatched before the current piece is read, so that the device never waits for the host.
     if self._left and not self._ended.all():
       self._running = self._decode()
-    tokens, log_probs, ended = (
-      np.asarray(current["tokens"]),
-      np.asarray(current["log_probs"]),
-      np.asarray(current["ended"]),
-    )
+    tokens, log_probs, ended = (np.asarray(current[name]) for name in ("tokens", "log_probs", "ended"))
     if ended.all():
       self._running, self._left = None, 0
     counts = (tokens != NO_TOKEN).sum(axis=1)
@@ -257,24 +262,27 @@ class Stream(Iterator[Piece]):
 
   def _begin(self) -> Drawn:
     """Runs the prompts, and chooses the first tokens."""
-    placed, (size, dtype) = self._placed, self._cache_kind
-    hidden, cache = self._beginning.run(placed, size, dtype)
-    if len(self._prompts) > len(self._lengths):
-      cache = placed.run(repeat_program(placed.structure, size, dtype), cache, self._prompts)
-    seen = None if self._seen is None else self._seen[self._prompts]
-    lengths = self._lengths[self._prompts]
-    program = begin_program(placed.structure, self._steps)
-    rows, drawn = placed.run(program, hidden, self._prompts, lengths, self._seeds, seen, *self._settings)
-    self._rows, self._cache = rows, cache
+    request = self._request
+    placed, structure = request.placed, request.placed.structure
+    hidden, cache = request.beginning.run(placed, request.cache_size, request.cache_dtype)
+    if len(request.prompts) > len(request.lengths):
+      program = repeat_program(structure, request.cache_size, request.cache_dtype)
+      cache = placed.run(program, cache, request.prompts)
+    seen = None if request.seen is None else request.seen[request.prompts]
+    rows = (request.prompts, request.lengths[request.prompts], request.seeds, seen)
+    begin = begin_program(structure, self._steps)
+    self._rows, drawn = placed.run(begin, hidden, *rows, *self._settings)
+    self._cache = cache
     self._left -= 1
     return drawn
 
   def _decode(self) -> Drawn:
     """Lets the loop run."""
     assert self._cache is not None
-    count = min(self._left, self._interval)
-    program = decode_program(self._placed.structure, self._steps, Places.of(self._cache))
+    request = self._request
+    count = min(self._left, request.interval)
+    program = decode_program(request.placed.structure, self._steps, Places.of(self._cache))
     ended, numbers = self._ended.copy(), (np.int32(count), *self._settings)
-    self._cache, self._rows, drawn = self._placed.run(program, self._cache, self._rows, ended, *numbers)
+    self._cache, self._rows, drawn = request.placed.run(program, self._cache, self._rows, ended, *numbers)
     self._left -= count
     return drawn
