@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-NEW = 32
+CACHE_STEP = 256
 VARIANTS = ("models-llama", "transformers")
 
 
@@ -29,9 +29,7 @@ def ours(directory):
 
   model, _ = AutoModel.from_pretrained(directory, dtype="float32", progress=False)
 
-  def run(prompts, new):
-    # One size for both numbers of new tokens, so that they share programs.
-    size = -(-(len(prompts[0]) + NEW) // 256) * 256
+  def run(prompts, new, size):
     return [row.tolist() for row in generate(model, prompts, max_new_tokens=new, cache_size=size).tokens]
 
   return run
@@ -44,7 +42,7 @@ def theirs(directory):
   model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
   model.generation_config.eos_token_id = None
 
-  def run(prompts, new):
+  def run(prompts, new, size):
     tokens = torch.tensor(prompts)
     mask = torch.ones_like(tokens)
     out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
@@ -54,16 +52,16 @@ def theirs(directory):
 
 
 def serve(variant, directory):
-  """Answers lines `[batch, length, new]` with `[seconds, tokens of the first row]`."""
+  """Answers lines `[batch, length, new, size of the cache]` with `[seconds, CPU seconds, tokens of the first row]`."""
   import numpy as np
 
   run = ours(directory) if variant == "models-llama" else theirs(directory)
   for line in sys.stdin:
-    batch, length, new = json.loads(line)
+    batch, length, new, size = json.loads(line)
     prompts = np.random.default_rng(0).integers(1000, 40_000, (batch, length)).tolist()
-    start = time.perf_counter()
-    tokens = run(prompts, new)
-    print(json.dumps([time.perf_counter() - start, tokens[0]]), flush=True)
+    start, cpu = time.perf_counter(), time.process_time()
+    tokens = run(prompts, new, size)
+    print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, tokens[0]]), flush=True)
 
 
 def packaged():
@@ -78,6 +76,7 @@ def main():
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
   parser.add_argument("--prompts", type=int, nargs="+", default=[64, 1024])
+  parser.add_argument("--new", type=int, default=32, help="tokens after the first")
   parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.serve:
@@ -97,41 +96,46 @@ def main():
     servers = {variant: subprocess.Popen([*command, variant, directory], **pipes) for variant in VARIANTS}
     try:
       print(
-        "| batch | prompt | library | first token, s | decode, tokens/s | all, tokens/s | / transformers |"
+        "| batch | prompt | library | first token, s | decode, tokens/s | all, tokens/s | CPU s | / transformers |"
       )
-      print("|---|---|---|---|---|---|---|", flush=True)
+      print("|---|---|---|---|---|---|---|---|", flush=True)
       for batch in options.batches:
         for length in options.prompts:
-          measure(servers, batch, length, options.rounds)
+          measure(servers, batch, length, options.new, options.rounds)
     finally:
       for server in servers.values():
         server.stdin.close()
         server.wait()
 
 
-def measure(servers, batch, length, rounds):
+def measure(servers, batch, length, new, rounds):
   """Prints a row of the table for each library: medians, and the median of the rounds' ratios."""
-  first, whole = ({variant: [] for variant in servers} for _ in range(2))
+  first, whole, cpu = ({variant: [] for variant in servers} for _ in range(3))
   tokens = {}
+  # One size for both numbers of new tokens, so that they share programs.
+  size = -(-(length + new) // CACHE_STEP) * CACHE_STEP
   for i in range(rounds + 1):
     for variant, server in servers.items():
-      for new, times in ((1, first), (NEW + 1, whole)):
-        server.stdin.write(json.dumps([batch, length, new]) + "\n")
+      for count, times in ((1, first), (new + 1, whole)):
+        server.stdin.write(json.dumps([batch, length, count, size]) + "\n")
         server.stdin.flush()
-        seconds, tokens[variant] = json.loads(server.stdout.readline())
+        seconds, spent, tokens[variant] = json.loads(server.stdout.readline())
         if i:
           times[variant].append(seconds)
+      if i:
+        cpu[variant].append(spent)
   same = len(set(map(tuple, tokens.values()))) == 1
-  decode = {v: [NEW * batch / (b - a) for a, b in zip(first[v], whole[v], strict=True)] for v in servers}
-  every = {v: [(NEW + 1) * batch / b for b in whole[v]] for v in servers}
-  ratio = lambda found, variant: statistics.median(
-    a / b for a, b in zip(found[variant], found["transformers"], strict=True)
-  )
+  decode = {v: [new * batch / (b - a) for a, b in zip(first[v], whole[v], strict=True)] for v in servers}
+  every = {v: [(new + 1) * batch / b for b in whole[v]] for v in servers}
   for variant in servers:
+    ratios = [
+      statistics.median(a / b for a, b in zip(found[variant], found["transformers"], strict=True))
+      for found in (decode, every)
+    ]
     print(
       f"| {batch} | {length} | {variant} | {statistics.median(first[variant]):.2f} | "
-      f"{statistics.median(decode[variant]):.1f} | {statistics.median(every[variant]):.1f} | "
-      f"{ratio(decode, variant):.2f} decode, {ratio(every, variant):.2f} all{'' if same else '; other tokens'} |",
+      f"{statistics.median(decode[variant]):.1f} | {statistics.median(every[variant]):.1f} | {min(cpu[variant]):.2f} | "
+      f"{ratios[0]:.2f} decode, {ratios[1]:.2f} all{'' if same else '; other tokens'} |",
       flush=True,
     )
 
