@@ -276,6 +276,8 @@ def _verify(options: argparse.Namespace) -> None:
     check_checksums(options.directory, read_checksums(options.checksums))
   commit = check_hub(options.directory, options.hub, revision=options.revision) if options.hub else None
   sums = checksums(options.directory) if options.sha256 else {}
+  if commit is not None and not options.json:
+    print(f"all files are those of {options.hub} at commit {commit}")
   checked = ["structure", "shapes"]
   checked += ["numbers"] * options.values + ["checksums"] * bool(options.checksums)
   checked += [f"files of {options.hub} at commit {commit}"] * (commit is not None)
