@@ -39,6 +39,7 @@ PAGES = ("README.md", *(f"packages/models-{name}/README.md" for name in ("gemma"
 # Beginning of a block that does not run here -> why.
 ELSEWHERE = {
   "from models_gemma.gemma3 import model, params": "Google's trees: tests of models-gemma",
+  "from models_automodel import load_text_model": "a tokenizer: tests of models-automodel",
   "from models_automodel.text import load_tokenizer": "a tokenizer: tests of models-automodel, with SmolLM2's",
 }
 # Page -> names that its text takes for granted.

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models_automodel import AutoModel
-from models_automodel.text import generate, load_tokenizer
+from models_automodel.text import TextModel, TextSettings, load_tokenizer
+from models_core.generation import GREEDY, generate
 from models_sources.testing import StoreServer
 
 MESHES = {
@@ -53,15 +54,17 @@ def test_eight_devices_give_the_logits_of_one(path, tokenizer, single, kind):
 
 
 def test_it_answers_in_english(tokenizer, single):
-  ids = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
-  answer = "".join(tokenizer.stream(generate(single, ids, max_new_tokens=20, stop_ids=tokenizer.stop_ids)))
-  assert answer.startswith("The capital of France is Paris.")
+  model = TextModel(single, TextSettings(tokenizer, sampling=GREEDY))
+  question = [{"role": "user", "content": "What is the capital of France?"}]
+  assert model.generate(question, max_new_tokens=20).startswith("The capital of France is Paris.")
+  assert model.generate(question, stop="Paris") == "The capital of France is "
 
 
 def test_the_mesh_decides_nothing_about_what_is_said(path, tokenizer, single):
   model, _ = AutoModel.from_pretrained(path, MESHES["explicit"](), dtype="float32")
   ids = tokenizer.encode("Once upon a time")
-  assert list(generate(model, ids, max_new_tokens=8)) == list(generate(single, ids, max_new_tokens=8))
+  ours, expected = (generate(m, [ids], max_new_tokens=8).tokens[0] for m in (model, single))
+  assert ours.tolist() == expected.tolist()
 
 
 def test_from_a_store_it_is_the_same_and_every_byte_travels_once(path, single, monkeypatch, tmp_path):

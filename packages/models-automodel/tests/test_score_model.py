@@ -10,7 +10,7 @@ from flax import nnx
 
 from models_automodel import AutoModel, CheckpointError, ConfigError, digest
 from models_automodel.convert import convert
-from models_automodel.text import generate
+from models_core.generation import generate
 from models_core.score_model import ScoreModel
 
 TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
@@ -98,5 +98,5 @@ def test_another_head_is_refused(saved):
 
 
 def test_a_score_model_generates_nothing(scored):
-  with pytest.raises(ConfigError, match="ScoreModel gives scores, not logits: load a language model"):
-    generate(scored[0], [1, 2], max_new_tokens=1)
+  with pytest.raises(ConfigError, match="ScoreModel gives no logits: take a language model"):
+    generate(scored[0], [[1, 2]], max_new_tokens=1)

@@ -16,6 +16,8 @@ from .errors import (
 from .hub import push_to_hub, upload
 from .presets import ModelModule, call_model_config, get_model_module
 from .rollout import from_checkpoint, iter_checkpoint, lazy_checkpoint, to_checkpoint
+from .text import TextModel
+from .text_models import load_text_model
 from .where import ModelSource, Where
 
 __version__: str
@@ -36,6 +38,7 @@ __all__ = [
   "SaveError",
   "ShardingError",
   "SourceFilesError",
+  "TextModel",
   "Where",
   "call_model_config",
   "digest",
@@ -44,6 +47,7 @@ __all__ = [
   "iter_checkpoint",
   "lazy_checkpoint",
   "load_adapter",
+  "load_text_model",
   "merge_adapter",
   "push_to_hub",
   "to_checkpoint",

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any, Unpack
 
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models_automodel import intermediate
 from models_automodel.adapters import base_error, base_of, merge_adapter
@@ -36,7 +36,7 @@ from models_core.loading import LoadPlan, abstract_model, load, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
-from models_core.sharding import check_mesh
+from models_core.sharding import check_mesh, check_mesh_of_plan
 from models_core.weights import letter_sizes
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class AutoModel:
       TypeError: if a keyword argument is none of these, or a value has the wrong type.
       ValueError: if `layers` is not `range(n)` for an n up to the number of layers.
     """
-    where = _where(
+    where = as_where(
       model_id,
       model_source=model_source,
       model_path=model_path,
@@ -131,21 +131,11 @@ class AutoModel:
         known = Where(path_of(kept), ModelSource.LOCAL.value, progress=where.progress)
         return cls.from_pretrained(known, mesh, **kwargs)
       check_place(kept)
-    plan, adapter = cls._plan_or_adapter(where, mesh, **kwargs)
-    files = plan.checkpoint.files
-    with source_errors():
-      with together(mesh):
-        if not isinstance(files, RangeFiles):
-          wanted = plan.files_of_process
-          files.fetch([name for name in files.names() if name in wanted or is_companion(name)])
-      with weights_bar(where.progress) as bar:
-        bar.reset(plan.stored_nbytes)
-        model: Any = load(plan, on_bytes=bar.update)
-    if adapter is not None:
-      model = merge_adapter(model, adapter)
+    prepared = prepare(where, mesh, **kwargs)
+    model = prepared.load()
     if intermediate_ckpt_dir is not None:
       intermediate.keep(kept, model, _family_of_model(model, model.config), model.config, origin)
-    return model, files.path
+    return model, prepared.plan.checkpoint.files.path
 
   @classmethod
   def save_pretrained(
@@ -219,7 +209,7 @@ class AutoModel:
   def plan(
     cls,
     model_id: str | os.PathLike | Where,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     *,
     model_source: ModelSource | str = ModelSource.HUGGINGFACE,
     model_path: str | os.PathLike | None = None,
@@ -240,9 +230,10 @@ class AutoModel:
     """Plans what `from_pretrained` would do. Reads only the configuration and the headers.
 
     Takes the arguments of `from_pretrained`, except `intermediate_ckpt_dir` and `rng_seed`, and raises the same errors.
+    The mesh may be a `jax.sharding.AbstractMesh`, which needs no devices; such a plan cannot be loaded.
     """
-    check_mesh(mesh)
-    where = _where(
+    check_mesh_of_plan(mesh)
+    where = as_where(
       model_id,
       model_source=model_source,
       model_path=model_path,
@@ -257,36 +248,6 @@ class AutoModel:
     where = agree_on_revision(mesh, where, functools.partial(_open, where))
     with together(mesh):
       return cls._plan(find(where, config, ignore_config_keys), mesh, dtype, layers, strict_sharding, fields)
-
-  @classmethod
-  def _plan_or_adapter(
-    cls, where: Where, mesh: Mesh | None, **kwargs: Any
-  ) -> tuple[LoadPlan, Adapter | None]:
-    """The plan of a model; or that of an adapter's base, and the adapter, which is read.
-
-    Raises:
-      CheckpointError: if the base is not stated or cannot be found.
-      ConfigError: if only some layers are asked for.
-    """
-    with contextlib.suppress(AdapterFoundError):
-      return cls.plan(where, mesh, **kwargs), None
-    where = agree_on_revision(mesh, where, functools.partial(_open, where))
-    with together(mesh):
-      files = _open(where)
-      base = base_of(where, files)
-      if kwargs.get("layers") is not None:
-        raise ConfigError(
-          f"{files.path} is a LoRA adapter: layers= is for models; load {base.model_id} alone"
-        )
-    try:
-      plan = cls.plan(base, mesh, **kwargs)
-    except (ConfigError, ModelNameError, SourceFilesError) as error:
-      raise base_error(files, base.model_id, error) from error
-    assert plan.family is not None
-    with together(mesh), source_errors():
-      adapter = load_peft_adapter(files, plan.family, plan.config)
-    _log.warning("%s: a LoRA adapter, merged into its base %s", files.path, plan.checkpoint.files.path)
-    return plan, adapter
 
   @staticmethod
   def register(family: Family) -> None:
@@ -308,7 +269,7 @@ class AutoModel:
   @staticmethod
   def _plan(
     found: Found,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     dtype: Any,
     layers: range | None,
     strict_sharding: bool,
@@ -339,6 +300,68 @@ class AutoModel:
     return dataclasses.replace(plan, family=family, config=final)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A model whose files are found and whose headers are read, but no weights.
+
+  Attributes:
+    plan: of the model; of the base, for an adapter.
+    adapter: that is merged into the base, or None.
+    mesh: of the model, or None.
+    progress: whether progress bars are shown on a terminal.
+  """
+
+  plan: LoadPlan
+  adapter: Adapter | None
+  mesh: Mesh | None
+  progress: bool
+
+  def load(self) -> Any:
+    """Fetches the files, and loads the model.
+
+    Raises:
+      ModelsError: as `AutoModel.from_pretrained`.
+    """
+    files = self.plan.checkpoint.files
+    with source_errors():
+      with together(self.mesh):
+        if not isinstance(files, RangeFiles):
+          wanted = self.plan.files_of_process
+          files.fetch([name for name in files.names() if name in wanted or is_companion(name)])
+      with weights_bar(self.progress) as bar:
+        bar.reset(self.plan.stored_nbytes)
+        model: Any = load(self.plan, on_bytes=bar.update)
+    return model if self.adapter is None else merge_adapter(model, self.adapter)
+
+
+def prepare(where: Where, mesh: Mesh | None, **kwargs: Any) -> Prepared:
+  """Does all of `AutoModel.from_pretrained` that needs no weights, but for those of an adapter.
+
+  Raises:
+    CheckpointError: if an adapter's base is not stated or cannot be found.
+    ConfigError: if only some layers of an adapter's base are asked for.
+    ModelsError: as `AutoModel.plan`.
+  """
+  check_mesh(mesh)
+  with contextlib.suppress(AdapterFoundError):
+    return Prepared(AutoModel.plan(where, mesh, **kwargs), None, mesh, where.progress)
+  where = agree_on_revision(mesh, where, functools.partial(_open, where))
+  with together(mesh):
+    files = _open(where)
+    base = base_of(where, files)
+    if kwargs.get("layers") is not None:
+      raise ConfigError(f"{files.path} is a LoRA adapter: layers= is for models; load {base.model_id} alone")
+  try:
+    plan = AutoModel.plan(base, mesh, **kwargs)
+  except (ConfigError, ModelNameError, SourceFilesError) as error:
+    raise base_error(files, base.model_id, error) from error
+  assert plan.family is not None
+  with together(mesh), source_errors():
+    adapter = load_peft_adapter(files, plan.family, plan.config)
+  _log.warning("%s: a LoRA adapter, merged into its base %s", files.path, plan.checkpoint.files.path)
+  return Prepared(plan, adapter, mesh, where.progress)
+
+
 def _family_of_model(model: Any, config: Any) -> Family:
   family = family_of_config(config, type(model).__name__)
   return score_family(family, model.score.w.shape[0]) if isinstance(model, ScoreModel) else family
@@ -357,7 +380,7 @@ def _keywords() -> tuple[str, ...]:
   return tuple(dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD))
 
 
-def _where(model_id: str | os.PathLike | Where, **arguments: Any) -> Where:
+def as_where(model_id: str | os.PathLike | Where, **arguments: Any) -> Where:
   """Combines a model id and the arguments about its source.
 
   Raises:

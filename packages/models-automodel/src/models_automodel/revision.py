@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models_automodel.where import Where
 from models_core.formats import Files
@@ -16,7 +16,9 @@ from models_core.processes import exchange, processes_of, together
 _LONGEST = 256
 
 
-def agree_on_revision(mesh: Mesh | None, where: Where, open_files: Callable[[], Files]) -> Where:
+def agree_on_revision(
+  mesh: Mesh | AbstractMesh | None, where: Where, open_files: Callable[[], Files]
+) -> Where:
   """Pins the revision for all processes of a mesh: the first process asks the source, the others take its answer.
 
   Args:
@@ -28,7 +30,7 @@ def agree_on_revision(mesh: Mesh | None, where: Where, open_files: Callable[[], 
     ProcessError: if another process failed.
   """
   processes = processes_of(mesh)
-  if mesh is None or len(processes) == 1:
+  if not isinstance(mesh, Mesh) or len(processes) == 1:
     return where
   pinned = None
   with together(mesh):

@@ -1,6 +1,10 @@
+import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -121,3 +125,174 @@ class TestCompiledPrograms:
     monkeypatch.setitem(sys.modules, "jax", jax)
     cli.keep_compiled_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_plan_costs_a_mesh_of_any_size_without_devices(directory, capsys):
+  assert main(["plan", directory, "--mesh", "fsdp=100000"]) == 0
+  assert "100000 devices, each holding" in capsys.readouterr().out
+
+
+def test_json_is_one_object(directory, tmp_path, capsys):
+  def found(*arguments):
+    assert main([*arguments, "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    return json.loads(lines[0])
+
+  assert "meta-llama/Llama-3.1-8B" in [m for f in found("list")["families"] for m in f["models"]]
+  assert found("show", directory)["num_parameters"] == 5968
+  plan = found("plan", directory, "--mesh", "fsdp=2")
+  assert (plan["num_parameters"], plan["devices"][0]["count"]) == (5968, 2)
+  assert len(found("digest", directory)["digest"]) >= 16
+  assert found("verify", directory, "--values")["checked"] == ["structure", "shapes", "numbers"]
+  assert "model.safetensors" in found("convert", directory, str(tmp_path / "converted"))["files"]
+  assert "jax" in found("env")["packages"]
+
+
+def test_verify_and_convert_say_what_they_did(directory, tmp_path, capsys):
+  assert main(["verify", directory]) == 0
+  assert capsys.readouterr().out.endswith("OK: structure, shapes\n")
+  assert main(["convert", directory, str(tmp_path / "new")]) == 0
+  assert f"wrote {tmp_path / 'new'}: " in capsys.readouterr().out
+
+
+def test_env_says_what_a_report_needs(capsys):
+  assert main(["env"]) == 0
+  out = capsys.readouterr().out
+  assert "backend: cpu, 4 x cpu:cpu" in out
+  assert "  jax: " in out
+
+
+def test_generate_in_lines_of_json(directory, capsys):
+  options = ["--max-new-tokens", "5", "--temperature", "0.7", "--top-k", "9", "--seed", "3"]
+  assert main(["generate", directory, "up down", *options]) == 0
+  text = capsys.readouterr().out
+  assert main(["generate", directory, "up down", *options, "--json"]) == 0
+  *pieces, numbers = map(json.loads, capsys.readouterr().out.splitlines())
+  assert "".join(piece["text"] for piece in pieces) + "\n" == text
+  assert numbers["new_tokens"] == 5
+
+
+REFUSED = {
+  "empty prompt": ([""], "the prompt is empty"),
+  "stop string": (["up", "--stop", ""], "a stop string is empty"),
+  "number": (["up", "--top-p", "3"], "top_p is 3.0, expected more than 0 and at most 1"),
+  "system": (["up", "--system", "x"], "--system: a system message needs a chat template"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_prompt_is_refused_before_weights_are_read(
+  directory, arguments, message, capsys, monkeypatch
+):
+  monkeypatch.setattr("models_automodel.automodel.load", None)
+  assert main(["generate", directory, *arguments]) == 1
+  assert message in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(directory, capsys, monkeypatch):
+  monkeypatch.setattr("models_automodel.cli.memory.free_host_bytes", lambda: 10_000)
+  assert main(["generate", directory, "up", "--max-new-tokens", "5"]) == 1
+  err = capsys.readouterr().err
+  assert "of this machine, but 0.00 GiB are free: choose a smaller --dtype" in err
+  assert main(["generate", directory, "up", "--max-new-tokens", "5", "--no-memory-check"]) == 0
+
+
+def test_chat_needs_a_template(directory, capsys):
+  assert main(["chat", directory]) == 1
+  assert "has no chat template" in capsys.readouterr().err
+
+
+@pytest.fixture
+def talking(directory, tmp_path):
+  """The tiny model with a chat template that repeats the conversation."""
+  for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    (tmp_path / name).symlink_to(os.path.join(directory, name))
+  template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+  (tmp_path / "chat_template.jinja").write_text(template)
+  return str(tmp_path)
+
+
+def test_chat_keeps_the_conversation(talking, capsys, monkeypatch):
+  lines = iter(["/help", "up", "", "down", "/nonsense", "/clear", "up", "/exit", "never"])
+  monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+  seen = []
+  from models_automodel.cli import chat
+
+  class Answer(chat.Answer):
+    def __init__(self, model, prompt, options):
+      seen.append([message["content"] for message in prompt])
+      super().__init__(model, prompt, options)
+
+  monkeypatch.setattr(chat, "Answer", Answer)
+  assert main(["chat", talking, "--max-new-tokens", "3", "--system", "left"]) == 0
+  out, err = capsys.readouterr()
+  first, second, third = (line for line in out.splitlines()[4:])
+  assert seen == [["left", "up"], ["left", "up", first, "down"], ["left", "up"]]
+  assert third == first
+  assert second
+  assert "/clear" in out
+  assert "/nonsense is no command" in err
+
+
+@pytest.mark.parametrize(
+  ("arguments", "meant"),
+  [(["lst"], "did you mean list?"), (["plan", "x", "--strict-shading"], "did you mean --strict-sharding?")],
+)
+def test_a_slip_is_answered_with_what_may_be_meant(arguments, meant, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    main(arguments)
+  assert meant in capsys.readouterr().err
+
+
+def test_no_traceback_for_a_full_disk_a_closed_pipe_and_an_ascii_terminal():
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-m", "models_automodel", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+    )
+  assert (done.returncode, done.stderr) == (
+    1,
+    "automodel list: the output cannot be written: No space left on device\n",
+  )
+  reading, writing = os.pipe()
+  os.close(reading)
+  done = subprocess.run(
+    [sys.executable, "-m", "models_automodel", "list"], stdout=writing, stderr=subprocess.PIPE, text=True
+  )
+  os.close(writing)
+  assert (done.returncode, done.stderr) == (1, "")
+  code = "from models_automodel.cli import main; import models_naming; "
+  code += "models_naming.known_model_ids = lambda: {'llama3p1': ['caf\\u00e9']}; main(['list'])"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    text=True,
+  )
+  assert "caf?" in done.stdout, done.stderr
+
+
+def test_a_backend_that_is_not_there_is_one_line(directory):
+  done = run("generate", directory, "up", env={"JAX_PLATFORMS": "tpu,nonsense"})
+  assert done.returncode == 1
+  assert "Traceback" not in done.stderr
+  assert "backend" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="watches what the command imports")
+def test_ctrl_c_is_one_line_and_status_130(directory):
+  process = subprocess.Popen(
+    [sys.executable, "-m", "models_automodel", "generate", directory, "up", "--max-new-tokens", "50"],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+  )
+  # Somewhere between the imports and the compilation.
+  maps, deadline = pathlib.Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+  while "jaxlib" not in maps.read_text() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert err.strip() == "automodel: interrupted"

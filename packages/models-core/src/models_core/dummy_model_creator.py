@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from models_core.dtypes import as_dtype
 from models_core.layers import INITIALIZERS, SCALE, on_auto_axes
 from models_core.loading import AbstractParameter, abstract_model
+from models_core.sharding import check_mesh
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -49,6 +50,7 @@ def create_dummy_model(
     TypeError: if `mesh` is neither a Mesh nor None, or `dtype` is not a floating-point type.
   """
   dtype = as_dtype(dtype)
+  check_mesh(mesh)
   model = abstract_model(model_class, config, mesh)
   groups: dict[Any, list[AbstractParameter]] = collections.defaultdict(list)
   for parameter in model.parameters.values():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import ModelsError
 
@@ -20,9 +20,9 @@ class ProcessError(ModelsError, RuntimeError):
   """Another process of the mesh failed, or sees something different from this one."""
 
 
-def processes_of(mesh: Mesh | None) -> list[int]:
-  """Sorted indices of the processes that own the devices of a mesh; without a mesh, this process alone."""
-  if mesh is None:
+def processes_of(mesh: Mesh | AbstractMesh | None) -> list[int]:
+  """Sorted indices of the processes that own the devices of a mesh; without devices, this process alone."""
+  if mesh is None or isinstance(mesh, AbstractMesh):
     return [jax.process_index()]
   return sorted({device.process_index for device in mesh.devices.flat})
 
@@ -52,7 +52,7 @@ def exchange(mesh: Mesh, row: bytes) -> dict[int, bytes]:
 
 
 @contextlib.contextmanager
-def together(mesh: Mesh | None) -> Iterator[None]:
+def together(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
   """Runs a block in every process of a mesh. If it fails in one process, the others raise instead of waiting for it.
 
   The block must not contain collective operations.
@@ -63,7 +63,7 @@ def together(mesh: Mesh | None) -> Iterator[None]:
   Raises:
     ProcessError: if the block succeeded in this process and failed in another one.
   """
-  if mesh is None or len(processes_of(mesh)) == 1:
+  if not isinstance(mesh, Mesh) or len(processes_of(mesh)) == 1:
     yield
     return
   try:

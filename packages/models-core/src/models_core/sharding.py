@@ -224,12 +224,22 @@ def check_mesh(mesh: Any) -> None:
     )
 
 
+def check_mesh_of_plan(mesh: Any) -> None:
+  """Checks the argument `mesh` of a function that plans, which needs no devices.
+
+  Raises:
+    TypeError: if it is neither a Mesh, an AbstractMesh nor None.
+  """
+  if not isinstance(mesh, AbstractMesh):
+    check_mesh(mesh)
+
+
 def default_sharding() -> SingleDeviceSharding:
   """Sharding of arrays if there is no mesh: the default device of this process."""
   device = jax.config.jax_default_device  # type: ignore[attr-defined]
   return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices()[0])
 
 
-def named(mesh: Mesh | None, spec: PartitionSpec) -> NamedSharding | SingleDeviceSharding:
+def named(mesh: Mesh | AbstractMesh | None, spec: PartitionSpec) -> NamedSharding | SingleDeviceSharding:
   """Sharding of a spec that the mesh can hold; without a mesh, the default device."""
   return default_sharding() if mesh is None else NamedSharding(mesh, spec)

@@ -1,7 +1,7 @@
 """The `automodel` command.
 
-Each group of commands has a module; `arguments` and `mesh_argument` hold what several commands share. JAX is imported
-only by the commands that need it, when they run.
+Each group of commands has a module; `arguments`, `mesh_argument`, `parser` and `output` hold what several commands share.
+JAX is imported only by the commands that need it, when they run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from models_automodel.cli import convert, generate, inspect, upload
+from models_automodel.cli import chat, convert, environment, generate, inspect, upload
+from models_automodel.cli.output import print_error, print_flushed, replace_unprintable
+from models_automodel.cli.parser import Parser
+from models_automodel.interrupt import end
 from models_core.errors import ModelsError
 
 # Functions that add a command to the parser, in the order of --help.
@@ -22,9 +25,11 @@ _COMMANDS = (
   inspect.add_plan,
   inspect.add_digest,
   generate.add_generate,
+  chat.add_chat,
   convert.add_convert,
   inspect.add_verify,
   upload.add_upload,
+  environment.add_env,
   generate.add_quickstart,
 )
 
@@ -38,19 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit status: 0, or 1 for an error, whose message is printed to stderr.
   """
+  replace_unprintable()
   options = _parser().parse_args(arguments)
   keep_compiled_programs()
   try:
     options.run(options)
-  # The messages of these errors hold the remedy, which a traceback would hide.
-  except (ModelsError, TypeError, ImportError) as error:
+    print_flushed()
+  except KeyboardInterrupt:
     if options.traceback:
       raise
-    print(f"automodel {options.command}: {error}", file=sys.stderr)
-    return 1
+    end()
   except BrokenPipeError:
     # The reader of a pipe has closed it; without this, Python would report it again when it flushes at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except Exception as error:
+    message = _message(error)
+    if message is None or options.traceback:
+      raise
+    print_error(f"automodel {options.command}: {message}")
     return 1
   return 0
 
@@ -68,8 +79,25 @@ def keep_compiled_programs() -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+def _message(error: Exception) -> str | None:
+  """The message of an error that a user can cause; None for all others, of which the traceback says more."""
+  # The messages of these hold the remedy.
+  if isinstance(error, (ModelsError, TypeError, ImportError)):
+    return str(error)
+  if isinstance(error, OSError):
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+    return (
+      f"the output cannot be written: {error.strerror}" if error.filename is None and error.strerror else what
+    )
+  # A backend that isn't there, or XLA's refusal of a program that does not fit into memory.
+  text = str(error).strip()
+  if isinstance(error, RuntimeError) and ("backend" in text or "RESOURCE_EXHAUSTED" in text):
+    return text.splitlines()[0]
+  return None
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog="automodel", description="Load, inspect and convert pretrained LLMs as sharded Flax NNX modules."
   )
   parser.add_argument("--version", action="version", version=importlib.metadata.version("models-automodel"))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
   from models_automodel.where import Where
 
 # The type that `add_subparsers` returns.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 
 def model_arguments() -> argparse.ArgumentParser:

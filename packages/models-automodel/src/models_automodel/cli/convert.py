@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 
 from models_automodel.cli.arguments import Commands, model_arguments, where_of
+from models_automodel.cli.memory import gib
+from models_automodel.cli.output import add_json, print_json
+from models_automodel.interrupt import raise_at_interrupt
 
 
 def add_convert(commands: Commands) -> None:
@@ -31,6 +35,7 @@ def add_convert(commands: Commands) -> None:
   parser.add_argument(
     "--overwrite", action="store_true", help="replace a checkpoint in the target; other files stay"
   )
+  add_json(parser)
 
 
 def _size(text: str) -> int:
@@ -46,6 +51,8 @@ def _size(text: str) -> int:
 def _convert(options: argparse.Namespace) -> None:
   from models_automodel.convert import convert
 
+  # What is half written is removed.
+  raise_at_interrupt()
   convert(
     where_of(options),
     options.target,
@@ -55,3 +62,17 @@ def _convert(options: argparse.Namespace) -> None:
     ignore_config_keys=options.ignore_config_key,
     overwrite=options.overwrite,
   )
+  found = _written(options.target)
+  if options.json:
+    print_json({"path": options.target, "files": found})
+  elif found:
+    print(f"wrote {options.target}: {len(found)} files, {gib(sum(found.values()))}")
+  else:
+    print(f"wrote {options.target}")
+
+
+def _written(target: str) -> dict[str, int]:
+  """Name and bytes of each file of a directory on this machine; empty for another place."""
+  root = pathlib.Path(target).expanduser()
+  files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else []
+  return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}

@@ -1,4 +1,4 @@
-"""Commands that generate text: `generate` and `quickstart`."""
+"""Commands that answer once: `generate` and `quickstart`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import argparse
 import importlib.metadata
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments, where_of
+from models_automodel.cli.answering import Answer, load_model, model_of, sampling_arguments
+from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments
 from models_automodel.cli.mesh_argument import make_mesh
+from models_automodel.cli.output import add_json
+
+if TYPE_CHECKING:
+  from models_automodel.text import Prompt, TextSettings
 
 _QUESTION = "What is the capital of France?"
 
@@ -19,7 +23,7 @@ def add_generate(commands: Commands) -> None:
   """Adds `automodel generate`."""
   parser = commands.add_parser(
     "generate",
-    parents=[model_arguments(), mesh_arguments(), _sampling_arguments()],
+    parents=[model_arguments(), mesh_arguments(), sampling_arguments()],
     help="answer or continue a prompt",
   )
   parser.set_defaults(run=_generate)
@@ -27,66 +31,40 @@ def add_generate(commands: Commands) -> None:
   parser.add_argument(
     "--raw", action="store_true", help="continue the prompt as plain text, without the chat template"
   )
-
-
-def _sampling_arguments() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(add_help=False)
-  parser.add_argument(
-    "--max-new-tokens", type=int, default=256, help="stop after this many tokens (default: 256)"
-  )
-  parser.add_argument(
-    "--temperature",
-    type=float,
-    default=0.0,
-    help="divides the logits before sampling; 0 (default) always takes the most likely token",
-  )
-  parser.add_argument(
-    "--top-p",
-    type=float,
-    default=1.0,
-    help="sample from the fewest most likely tokens that together have this probability (default: 1)",
-  )
-  parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-  return parser
+  add_json(parser)
 
 
 def _generate(options: argparse.Namespace) -> None:
-  from models_automodel.automodel import AutoModel
+  text = options.prompt if options.prompt is not None else sys.stdin.read()
 
-  prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-  model, path = AutoModel.from_pretrained(
-    where_of(options),
-    make_mesh(options.mesh),
-    dtype=options.dtype,
-    ignore_config_keys=options.ignore_config_key,
-  )
-  _print_stream(
-    _continue(
-      model,
-      path,
-      prompt,
-      raw=options.raw,
-      max_new_tokens=options.max_new_tokens,
-      temperature=options.temperature,
-      top_p=options.top_p,
-      seed=options.seed,
-    )
-  )
+  def tokens_of(settings: TextSettings) -> int:
+    ids = settings.encode(_prompt(settings, text, options))
+    limit, _ = settings.check([ids], options.max_new_tokens, options.stop)
+    return len(ids) + limit
+
+  model = model_of(options, tokens_of)
+  answer = Answer(model, _prompt(model.settings, text, options), options)
+  if options.json:
+    answer.print_json()
+  else:
+    answer.print()
 
 
-def _continue(model: Any, path: str, prompt: str, *, raw: bool, **sampling: Any) -> Iterator[str]:
-  from models_automodel.text import generate, load_tokenizer
+def _prompt(settings: TextSettings, text: str, options: argparse.Namespace) -> Prompt:
+  """The text as a conversation where the checkpoint has a chat template, and as it is where it has none."""
+  from models_core.errors import ConfigError
 
-  tokenizer = load_tokenizer(path)
-  chat = not raw and bool(tokenizer.chat_templates)
-  ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
-  return tokenizer.stream(generate(model, ids, stop_ids=tokenizer.stop_ids, **sampling))
-
-
-def _print_stream(texts: Iterable[str]) -> None:
-  for text in texts:
-    print(text, end="", flush=True)
-  print()
+  if options.raw or not settings.tokenizer.chat_templates:
+    if options.system is not None:
+      why = "--raw is given" if options.raw else "the checkpoint has no chat template"
+      raise ConfigError(
+        f"--system: a system message needs a chat template, but {why}: put it into the prompt"
+      )
+    return text
+  if not text:
+    raise ConfigError("the prompt is empty: give a text to answer")
+  system = [] if options.system is None else [{"role": "system", "content": options.system}]
+  return [*system, {"role": "user", "content": text}]
 
 
 def add_quickstart(commands: Commands) -> None:
@@ -99,15 +77,14 @@ def add_quickstart(commands: Commands) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-  from models_automodel.automodel import AutoModel
-
   path = packaged_model()
   print("SmolLM2-135M-Instruct, a Llama, on 8 devices of this CPU: fsdp=2, tp=4")
+  defaults = sampling_arguments().parse_args(["--max-new-tokens", "60"])
   start = time.perf_counter()
-  model, path = AutoModel.from_pretrained(path, make_mesh({"fsdp": 2, "tp": 4}), dtype="float32")
+  model = load_model(defaults, path, make_mesh({"fsdp": 2, "tp": 4}), lambda settings: 256, dtype="float32")
   print(f"loaded {path} in {time.perf_counter() - start:.1f} s")
   print(f"\n> {options.question}")
-  _print_stream(_continue(model, path, options.question, raw=False, max_new_tokens=60))
+  Answer(model, [{"role": "user", "content": options.question}], defaults).print()
 
 
 def packaged_model() -> str:

@@ -18,10 +18,13 @@ from models_automodel.cli.arguments import (
   selectors_of,
   where_of,
 )
-from models_automodel.cli.mesh_argument import make_mesh
+from models_automodel.cli.memory import gib
+from models_automodel.cli.mesh_argument import abstract_mesh, make_mesh
+from models_automodel.cli.output import add_json, print_json
 
 if TYPE_CHECKING:
   from models_core.family import Family
+  from models_core.loading import LoadPlan
 
 
 def add_list(commands: Commands) -> None:
@@ -29,12 +32,14 @@ def add_list(commands: Commands) -> None:
   parser = commands.add_parser("list", help="list the known models, by family")
   parser.set_defaults(run=_list)
   parser.add_argument("--installed", action="store_true", help="only models whose family is installed")
+  add_json(parser)
 
 
 def _list(options: argparse.Namespace) -> None:
   import models_naming
   from models_automodel.families import install_command_of, installed
 
+  found = []
   for family, ids in models_naming.known_model_ids().items():
     category = models_naming.FAMILIES[
       next(p for p, f in models_naming.FAMILIES.items() if f.family == family)
@@ -45,13 +50,23 @@ def _list(options: argparse.Namespace) -> None:
       continue
     else:
       note = f"{category}, not installed: {install_command_of(category)}"
-    print(f"{family} ({note})")
-    for model_id in ids:
-      print(f"  {model_id}")
+    found.append(
+      {"family": family, "category": category, "installed": category in installed(), "models": list(ids)}
+    )
+    if not options.json:
+      print(f"{family} ({note})")
+      for model_id in ids:
+        print(f"  {model_id}")
   for category, entry in installed().items():
     if models_naming.distribution_of(category) is None:
       package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
-      print(f"{category} (installed by {package})")
+      found.append(
+        {"family": None, "category": category, "installed": True, "package": package, "models": []}
+      )
+      if not options.json:
+        print(f"{category} (installed by {package})")
+  if options.json:
+    print_json({"families": found})
 
 
 def add_show(commands: Commands) -> None:
@@ -68,6 +83,7 @@ def add_show(commands: Commands) -> None:
     default=8192,
     help="tokens in the KV cache whose memory is shown (default: 8192)",
   )
+  add_json(parser)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -78,18 +94,7 @@ def _show(options: argparse.Namespace) -> None:
   from models_core.loading import abstract_model
 
   family, config = _found(options)
-  print(f"{family.name}: {family.model_class.__module__}.{family.model_class.__name__}")
-  for field in dataclasses.fields(config):
-    print(f"  {field.name} = {getattr(config, field.name)}")
   model = abstract_model(family.model_class, config)
-  shapes: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
-  for name, parameter in model.parameters.items():
-    shapes[".".join("*" if part.isdigit() else part for part in name.split("."))].append(parameter.shape)
-  print("parameters:")
-  for name, same in shapes.items():
-    print(f"  {len(same):4} x {name} {' or '.join(str(list(s)) for s in sorted(set(same)))}")
-  total = sum(math.prod(parameter.shape) for parameter in model.parameters.values())
-  print(f"  {total:,} in all: {_gib(2 * total)} in bfloat16, {_gib(4 * total)} in float32")
 
   def caches() -> list[Any]:
     model = family.model_class(config, rngs=nnx.Rngs(0))
@@ -100,9 +105,39 @@ def _show(options: argparse.Namespace) -> None:
       sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
       for cache in nnx.eval_shape(caches)
     )
-  print(f"KV cache: {_gib(whole)} for one sequence of {options.context:,} tokens in bfloat16")
+  fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  parameters = {name: list(parameter.shape) for name, parameter in model.parameters.items()}
+  shown: dict[str, Any] = {
+    "family": family.name,
+    "class": f"{family.model_class.__module__}.{family.model_class.__name__}",
+    "config": fields,
+    "parameters": parameters,
+    "num_parameters": sum(map(math.prod, parameters.values())),
+    "context": options.context,
+    "kv_cache_bytes": whole,
+    "kv_cache_bytes_with_rings": ring,
+  }
+  if options.json:
+    print_json(shown)
+  else:
+    _print_shown(shown)
+
+
+def _print_shown(shown: dict[str, Any]) -> None:
+  print(f"{shown['family']}: {shown['class']}")
+  for name, value in shown["config"].items():
+    print(f"  {name} = {value}")
+  shapes: dict[str, list[list[int]]] = collections.defaultdict(list)
+  for name, shape in shown["parameters"].items():
+    shapes[".".join("*" if part.isdigit() else part for part in name.split("."))].append(shape)
+  print("parameters:")
+  for name, same in shapes.items():
+    print(f"  {len(same):4} x {name} {' or '.join(map(str, sorted({tuple(s): s for s in same}.values())))}")
+  total, whole, ring = shown["num_parameters"], shown["kv_cache_bytes"], shown["kv_cache_bytes_with_rings"]
+  print(f"  {total:,} in all: {gib(2 * total)} in bfloat16, {gib(4 * total)} in float32")
+  print(f"KV cache: {gib(whole)} for one sequence of {shown['context']:,} tokens in bfloat16")
   if ring < whole:
-    print(f"  {_gib(ring)} with ring=True: layers with a sliding window keep only the tokens in the window")
+    print(f"  {gib(ring)} with ring=True: layers with a sliding window keep only the tokens in the window")
 
 
 def _found(options: argparse.Namespace) -> tuple[Family, Any]:
@@ -125,10 +160,6 @@ def _tokens(text: str) -> int:
   return int(text)
 
 
-def _gib(nbytes: int) -> str:
-  return f"{nbytes / 2**30:.2f} GiB"
-
-
 def add_plan(commands: Commands) -> None:
   """Adds `automodel plan`."""
   parser = commands.add_parser(
@@ -142,6 +173,7 @@ def add_plan(commands: Commands) -> None:
     action="store_true",
     help="fail if the mesh cannot shard an axis (default: replicate the axis)",
   )
+  add_json(parser)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -149,12 +181,28 @@ def _plan(options: argparse.Namespace) -> None:
 
   plan = AutoModel.plan(
     where_of(options),
-    make_mesh(options.mesh),
+    abstract_mesh(options.mesh),
     dtype=options.dtype,
     ignore_config_keys=options.ignore_config_key,
     strict_sharding=options.strict_sharding,
   )
-  print(plan)
+  if options.json:
+    print_json(_planned(plan))
+  else:
+    print(plan)
+
+
+def _planned(plan: LoadPlan) -> dict[str, Any]:
+  """What a plan says, for JSON."""
+  return {
+    "path": plan.checkpoint.files.path,
+    "files": list(plan.files),
+    "num_parameters": plan.num_parameters,
+    "stored_bytes": plan.stored_nbytes,
+    "devices": [{"count": count, "bytes_each": nbytes} for nbytes, count in plan.shares().items()],
+    "casts": [{"stored": a, "loaded": b, "tensors": n} for (a, b), n in plan.casts().items()],
+    "notes": plan.notes(),
+  }
 
 
 def add_digest(commands: Commands) -> None:
@@ -166,6 +214,7 @@ def add_digest(commands: Commands) -> None:
   )
   parser.set_defaults(run=_digest)
   parser.add_argument("--parameters", action="store_true", help="also print a number for each parameter")
+  add_json(parser)
 
 
 def _digest(options: argparse.Namespace) -> None:
@@ -177,6 +226,10 @@ def _digest(options: argparse.Namespace) -> None:
     dtype=options.dtype,
     ignore_config_keys=options.ignore_config_key,
   )
+  if options.json:
+    numbers = {name: f"{number:016x}" for name, number in found.parameters.items()}
+    print_json({"digest": str(found)} | ({"parameters": numbers} if options.parameters else {}))
+    return
   if options.parameters:
     for name, number in found.parameters.items():
       print(f"{number:016x}  {name}")
@@ -207,6 +260,7 @@ def add_verify(commands: Commands) -> None:
     help="compare the files with the hashes that the hub states for a repository",
   )
   parser.add_argument("--revision", help="branch, tag or commit of the repository (default: main)")
+  add_json(parser)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -220,11 +274,18 @@ def _verify(options: argparse.Namespace) -> None:
   )
   if options.checksums:
     check_checksums(options.directory, read_checksums(options.checksums))
-  if options.hub:
-    commit = check_hub(options.directory, options.hub, revision=options.revision)
+  commit = check_hub(options.directory, options.hub, revision=options.revision) if options.hub else None
+  sums = checksums(options.directory) if options.sha256 else {}
+  if commit is not None and not options.json:
     print(f"all files are those of {options.hub} at commit {commit}")
-  if options.sha256:
-    for name, digest in checksums(options.directory).items():
+  checked = ["structure", "shapes"]
+  checked += ["numbers"] * options.values + ["checksums"] * bool(options.checksums)
+  checked += [f"files of {options.hub} at commit {commit}"] * (commit is not None)
+  if options.json:
+    print_json(_planned(plan) | {"ok": True, "checked": checked} | ({"sha256": sums} if sums else {}))
+  elif options.sha256:
+    for name, digest in sums.items():
       print(f"{digest}  {name}")
   else:
     print(plan)
+    print(f"OK: {', '.join(checked)}")

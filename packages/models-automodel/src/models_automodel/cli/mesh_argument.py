@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from jax.sharding import Mesh
+  from jax.sharding import AbstractMesh, Mesh
 
 MeshShape = dict[str, int]
 
@@ -25,6 +25,15 @@ def parse_mesh(text: str) -> MeshShape:
   if not all(pairs) or len({pair[1] for pair in pairs if pair}) != len(parts):
     raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write it like fsdp=2,tp=4")
   return {pair[1]: int(pair[2]) for pair in pairs if pair}
+
+
+def abstract_mesh(shape: MeshShape | None) -> AbstractMesh | None:
+  """A mesh of any size without devices, for plans; None without a shape, which is one device."""
+  from jax.sharding import AbstractMesh, AxisType
+
+  if shape is None:
+    return None
+  return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def make_mesh(shape: MeshShape | None) -> Mesh | None:

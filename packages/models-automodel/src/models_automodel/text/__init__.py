@@ -1,4 +1,4 @@
-"""Text in and out: a checkpoint's tokenizer, its chat template, and generation.
+"""Text in and out: a checkpoint's tokenizer, its chat template, and a model that takes and gives texts.
 
 May import: `errors` of this package, `models_core` and `models_sources`; no module that finds or loads a model.
 """

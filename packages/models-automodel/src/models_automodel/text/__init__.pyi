@@ -1,10 +1,12 @@
-from .generation import generate
 from .gguf_files import with_tokenizer
+from .text_model import Prompt, TextModel, TextSettings
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+  "Prompt",
+  "TextModel",
+  "TextSettings",
   "Tokenizer",
-  "generate",
   "load_tokenizer",
   "with_tokenizer",
 ]

@@ -95,7 +95,7 @@ class Tokenizer:
 
   def bos_id(self) -> int | None:
     """The id of the `bos_token`; None if the checkpoint names none."""
-    return self._id_of("bos_token")
+    return self.token_id("bos_token")
 
   def eos_id(self) -> int:
     """The id of the `eos_token`. Several ids may end an answer: see `stop_ids`.
@@ -103,7 +103,7 @@ class Tokenizer:
     Raises:
       ConfigError: if the checkpoint names no `eos_token`.
     """
-    if (found := self._id_of("eos_token")) is None:
+    if (found := self.token_id("eos_token")) is None:
       raise ConfigError(
         "the checkpoint names no eos_token: add it to tokenizer_config.json, or take one of "
         f"stop_ids={sorted(self.stop_ids)}"
@@ -116,7 +116,7 @@ class Tokenizer:
     Raises:
       ConfigError: if the checkpoint names neither.
     """
-    return self.eos_id() if (found := self._id_of("pad_token")) is None else found
+    return self.eos_id() if (found := self.token_id("pad_token")) is None else found
 
   @property
   def bos_token(self) -> str | None:
@@ -222,8 +222,11 @@ class Tokenizer:
     if len(after) > len(before):
       yield after[len(before) :]
 
-  def _id_of(self, role: str) -> int | None:
-    """The id of the special token with this role; None if there is no such token, or the vocabulary lacks it."""
+  def token_id(self, role: str) -> int | None:
+    """The id of the special token with a role, such as "unk_token".
+
+    It is None if there is no such token, or the vocabulary lacks it.
+    """
     return None if (token := self.special_tokens.get(role)) is None else self.engine.token_to_id(token)
 
   def _ids(self, text: str) -> list[int]:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from models_core.errors import ShardingError
 from models_core.layers import abstract_state, dotted
-from models_core.sharding import Misfit, check_mesh, fit, named
+from models_core.sharding import Misfit, check_mesh_of_plan, fit, named
 from models_core.weights import letter_sizes
 
 
@@ -68,23 +68,23 @@ class AbstractModel:
 
 
 def abstract_model(
-  model_class: Any, config: Any, mesh: Mesh | None = None, *, strict: bool = False
+  model_class: Any, config: Any, mesh: Mesh | AbstractMesh | None = None, *, strict: bool = False
 ) -> AbstractModel:
   """Builds the structure of a model without allocating its parameters.
 
   Args:
     model_class: called as `model_class(config, rngs=...)`.
     config: the configuration that the class takes.
-    mesh: with Auto or Explicit axes; None is one device.
+    mesh: with Auto or Explicit axes; None is one device. An AbstractMesh, which needs no devices, is for plans alone.
     strict: whether to raise if the mesh cannot hold the declared sharding of an axis; otherwise the axis is replicated.
 
   Raises:
     ShardingError: if a declared sharding contradicts itself; with `strict`, if the mesh cannot hold some of them,
       listing all of these.
-    TypeError: if `mesh` is neither a Mesh nor None, or a parameter of the model is not numeric, such as the key of a
+    TypeError: if `mesh` is neither a mesh nor None, or a parameter of the model is not numeric, such as the key of a
       random state.
   """
-  check_mesh(mesh)
+  check_mesh_of_plan(mesh)
   graphdef, state = abstract_state(functools.partial(model_class, config))
   parameters = {}
   for path, variable in nnx.to_flat_state(state):

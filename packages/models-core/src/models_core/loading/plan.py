@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
@@ -27,6 +27,7 @@ from models_core.loading.opened import OpenedPlan
 from models_core.loading.planned import PlannedParameter, mesh_of
 from models_core.loading.process_split import files_of_process
 from models_core.loading.ties import mis_shaped
+from models_core.sharding import check_mesh
 from models_core.weights import Piece, Row, Tied, WeightTable, pieces
 
 # Most problems that an error lists; the rest are counted.
@@ -64,7 +65,11 @@ class LoadPlan:
 
     Args:
       on_bytes: called with the number of bytes of each read, from several threads.
+
+    Raises:
+      TypeError: if the plan is for an AbstractMesh, which has no devices.
     """
+    check_mesh(self.mesh)
     return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes, self.model.config)
 
   def compile(self, function: Callable[..., Any], *args: Any) -> Compiling:
@@ -116,12 +121,19 @@ class LoadPlan:
     return sum(tensors[name].stop - tensors[name].start for name in names)
 
   def bytes_per_device(self) -> dict[jax.Device, int]:
-    """The number of bytes that each device of the mesh will hold."""
+    """The number of bytes that each device of the mesh will hold. A plan for an AbstractMesh has no devices."""
+    check_mesh(self.mesh)
     total: dict[jax.Device, int] = collections.defaultdict(int)
     for planned in self.parameters:
       for device in planned.parameter.sharding.device_set:
         total[device] += planned.shard_nbytes
     return dict(sorted(total.items(), key=lambda item: item[0].id))
+
+  def shares(self) -> dict[int, int]:
+    """How many devices will hold how many bytes: {bytes: devices}."""
+    if isinstance(self.mesh, AbstractMesh):
+      return {sum(planned.shard_nbytes for planned in self.parameters): self.mesh.size}
+    return dict(collections.Counter(self.bytes_per_device().values()))
 
   def casts(self) -> dict[tuple[str, str], int]:
     """The number of tensors that are cast, by (stored dtype, loaded dtype)."""
@@ -145,12 +157,11 @@ class LoadPlan:
     return [*self.replicated(), *self.checkpoint.notes, *unread]
 
   def __str__(self) -> str:
-    devices = collections.Counter(self.bytes_per_device().values())
     lines = [
       f"{self.num_parameters:,} parameters, {_size(self.stored_nbytes)} to read from "
       f"{_count(len(self.files), 'file')} of {self.checkpoint.files.path}"
     ]
-    lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in devices.items()]
+    lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in self.shares().items()]
     lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
     lines += [f"{tie.tensor} must equal {tie.twin}" for tie in self.ties]
     return "\n".join(lines + self.notes())
