@@ -23,6 +23,7 @@ from .parameters import INITIALIZERS, SCALE, abstract_state, dotted, parameter, 
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
+from .scan import decoder_layers
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
   "bound",
   "check_attention_implementation",
   "cross_entropy",
+  "decoder_layers",
   "dotted",
   "explain_attention",
   "explain_case",

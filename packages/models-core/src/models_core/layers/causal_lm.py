@@ -19,6 +19,7 @@ from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard,
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
+from models_core.layers.scan import scan, units
 from models_core.layers.visibility import VisibleKeys, visible_keys
 from models_core.sharding import axis_names
 
@@ -268,13 +269,10 @@ class CausalLM(SamplerMappings, nnx.Module):
     by_window = {window: (self._rotary(window), visible) for window, visible in seen.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
-    layers = list(zip(self.layers, windows, caches, strict=True))
-    new_caches: list[Any] = []
-    x, size = self._embed(inputs) if inputs.ndim == 2 else inputs, _period(windows)
+    x = self._embed(inputs) if inputs.ndim == 2 else inputs
     x = shard(x, self.config.shd_config.spec("act_btd", "b t d"))
-    for start in range(0, len(layers), size):
-      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
-      new_caches += extended
+    run = self._run_stacks if isinstance(self.layers, Mapping) else self._run_layers
+    x, new_caches = run(x, positions, caches, by_window)
     x = self.final_norm(x)
     if cache is None:
       return x, None
@@ -282,6 +280,47 @@ class CausalLM(SamplerMappings, nnx.Module):
       overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache[name]["k"].shape[1]
       x = jnp.where(overflow[:, :, None], jnp.nan, x)
     return x, dict(zip(names, new_caches, strict=True))
+
+  def _run_layers(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    caches: Sequence[LayerCache | None],
+    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
+  ) -> tuple[jax.Array, list[LayerCache | None]]:
+    """Runs a list of layers one by one; arguments and result as for `_run_unit`, with a cache for each layer."""
+    layers = list(zip(self.layers, self.windows(), caches, strict=True))
+    size, new_caches = _period(self.windows()), list[LayerCache | None]()
+    for start in range(0, len(layers), size):
+      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
+      new_caches += extended
+    return x, new_caches
+
+  def _run_stacks(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    caches: Sequence[LayerCache | None],
+    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
+  ) -> tuple[jax.Array, list[LayerCache | None]]:
+    """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`."""
+    windows, new_caches = self.windows(), dict[int, LayerCache | None]()
+    for unit in units(self.layers):
+      own = [windows[numbers.start] for numbers in unit.layers]
+
+      def run(layers: Sequence[Any], x: jax.Array, step: Any, own: Sequence[int | None] = own) -> tuple[jax.Array, Any]:
+        return self._run_unit(list(zip(layers, own, step, strict=True)), x, positions, by_window)
+
+      held = [[caches[i] for i in numbers] for numbers in unit.layers]
+      if unit.is_scanned:
+        x, extended = scan(run, unit.modules, x, [jax.tree.map(lambda *c: jnp.stack(c), *one) for one in held])
+        extended = [[jax.tree.map(lambda c, at=at: c[at], one) for at in range(len(unit.layers[0]))] for one in extended]
+      else:
+        x, extended = run(unit.modules, x, [one for one, in held])
+        extended = [[one] for one in extended]
+      for numbers, several in zip(unit.layers, extended, strict=True):
+        new_caches |= dict(zip(numbers, several, strict=True))
+    return x, [new_caches[i] for i in sorted(new_caches)]
 
   def _run_unit(
     self,
