@@ -6,6 +6,7 @@ axis of layers in front of the axes that the parameter has in one layer.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,6 +44,11 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def _rank(part: str) -> tuple[int, Any]:
   return (0, int(part)) if part.isdigit() else (1, part)
+
+
+def without_stacks(config: Any) -> Any:
+  """The configuration of the same model whose layers are not stacked: the one that files and adapters know."""
+  return dataclasses.replace(config, scan_layers=False) if getattr(config, "scan_layers", False) else config
 
 
 def find_stacks(kinds: Sequence[Any]) -> list[range]:

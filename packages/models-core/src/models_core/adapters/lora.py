@@ -18,10 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models_core.errors import AdapterError
-from models_core.layers import dotted
+from models_core.layers import dotted, places, take_layer
+from models_core.stacks import layers_of
 from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
@@ -117,7 +119,7 @@ class Adapter:
 
 
 def adapter_of(model: nnx.Module, *, alpha: float | Mapping[str, float], rank: int | None = None) -> Adapter:
-  """The adapter that a model carries in its `nnx.LoRAParam`s.
+  """The adapter that a model carries in its `nnx.LoRAParam`s, by the names of a model that stacks no layers.
 
   Args:
     model: a model to which qwix, or code of yours, added factors.
@@ -137,7 +139,9 @@ def adapter_of(model: nnx.Module, *, alpha: float | Mapping[str, float], rank: i
       raise AdapterError(
         f"{name} is an nnx.LoRAParam: name it after the parameter that it changes, with {A} or {B}"
       )
-    found.setdefault(name.removesuffix(side), {})[side] = variable.get_value()
+    for layer, (_, at) in places({name: None}).items():
+      value = variable.get_value() if at is None else take_layer(variable.get_value(), at)
+      found.setdefault(layer.removesuffix(side), {})[side] = value
   if not found:
     raise AdapterError("the model has no nnx.LoRAParam: apply LoRA to it first, for example with qwix")
   if alone := [f"{name}{side}" for name, sides in found.items() for side in (A, B) if side not in sides]:
@@ -235,9 +239,8 @@ def find_row(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
   Raises:
     AdapterError: if the table has no row for the parameter.
   """
-  for row in table.rows:
-    if (placeholders := row.match(name)) is not None:
-      return row, placeholders
+  for found in table.rows_of(name):
+    return found
   raise AdapterError(f"the adapter changes {name}, which the model does not have")
 
 
@@ -348,13 +351,15 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
         f"{name}: a model with LoRA factors computes no {kind}, whose result is not the sum of a base and a product: "
         "merge the adapter into the weights"
       )
-  variables = {dotted(path): v for path, v in nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))}
+  state = nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))
+  variables, paths = {dotted(path): v for path, v in state}, {dotted(path): path for path, _ in state}
   values = {name + A: factors.a for name, factors in adapter.factors.items()}
   values |= {name + B: factors.b for name, factors in adapter.factors.items()}
-  if odd := sorted(variables.keys() ^ values.keys()):
+  if odd := sorted(places(variables).keys() ^ values.keys()):
     raise AdapterError(
       f"the model and the adapter must have the same factors, but only one of them has {_few(odd)}"
     )
+  values = {name: _of_all_layers(name, values) for name in variables}
   for name, variable in variables.items():
     if (shape := variable.get_value().shape) != values[name].shape:
       raise AdapterError(
@@ -363,7 +368,13 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
   for name, variable in variables.items():
     old = variable.get_value()
     variable.set_value(jax.device_put(jnp.asarray(values[name], old.dtype), old.sharding))
-  nnx.update(lora_model, nnx.from_flat_state([(_path(name), v) for name, v in variables.items()]))
+  nnx.update(lora_model, nnx.from_flat_state([(paths[name], v) for name, v in variables.items()]))
+
+
+def _of_all_layers(name: str, values: Mapping[str, Any]) -> Any:
+  """The value of a factor from those of its layers, stacked if the factor is."""
+  own = [values[layer] for layer in places({name: None})]
+  return own[0] if layers_of(name) is None else np.stack([np.asarray(one) for one in own])
 
 
 def lora_rules(adapter: Adapter) -> list[dict[str, Any]]:
@@ -399,7 +410,3 @@ def _joined_paths(paths: Sequence[str]) -> str:
   return "|".join(
     "/".join(part or one(numbers) for part in parts).rstrip("/") for parts, numbers in layers.items()
   )
-
-
-def _path(name: str) -> tuple[Any, ...]:
-  return tuple(int(part) if part.isdigit() else part for part in name.split("."))

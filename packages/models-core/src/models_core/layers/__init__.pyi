@@ -24,6 +24,7 @@ from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
 from .scan import decoder_layers
+from .stacked import by_layer, places, stack_layers, take_layer
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
   "attend",
   "bound",
   "check_attention_implementation",
+  "by_layer",
   "cross_entropy",
   "decoder_layers",
   "dotted",
@@ -66,6 +68,7 @@ __all__ = [
   "mean_cross_entropy",
   "on_auto_axes",
   "parameter",
+  "places",
   "projection",
   "rotary",
   "rotate",
@@ -74,6 +77,8 @@ __all__ = [
   "silu",
   "sow_router_logits",
   "split_heads",
+  "stack_layers",
+  "take_layer",
   "top_k",
   "visible_keys",
 ]

@@ -308,18 +308,24 @@ class CausalLM(SamplerMappings, nnx.Module):
     for unit in units(self.layers):
       own = [windows[numbers.start] for numbers in unit.layers]
 
-      def run(layers: Sequence[Any], x: jax.Array, step: Any, own: Sequence[int | None] = own) -> tuple[jax.Array, Any]:
+      def run(
+        layers: Sequence[Any], x: jax.Array, step: Any, own: Sequence[int | None] = own
+      ) -> tuple[jax.Array, Any]:
         return self._run_unit(list(zip(layers, own, step, strict=True)), x, positions, by_window)
 
       held = [[caches[i] for i in numbers] for numbers in unit.layers]
       if unit.is_scanned:
-        x, extended = scan(run, unit.modules, x, [jax.tree.map(lambda *c: jnp.stack(c), *one) for one in held])
-        extended = [[jax.tree.map(lambda c, at=at: c[at], one) for at in range(len(unit.layers[0]))] for one in extended]
+        x, extended = scan(
+          run, unit.modules, x, [jax.tree.map(lambda *c: jnp.stack(c), *one) for one in held]
+        )
+        extended = [
+          [jax.tree.map(lambda c, at=at: c[at], one) for at in range(len(unit.layers[0]))] for one in extended
+        ]
       else:
-        x, extended = run(unit.modules, x, [one for one, in held])
+        x, extended = run(unit.modules, x, [one for (one,) in held])
         extended = [[one] for one in extended]
-      for numbers, several in zip(unit.layers, extended, strict=True):
-        new_caches |= dict(zip(numbers, several, strict=True))
+      for which, several in zip(unit.layers, extended, strict=True):
+        new_caches |= dict(zip(which, several, strict=True))
     return x, [new_caches[i] for i in sorted(new_caches)]
 
   def _run_unit(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import enum
+import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +16,21 @@ from flax import nnx
 from models_core.layers.stand_in import StandIn
 
 M = TypeVar("M", bound=Callable[..., Any])
+
+_in_scan: contextvars.ContextVar[bool] = contextvars.ContextVar("in_scan", default=False)
+
+
+@contextlib.contextmanager
+def in_scan() -> Iterator[None]:
+  """Context of the body of a scan, whose backward pass is a loop of its own: nothing can be taken from the forward one.
+
+  Elsewhere barriers keep the compiler from that, which cost copies.
+  """
+  token = _in_scan.set(True)
+  try:
+    yield
+  finally:
+    _in_scan.reset(token)
 
 
 class RematConfig(enum.Enum):
@@ -56,7 +74,7 @@ def _recomputed(module: Any) -> Any:
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     stand_ins = []
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=not _in_scan.get())
     def run(state: Any, arrays: dict[int, jax.Array]) -> Any:
       stand_in = StandIn(module, graphdef, state)
       stand_ins.append(stand_in)

@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec
 
 from models_core.layers.mesh import declared, shard
 from models_core.layers.parameters import only_shapes
+from models_core.layers.remat import in_scan
 from models_core.layers.stand_in import Leaf, StandIn
 from models_core.stacks import find_stacks, layers_of, stack_name
 
-# What tells a variable that stacks layers.
+# The key in the metadata of variables that stack layers: mesh axes of the axis of layers, in a tuple.
 _STACKED = "stacked"
 
 
@@ -74,7 +75,7 @@ def _stack(members: Sequence[nnx.Module], count: int, entry: Any) -> nnx.Module:
 
 def _with_layers(metadata: Mapping[str, Any], entry: Any) -> dict[str, Any]:
   """Metadata of a stacked variable, from that of the variable in one layer."""
-  changes: dict[str, Any] = {_STACKED: True}
+  changes: dict[str, Any] = {_STACKED: (entry,)}
   if (spec := metadata.get("out_sharding")) is not None:
     changes["out_sharding"] = PartitionSpec(entry, *spec)
   if heads := metadata.get("heads"):
@@ -125,7 +126,10 @@ def units(layers: Mapping[str, Any]) -> Iterator[Unit]:
 
 
 def scan(
-  run: Callable[[Sequence[Any], jax.Array, Any], tuple[jax.Array, Any]], modules: Sequence[Any], x: jax.Array, steps: Any
+  run: Callable[[Sequence[Any], jax.Array, Any], tuple[jax.Array, Any]],
+  modules: Sequence[Any],
+  x: jax.Array,
+  steps: Any,
 ) -> tuple[jax.Array, Any]:
   """Runs stacked layers by one `jax.lax.scan`. What a run changes in a layer changes in the stack.
 
@@ -145,16 +149,22 @@ def scan(
   graphdef, state = nnx.split(original)
   flat = dict(nnx.to_flat_state(state))
   stacked = {path: leaf.get_raw_value() for path, leaf in flat.items() if _is_stacked(leaf)}
-  carried, structure = jax.tree.flatten({path: _raw(leaf) for path, leaf in flat.items() if path not in stacked})
+  carried, structure = jax.tree.flatten(
+    {path: _raw(leaf) for path, leaf in flat.items() if path not in stacked}
+  )
   place = {id(leaf): at for at, leaf in enumerate(carried)}
   stand_ins: list[tuple[StandIn, list[Leaf]]] = []
 
   def body(carry: tuple[jax.Array, list[Any]], step: Any) -> tuple[tuple[jax.Array, list[Any]], Any]:
     (x, carried), (slices, own) = carry, step
-    values = {**{path: _held(value, flat[path]) for path, value in slices.items()}, **jax.tree.unflatten(structure, carried)}
+    values = {
+      **{path: _held(value, flat[path]) for path, value in slices.items()},
+      **jax.tree.unflatten(structure, carried),
+    }
     variables = [(path, _of(leaf, values[path])) for path, leaf in flat.items()]
     stand_in = StandIn(original, graphdef, nnx.from_flat_state(variables))
-    x, result = run(list(stand_in.module), x, own)
+    with in_scan():
+      x, result = run(list(stand_in.module), x, own)
     changes = stand_in.changes()
     stand_ins.append((stand_in, changes))
     carried = list(carried)
@@ -167,20 +177,21 @@ def scan(
   stand_in, changes = stand_ins[-1]
   if changes:
     rest = iter(values)
-    entry = next((tuple(spec)[0] for path in stacked if (spec := flat[path].get_metadata().get("out_sharding"))), None)
+    (entry,) = next(flat[path].get_metadata()[_STACKED] for path in stacked)
 
     def describe(original: nnx.Variable | None, metadata: dict[str, Any]) -> dict[str, Any]:
       is_own = original is None or _is_stacked(original)
       return _with_layers(metadata, entry) if is_own else metadata
 
     stand_in.hand_back(
-      [carried[place[id(leaf.replaces)]] if id(leaf.replaces) in place else next(rest) for leaf in changes], describe
+      [carried[place[id(leaf.replaces)]] if id(leaf.replaces) in place else next(rest) for leaf in changes],
+      describe,
     )
   return x, results
 
 
 def _is_stacked(leaf: Any) -> bool:
-  return isinstance(leaf, nnx.Variable) and bool(leaf.get_metadata().get(_STACKED))
+  return isinstance(leaf, nnx.Variable) and _STACKED in leaf.get_metadata()
 
 
 def _raw(leaf: Any) -> Any:

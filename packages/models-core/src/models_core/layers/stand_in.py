@@ -102,7 +102,9 @@ class StandIn:
     take = lambda leaf, _: next(rest)
     for original, copy in self._variables:
       original.copy_from(cast(nnx.Variable, _described(_mapped(copy, take), original, describe)))
-    state = [(path, _described(_mapped(leaf, take), None, describe)) for path, leaf in nnx.to_flat_state(self._state)]
+    state = [
+      (path, _described(_mapped(leaf, take), None, describe)) for path, leaf in nnx.to_flat_state(self._state)
+    ]
     added = nnx.merge(self._graphdef, nnx.from_flat_state(state))
     for original, name in self._removed:
       delattr(original, name)
