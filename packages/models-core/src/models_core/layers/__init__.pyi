@@ -15,7 +15,7 @@ from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection, projection
 from .logits import cross_entropy, log_probs, mean_cross_entropy, top_k
-from .mesh import explicit_axes, on_auto_axes, shard
+from .mesh import explicit_axes, find_mesh, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
@@ -60,6 +60,7 @@ __all__ = [
   "explain_case",
   "explicit_axes",
   "extend_cache",
+  "find_mesh",
   "gelu_tanh",
   "join_heads",
   "load_balancing_loss",

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
-from models_core.layers.cache import Cache, LayerCache
+from models_core.layers.cache import Cache, LayerCache, pick, recorded, recording
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
@@ -289,7 +289,8 @@ class CausalLM(SamplerMappings, nnx.Module):
     by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
   ) -> tuple[jax.Array, list[LayerCache | None]]:
     """Runs a list of layers one by one; arguments and result as for `_run_unit`, with a cache for each layer."""
-    layers = list(zip(self.layers, self.windows(), caches, strict=True))
+    members: Any = (self.layers, self.windows(), caches)
+    layers = list(zip(*members, strict=True))
     size, new_caches = _period(self.windows()), list[LayerCache | None]()
     for start in range(0, len(layers), size):
       x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
@@ -303,30 +304,33 @@ class CausalLM(SamplerMappings, nnx.Module):
     caches: Sequence[LayerCache | None],
     by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
   ) -> tuple[jax.Array, list[LayerCache | None]]:
-    """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`."""
-    windows, new_caches = self.windows(), dict[int, LayerCache | None]()
+    """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`.
+
+    In the scan each layer sees a copy of its cache. What it appends is appended to the cache itself afterwards.
+    """
+    windows, new_caches = self.windows(), list(caches)
     for unit in units(self.layers):
-      own = [windows[numbers.start] for numbers in unit.layers]
+      held = [(windows[own.start], [caches[i] for i in own]) for own in unit.layers]
 
-      def run(
-        layers: Sequence[Any], x: jax.Array, step: Any, own: Sequence[int | None] = own
-      ) -> tuple[jax.Array, Any]:
-        return self._run_unit(list(zip(layers, own, step, strict=True)), x, positions, by_window)
-
-      held = [[caches[i] for i in numbers] for numbers in unit.layers]
-      if unit.is_scanned:
-        x, extended = scan(
-          run, unit.modules, x, [jax.tree.map(lambda *c: jnp.stack(c), *one) for one in held]
-        )
-        extended = [
-          [jax.tree.map(lambda c, at=at: c[at], one) for at in range(len(unit.layers[0]))] for one in extended
+      def run(layers: Sequence[Any], x: jax.Array, at: Any, held: Any = held) -> tuple[jax.Array, Any]:
+        own = [None if several[0] is None else recording(pick(several, at)) for _, several in held]
+        members = [
+          (layer, window, cache) for layer, (window, _), cache in zip(layers, held, own, strict=True)
         ]
-      else:
-        x, extended = run(unit.modules, x, [one for (one,) in held])
-        extended = [[one] for one in extended]
-      for which, several in zip(unit.layers, extended, strict=True):
-        new_caches |= dict(zip(which, several, strict=True))
-    return x, [new_caches[i] for i in sorted(new_caches)]
+        x, extended = self._run_unit(members, x, positions, by_window)
+        return x, [None if cache is None else recorded(cache) for cache in extended]
+
+      if not unit.is_scanned:
+        members = [(layer, w, one) for layer, (w, (one,)) in zip(unit.modules, held, strict=True)]
+        x, (new_caches[unit.layers[0].start],) = self._run_unit(members, x, positions, by_window)
+        continue
+      x, new = scan(run, unit.modules, x, jnp.arange(len(unit.layers[0]), dtype=jnp.int32))
+      for own, appended in zip(unit.layers, new, strict=True):
+        for at, i in enumerate(own):
+          if (cache := caches[i]) is not None:
+            part = jax.tree.map(lambda array, at=at: array[at], appended)
+            new_caches[i] = cache_lib.extended(cache, part, positions)
+    return x, new_caches
 
   def _run_unit(
     self,

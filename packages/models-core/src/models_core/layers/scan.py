@@ -43,7 +43,7 @@ def decoder_layers(config: Any, kinds: Sequence[Any], make: Callable[[int], nnx.
   shapes = only_shapes()
   # In the order of the layers, which decides the random numbers that each one draws.
   made = {i: make(i) for i in range(len(kinds)) if not shapes or any(i == stack.start for stack in stacks)}
-  layers = nnx.Dict()
+  layers: nnx.Dict = nnx.Dict()
   for stack in stacks:
     if len(stack) == 1:
       layers[str(stack.start)] = made[stack.start]
