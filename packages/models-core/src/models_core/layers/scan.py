@@ -112,7 +112,9 @@ class Unit(NamedTuple):
 
 def units(layers: Mapping[str, Any]) -> Iterator[Unit]:
   """The units of a dictionary of layers, in the order in which they run."""
-  numbers = {name: layers_of(name) or range(int(name), int(name) + 1) for name in layers}
+  # Libraries set attributes in all modules, which a dictionary takes for entries.
+  names = [name for name, layer in layers.items() if isinstance(layer, nnx.Module)]
+  numbers = {name: layers_of(name) or range(int(name), int(name) + 1) for name in names}
   unit = Unit([], [])
   for name in sorted(numbers, key=lambda name: numbers[name].start):
     own = numbers[name]
