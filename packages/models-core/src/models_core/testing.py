@@ -445,7 +445,7 @@ class FamilyContract:
 
   def test_a_wrapper_around_a_layer_or_its_attention_is_called(self, expected: np.ndarray) -> None:
     found = []
-    for remat in RematConfig:
+    for remat in (RematConfig.NONE, RematConfig.BLOCK, RematConfig.DECODER):
       model = self.make(dataclasses.replace(self.config, remat_config=remat))
       model.layers[0] = Halved(model.layers[0])
       model.layers[1].attn = Halved(model.layers[1].attn)
@@ -503,10 +503,11 @@ class FamilyContract:
         assert dataclasses.replace(self.config, remat_config=value).remat_config is member
 
   @pytest.mark.parametrize("field", ["attn_implementation", "remat_config", "rope_scaling", "shd_config"])
+  @pytest.mark.parametrize("field", ["remat_config", "rope_scaling", "scan_layers", "shd_config"])
   def test_fields_of_another_kind_are_refused(self, field: str) -> None:
     if not hasattr(self.config, field):
       pytest.skip("the configuration has no such field")
-    for value in (7.5, "full", {"factor": 2.0}, True):
+    for value in (7.5, "full", {"factor": 2.0}, 1 if field == "scan_layers" else True):
       with pytest.raises(ConfigError, match=f"{field} is .*, expected"):
         dataclasses.replace(self.config, **{field: value})
 

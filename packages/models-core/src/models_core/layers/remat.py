@@ -34,7 +34,12 @@ def in_scan() -> Iterator[None]:
 
 
 class RematConfig(enum.Enum):
-  """What the backward pass recomputes: NONE nothing, BLOCK each attention block, DECODER each decoder layer.
+  """What the backward pass recomputes.
+
+  NONE nothing, BLOCK each attention block, DECODER each decoder layer. The others recompute each decoder layer but for
+  what a policy of `jax.checkpoint_policies` saves: NOTHING_SAVEABLE is DECODER, DOTS_SAVEABLE saves matrix products,
+  DOTS_WITH_NO_BATCH_DIMS_SAVEABLE those with weights alone, and OFFLOAD_DOT_WITH_NO_BATCH_DIMS moves these to the
+  memory of the host.
 
   Calling the class finds a member by its name in any case, `RematConfig("Block")`, or by its number, counted from 1 as
   in the configurations of trainers: `RematConfig(2)`.
@@ -43,6 +48,10 @@ class RematConfig(enum.Enum):
   NONE = "none"
   BLOCK = "block"
   DECODER = "decoder"
+  NOTHING_SAVEABLE = "nothing_saveable"
+  DOTS_SAVEABLE = "dots_saveable"
+  DOTS_WITH_NO_BATCH_DIMS_SAVEABLE = "dots_with_no_batch_dims_saveable"
+  OFFLOAD_DOT_WITH_NO_BATCH_DIMS = "offload_dot_with_no_batch_dims"
 
   @classmethod
   def _missing_(cls, value: object) -> RematConfig | None:
@@ -55,17 +64,23 @@ class RematConfig(enum.Enum):
 
   def block(self, attention: M) -> M:
     """The function to call for an attention block, with rematerialisation if this is BLOCK."""
-    return _recomputed(attention) if self is RematConfig.BLOCK else attention
+    return _recomputed(attention, None) if self is RematConfig.BLOCK else attention
 
   def layer(self, layer: M) -> M:
-    """The function to call for a decoder layer, with rematerialisation if this is DECODER."""
-    return _recomputed(layer) if self is RematConfig.DECODER else layer
+    """The function to call for a decoder layer, with rematerialisation unless this is NONE or BLOCK."""
+    return layer if self in (RematConfig.NONE, RematConfig.BLOCK) else _recomputed(layer, self._policy())
+
+  def _policy(self) -> Callable[..., Any] | None:
+    """What is saved of a decoder layer; None is nothing."""
+    if self is RematConfig.OFFLOAD_DOT_WITH_NO_BATCH_DIMS:
+      return jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+    return None if self is RematConfig.DECODER else getattr(jax.checkpoint_policies, self.value)
 
 
-def _recomputed(module: Any) -> Any:
+def _recomputed(module: Any, policy: Callable[..., Any] | None) -> Any:
   """A function that calls a module, and whose backward pass calls it again instead of keeping its activations.
 
-  `nnx.remat` writes all variables of the module after the call, which fails if a transformation closes over it.
+  The policy says what is kept; None keeps nothing. `nnx.remat` writes all variables of the module after the call, which fails if a transformation closes over it.
   """
 
   def call(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +89,7 @@ def _recomputed(module: Any) -> Any:
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     stand_ins = []
 
-    @functools.partial(jax.checkpoint, prevent_cse=not _in_scan.get())
+    @functools.partial(jax.checkpoint, prevent_cse=not _in_scan.get(), policy=policy)
     def run(state: Any, arrays: dict[int, jax.Array]) -> Any:
       stand_in = StandIn(module, graphdef, state)
       stand_ins.append(stand_in)

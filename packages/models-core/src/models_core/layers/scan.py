@@ -185,10 +185,13 @@ def scan(
       is_own = original is None or _is_stacked(original)
       return _with_layers(metadata, entry) if is_own else metadata
 
-    stand_in.hand_back(
-      [carried[place[id(leaf.replaces)]] if id(leaf.replaces) in place else next(rest) for leaf in changes],
-      describe,
-    )
+    def handed(leaf: Leaf) -> Any:
+      if id(leaf.replaces) in place:
+        return carried[place[id(leaf.replaces)]]
+      metadata, value = _with_layers(leaf.metadata, entry), next(rest)
+      return shard(value, declared(metadata, value.ndim), metadata.get("heads", ()))
+
+    stand_in.hand_back([handed(leaf) for leaf in changes], describe)
   return x, results
 
 

@@ -111,6 +111,10 @@ def pieces(
     )
   sizes = _sizes(ours, shape, form.layout, letters)
   counted, numbers = row.stack or ("", range(0))
+  if counted and shape[0] != len(numbers):
+    raise ValueError(
+      f"{row.ours} has shape {tuple(shape)}, of {shape[0]} layers, but by its name it holds {len(numbers)}"
+    )
   stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
   if counted and counted not in stacked:
     stacked.insert(0, counted)

@@ -189,7 +189,9 @@ class WeightTable:
 
   def rows_of(self, parameter: str) -> list[tuple[Row, dict[str, str]]]:
     """All rows of a parameter, each with the values of the placeholders in the parameter's name."""
-    found = [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
+    # A row of one parameter alone counts before one with placeholders.
+    found: list[tuple[Row, dict[str, str]]] = [(row, {}) for row in self.rows if row.ours == parameter]
+    found = found or [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
     if found or (layers := layers_of(parameter)) is None:
       return found
     stacks = []
