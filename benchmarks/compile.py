@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from models_core.loading import abstract_model
 from models_llama.llama3.model import Llama3, ModelConfig
 
-WIDTHS = {"vocab_size": 256, "embed_dim": 64, "hidden_dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+WIDTHS = {
+  "vocab_size": 256,
+  "embed_dim": 64,
+  "hidden_dim": 128,
+  "num_heads": 4,
+  "num_kv_heads": 2,
+  "head_dim": 16,
+}
 B, T = 1, 128
 
 

@@ -53,11 +53,20 @@ def test_an_abstract_model_of_405b_parameters_takes_about_a_second():
 
 @pytest.mark.parametrize("layers", [16, 80])
 def test_a_program_does_not_grow_with_the_number_of_layers(layers):
-  narrow = {"vocab_size": 64, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+  narrow = {
+    "vocab_size": 64,
+    "embed_dim": 16,
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+  }
   config = dataclasses.replace(ModelConfig.llama3p1_8b(), **narrow, num_layers=layers, scan_layers=True)
   model = abstract_model(Llama3, config)
   parameters = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in model.parameters.items()}
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  text = jax.jit(lambda parameters, tokens: model.fill(parameters)(tokens)[0]).lower(parameters, tokens).as_text()
+  text = (
+    jax.jit(lambda parameters, tokens: model.fill(parameters)(tokens)[0]).lower(parameters, tokens).as_text()
+  )
   # Four projections, three of the feed-forward block, two of attention, and the head.
   assert text.count("dot_general") == 10

@@ -23,7 +23,7 @@ from flax import nnx
 
 from models_core.errors import AdapterError
 from models_core.layers import dotted, places, take_layer
-from models_core.stacks import layers_of
+from models_core.stacks import layer_names, layers_of
 from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
@@ -377,22 +377,38 @@ def _of_all_layers(name: str, values: Mapping[str, Any]) -> Any:
   return own[0] if layers_of(name) is None else np.stack([np.asarray(one) for one in own])
 
 
-def lora_rules(adapter: Adapter) -> list[dict[str, Any]]:
+def lora_rules(adapter: Adapter, model: nnx.Module | None = None) -> list[dict[str, Any]]:
   """The rules by which qwix gives a model the factors of an adapter, for `set_adapter`.
 
   Example: `qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter)])`.
 
   Args:
     adapter: the adapter.
+    model: the model that is to get the factors; required if it stacks layers.
 
   Returns:
     A dictionary for each pair of rank and alpha: `module_path`, a regular expression of module paths such as
     "layers/(0|1)/attn/q_proj", `rank` and `alpha`.
+
+  Raises:
+    AdapterError: if layers of a stack would get different factors.
   """
+  names = (
+    [] if model is None else [dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+  )
+  stacks = {layer: name for name in names for layer in layer_names(name) if layer != name}
+  alphas = adapter.alphas
+  kinds = {name: (factors.rank, alphas[name]) for name, factors in adapter.factors.items()}
+  for stack in {stacks[name] for name in kinds if name in stacks}:
+    if len({kinds.get(layer) for layer in layer_names(stack)}) > 1:
+      raise AdapterError(
+        f"{stack}: all layers of a stack have factors of one rank and alpha, or none, but the adapter's differ: load the "
+        "model with scan_layers=False"
+      )
   groups: dict[tuple[int, float], dict[str, None]] = {}
-  for name, factors in adapter.factors.items():
-    path = "/".join(name.split(".")[:-1])
-    groups.setdefault((factors.rank, adapter.alphas[name]), {})[path] = None
+  for name, kind in kinds.items():
+    path = "/".join(stacks.get(name, name).split(".")[:-1])
+    groups.setdefault(kind, {})[path] = None
   return [
     {"module_path": _joined_paths(list(paths)), "rank": rank, "alpha": alpha}
     for (rank, alpha), paths in groups.items()
