@@ -674,7 +674,7 @@ class FamilyContract:
       expected, theirs = _call(unrolled, TOKENS[part], POSITIONS[part], theirs)
       logits, ours = _call(scanned, TOKENS[part], POSITIONS[part], ours)
       assert_close(logits, expected, 2e-6)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert bool(jax.tree.structure(ours) == jax.tree.structure(theirs))  # type: ignore[operator]
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       assert_close(one, other, 2e-6)
       assert one.sharding == other.sharding

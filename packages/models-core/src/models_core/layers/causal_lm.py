@@ -287,11 +287,11 @@ class CausalLM(SamplerMappings, nnx.Module):
     positions: jax.Array,
     caches: Sequence[LayerCache | None],
     by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
-  ) -> tuple[jax.Array, list[LayerCache | None]]:
+  ) -> tuple[jax.Array, list[Any]]:
     """Runs a list of layers one by one; arguments and result as for `_run_unit`, with a cache for each layer."""
     members: Any = (self.layers, self.windows(), caches)
     layers = list(zip(*members, strict=True))
-    size, new_caches = _period(self.windows()), list[LayerCache | None]()
+    size, new_caches = _period(self.windows()), list[Any]()
     for start in range(0, len(layers), size):
       x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
       new_caches += extended
@@ -303,7 +303,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     positions: jax.Array,
     caches: Sequence[LayerCache | None],
     by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
-  ) -> tuple[jax.Array, list[LayerCache | None]]:
+  ) -> tuple[jax.Array, list[Any]]:
     """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`.
 
     In the scan each layer sees a copy of its cache. What it appends is appended to the cache itself afterwards.
