@@ -115,12 +115,12 @@ def digest_arrays(arrays: Mapping[str, jax.Array]) -> Digest:
   """
   stacks: dict[tuple[range, int], list[str]] = collections.defaultdict(list)
   for name in arrays:
-    for at in range(len(layers := layers_of(name) or ())):
-      stacks[layers, at].append(name)  # type: ignore[index]
+    if (layers := layers_of(name)) is not None:
+      for at in range(len(layers)):
+        stacks[layers, at].append(name)
   if stacks:
-    numbers = dict(
-      digest_arrays({name: a for name, a in arrays.items() if layers_of(name) is None}).parameters
-    )
+    plain = {name: array for name, array in arrays.items() if layers_of(name) is None}
+    numbers = dict(digest_arrays(plain).parameters)
     for (layers, at), names in stacks.items():
       own = {name_in(name, layers[at]): take_layer(arrays[name], at) for name in names}
       numbers |= digest_arrays(own).parameters

@@ -7,6 +7,8 @@ in Hugging Face's files is [out, in].
 Example: the query projection has the layout "(n h) d", so d is in, and the heads are out. For the parameter
 [4096, 2048] and rank 8, `w_lora_a` is [2048, 8] and `w_lora_b` is [8, 4096]. A leading axis of experts is also in
 `w_lora_a`, and in `w_lora_b` unless all experts share it.
+
+Adapters know layers by their numbers. In a model that stacks layers, factors are stacked, too: `w_lora_a` is [L, in, r].
 """
 
 from __future__ import annotations
