@@ -110,19 +110,25 @@ class Unit(NamedTuple):
     return len(self.layers[0]) > 1
 
 
+def members(layers: Any) -> list[tuple[Any, range]]:
+  """The modules of a model's `layers`, and the numbers of the layers that each of them holds, in order."""
+  if not isinstance(layers, Mapping):
+    return [(layer, range(i, i + 1)) for i, layer in enumerate(layers)]
+  # Libraries set attributes in all modules, which a dictionary takes for entries.
+  modules = {name: layer for name, layer in layers.items() if isinstance(layer, nnx.Module)}
+  found = [(layer, layers_of(name) or range(int(name), int(name) + 1)) for name, layer in modules.items()]
+  return sorted(found, key=lambda member: member[1].start)
+
+
 def units(layers: Mapping[str, Any]) -> Iterator[Unit]:
   """The units of a dictionary of layers, in the order in which they run."""
-  # Libraries set attributes in all modules, which a dictionary takes for entries.
-  names = [name for name, layer in layers.items() if isinstance(layer, nnx.Module)]
-  numbers = {name: layers_of(name) or range(int(name), int(name) + 1) for name in names}
   unit = Unit([], [])
-  for name in sorted(numbers, key=lambda name: numbers[name].start):
-    own = numbers[name]
-    if unit.layers and own.start >= unit.layers[0].stop:
+  for module, numbers in members(layers):
+    if unit.layers and numbers.start >= unit.layers[0].stop:
       yield unit
       unit = Unit([], [])
-    unit.modules.append(layers[name])
-    unit.layers.append(own)
+    unit.modules.append(module)
+    unit.layers.append(numbers)
   if unit.layers:
     yield unit
 
@@ -189,6 +195,8 @@ def scan(
       if id(leaf.replaces) in place:
         return carried[place[id(leaf.replaces)]]
       metadata, value = _with_layers(leaf.metadata, entry), next(rest)
+      if "out_sharding" not in metadata:
+        return value
       return shard(value, declared(metadata, value.ndim), metadata.get("heads", ()))
 
     stand_in.hand_back([handed(leaf) for leaf in changes], describe)
