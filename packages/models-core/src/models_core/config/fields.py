@@ -92,7 +92,8 @@ def _remat(value: Any) -> RematConfig:
   try:
     return RematConfig(value)
   except ValueError:
-    choices = ", ".join(f"{one.name} ({number})" for number, one in enumerate(RematConfig, start=1))
+    numbers = RematConfig.numbers()
+    choices = ", ".join(f"{one.name} ({numbers[one]})" if one in numbers else one.name for one in RematConfig)
     raise ConfigError(f"remat_config is {value!r}, expected one of {choices}") from None
 
 

@@ -41,8 +41,8 @@ class RematConfig(enum.Enum):
   DOTS_WITH_NO_BATCH_DIMS_SAVEABLE those with weights alone, and OFFLOAD_DOT_WITH_NO_BATCH_DIMS moves these to the
   memory of the host.
 
-  Calling the class finds a member by its name in any case, `RematConfig("Block")`, or by its number, counted from 1 as
-  in the configurations of trainers: `RematConfig(2)`.
+  Calling the class finds a member by its name in any case, `RematConfig("Block")`, or one of the first three by its
+  number, counted from 1 as in the configurations of trainers: `RematConfig(2)`.
   """
 
   NONE = "none"
@@ -59,8 +59,13 @@ class RematConfig(enum.Enum):
       return cls.__members__.get(value.upper())
     # A bool is an int to Python, but no number of a member.
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-      return dict(enumerate(cls, start=1)).get(int(value))
+      return {number: member for member, number in cls.numbers().items()}.get(int(value))
     return None
+
+  @classmethod
+  def numbers(cls) -> dict[RematConfig, int]:
+    """The numbers of NONE, BLOCK and DECODER in the configurations of trainers, where policies have none."""
+    return {cls.NONE: 1, cls.BLOCK: 2, cls.DECODER: 3}
 
   def block(self, attention: M) -> M:
     """The function to call for an attention block, with rematerialisation if this is BLOCK."""
