@@ -48,16 +48,13 @@ from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 # Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
 
-# Fields that change neither shapes in files nor logits.
-_NOT_IN_CHANGES = {"shd_config", "remat_config", "scan_layers"}
-
 # All tests use the same B sequences of T tokens, from the first 32 tokens of the vocabulary.
 B, T = 2, 7
 TOKENS = np.random.default_rng(0).integers(0, 32, (B, T), np.int32)
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
 
 # Fields of a configuration that describe how a process runs the model.
-_OF_THE_PROCESS = {"shd_config", "remat_config", "attn_implementation"}
+_OF_THE_PROCESS = {"shd_config", "remat_config", "scan_layers", "attn_implementation"}
 
 MESHES = {
   "explicit": lambda: jax.make_mesh((2, 2), ("fsdp", "tp"), devices=jax.devices()[:4]),
@@ -244,11 +241,9 @@ class FamilyContract:
   Attributes:
     family: under test.
     config: tiny, with at least two layers, two query heads for each KV head and a vocabulary of 32 tokens.
-    changes: another value for each field of the configuration except `shd_config`, `remat_config` and
+    changes: another value for each field of the configuration except `shd_config`, `remat_config`, `scan_layers` and
       `attn_implementation`. A field that has no effect in `config`, such as `num_experts` in a dense model, may be left
       out if one of `others` changes it.
-    changes: another value for each field of the configuration except `shd_config`, `remat_config` and `scan_layers`. A
-      field that has no effect in `config`, such as `num_experts` in a dense model, may be left out if one of `others` changes it.
     others: further configurations of the family; test each in a subclass of its own, too.
     deep: fields of a configuration with more layers, some of which repeat, for the tests of `scan_layers`.
     even: sizes for the tests of compiled programs, in place of those of `config` that are larger than 1. Two devices
@@ -399,7 +394,7 @@ class FamilyContract:
 
   def test_every_config_field_changes_shapes_or_output(self, model: Any, expected: np.ndarray) -> None:
     own = {field.name for field in dataclasses.fields(self.config)} - _OF_THE_PROCESS
-    own = {field.name for field in dataclasses.fields(self.config)} - _NOT_IN_CHANGES
+    own = {field.name for field in dataclasses.fields(self.config)} - _OF_THE_PROCESS
     elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
     assert own - elsewhere <= set(self.changes) <= own, (
       "changes must hold another value for each field of the configuration"
@@ -502,8 +497,9 @@ class FamilyContract:
       for value in (RematConfig.numbers().get(member, member), member.name, member.name.lower(), member):
         assert dataclasses.replace(self.config, remat_config=value).remat_config is member
 
-  @pytest.mark.parametrize("field", ["attn_implementation", "remat_config", "rope_scaling", "shd_config"])
-  @pytest.mark.parametrize("field", ["remat_config", "rope_scaling", "scan_layers", "shd_config"])
+  @pytest.mark.parametrize(
+    "field", ["attn_implementation", "remat_config", "rope_scaling", "scan_layers", "shd_config"]
+  )
   def test_fields_of_another_kind_are_refused(self, field: str) -> None:
     if not hasattr(self.config, field):
       pytest.skip("the configuration has no such field")

@@ -46,13 +46,12 @@ def check_decoder(config: Any) -> None:
 
   Args:
     config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta`, `norm_eps`,
-      `rope_scaling`, `attn_implementation`, `shd_config` and `remat_config`.
-      `rope_scaling`, `shd_config`, `remat_config` and `scan_layers`.
+      `rope_scaling`, `attn_implementation`, `shd_config`, `remat_config` and `scan_layers`.
 
   Raises:
     ConfigError: if a size is not a positive whole number, RoPE's theta or the epsilon is not a positive number, the
       number of heads is not a multiple of the number of KV heads, the heads have an odd dimension, or one of the last
-      four fields is of another kind.
+      five fields is of another kind.
   """
   for field in (*SIZES, "num_embed"):
     size = getattr(config, field, 1)

@@ -64,10 +64,11 @@ def _stack(members: Sequence[nnx.Module], count: int, entry: Any) -> nnx.Module:
   first, *rest = ([v for _, v in nnx.iter_graph(one) if isinstance(v, nnx.Variable)] for one in members)
   for variable, *others in zip(first, *rest, strict=True):
     value = variable.get_value()
+    stacked: Any
     if rest:
       stacked = jnp.stack([value, *(other.get_value() for other in others)])
     else:
-      stacked = jnp.broadcast_to(value, (count, *value.shape))
+      stacked = jax.ShapeDtypeStruct((count, *value.shape), value.dtype)
     variable.set_value(stacked)
     variable.set_metadata(_with_layers(variable.get_metadata(), entry))
   return members[0]
