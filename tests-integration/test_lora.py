@@ -26,6 +26,7 @@ from models_core.adapters import (
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import SaveError
 from models_core.loading import abstract_model
+from models_core.rollout import to_checkpoint
 from models_core.testing import assert_close, write_checkpoint
 from models_gemma.gemma import params_safetensors as gemma_params
 from models_gemma.gemma.model import ModelConfig as GemmaConfig
@@ -47,6 +48,10 @@ FAMILIES = {
   "qwen2": (qwen2_params, dataclasses.replace(Qwen2Config.qwen2p5_0p5b(), **TINY, vocab_size=64)),
   "qwen3": (qwen3_params, dataclasses.replace(Qwen3Config.qwen3_0p6b(), **TINY, vocab_size=64)),
 }
+FAMILIES["stacked llama3"] = (
+  llama3_params,
+  dataclasses.replace(FAMILIES["llama3"][1], num_layers=3, scan_layers=True),
+)
 # qwix uses older names of flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -117,7 +122,7 @@ def test_a_merged_checkpoint_is_saved_under_the_same_names(family, tmp_path):
     base, params.FAMILY, config, create_dummy_model(params.FAMILY.model_class, config, scale=0.3)
   )
   (base / "tokenizer.json").write_text("{}")
-  model = with_lora(AutoModel.from_pretrained(str(base))[0])
+  model = with_lora(AutoModel.from_pretrained(str(base), scan_layers=config.scan_layers)[0])
   params.save_lora_merged_model_as_safetensors(
     local_model_path=str(base), output_dir=str(out), lora_model=model, rank=RANK, alpha=ALPHA
   )
@@ -127,9 +132,11 @@ def test_a_merged_checkpoint_is_saved_under_the_same_names(family, tmp_path):
     params.save_lora_merged_model_as_safetensors(base, out, model, RANK, ALPHA)
 
 
-def test_a_trainer_goes_on_with_an_adapter_of_peft(tmp_path):
+@pytest.mark.parametrize("scan", [False, True], ids=["list", "stacks"])
+def test_a_trainer_goes_on_with_an_adapter_of_peft(tmp_path, scan):
   """Rules make qwix's factors, those of the adapter are set, and what was trained is written back."""
   params, config = FAMILIES["llama3"]
+  config = dataclasses.replace(config, scan_layers=scan)
   rng, names = np.random.default_rng(2), [f"model.layers.{i}" for i in range(2)]
   sizes = {f"{n}.self_attn.q_proj": (2, 64, 32) for n in names} | {
     f"{n}.mlp.down_proj": (4, 32, 48) for n in names
@@ -148,7 +155,7 @@ def test_a_trainer_goes_on_with_an_adapter_of_peft(tmp_path):
   expected = np.asarray(logits(merge_into(plain, adapter, params.FAMILY)))
 
   base = merge_into(plain, adapter.without_factors(), params.FAMILY)
-  provider = qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter)])
+  provider = qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter, base)])
   model = qwix.apply_lora_to_model(base, provider, TOKENS, POSITIONS, rngs=nnx.Rngs(0))
   set_adapter(model, adapter.factors_alone())
   assert_close(logits(model), expected)
@@ -156,3 +163,20 @@ def test_a_trainer_goes_on_with_an_adapter_of_peft(tmp_path):
   save_peft_adapter(trained, tmp_path / "again", params.FAMILY, config)
   again = load_peft_adapter(tmp_path / "again", params.FAMILY, config)
   assert_close(logits(merge_into(plain, again, params.FAMILY)), expected)
+
+
+def test_quantised_stacks_are_the_quantised_layers():
+  params, config = FAMILIES["stacked llama3"]
+  provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=MODULES, weight_qtype="int8")])
+  found = []
+  for scan in (False, True):
+    model = create_dummy_model(
+      params.FAMILY.model_class, dataclasses.replace(config, scan_layers=scan), scale=0.3
+    )
+    quantised = qwix.quantize_model(model, provider, TOKENS, POSITIONS)
+    found.append((logits(quantised), to_checkpoint(quantised, params.FAMILY)))
+  (expected, tensors), (ours, again) = found
+  assert_close(ours, expected, 2e-6)
+  assert list(again) == list(tensors)
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(again[name], tensor)

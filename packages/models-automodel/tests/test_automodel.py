@@ -25,6 +25,7 @@ from models_automodel import (
   families,
   get_model_module,
 )
+from models_automodel.digest import digest
 from models_core.layers import RematConfig
 
 
@@ -35,6 +36,12 @@ def weights(model):
 def logits(model):
   tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
   return np.asarray(model(tokens, np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5)))[0])
+
+
+def saved(directory, again, name):
+  """A file of the same model without stacks, loaded and saved."""
+  AutoModel.save_pretrained(AutoModel.from_pretrained(directory)[0], again, base=directory, overwrite=True)
+  return (again / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", [str, pathlib.Path])
@@ -51,6 +58,22 @@ def test_a_local_directory_of_any_name_loads(checkpoint, as_argument, kind):
     weights(model)["layers.1.attn.o_proj.w"].reshape(16, 16),
     tensors["model.layers.1.self_attn.o_proj.weight"],
   )
+
+
+def test_stacked_layers_are_loaded_into_place_and_saved_as_they_were(checkpoint, tmp_path):
+  directory, tensors = checkpoint
+  plan = AutoModel.plan(directory, scan_layers=True)
+  assert plan.config.scan_layers
+  assert plan.stored_nbytes == sum(tensor.nbytes for tensor in tensors.values())
+  model, _ = AutoModel.from_pretrained(directory, scan_layers=True)
+  np.testing.assert_array_equal(
+    weights(model)["layers.0:2.mlp.down_proj.w"],
+    [tensors[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(2)],
+  )
+  assert str(digest(model)) == str(digest(directory))
+  AutoModel.save_pretrained(model, tmp_path / "again", base=directory)
+  for name in ("model.safetensors", "config.json"):
+    assert (tmp_path / "again" / name).read_bytes() == saved(directory, tmp_path / "plain", name)
 
 
 @pytest.mark.parametrize(

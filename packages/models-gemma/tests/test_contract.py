@@ -23,6 +23,8 @@ SIZES = {
   "attention_types": (LOCAL, GLOBAL, LOCAL),
   "sliding_window_size": 3,
 }
+# Two units of two layers, and two layers more.
+DEEP = {"num_layers": 6, "attention_types": (LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL, LOCAL)}
 CHANGES = {
   "num_layers": 2,
   "num_embed": 71,
@@ -43,6 +45,7 @@ CHANGES = {
 
 class TestGemma1(FamilyContract):
   family = FAMILY
+  deep = DEEP
   config = model.ModelConfig(
     **SIZES | {"num_kv_heads": 1},
     final_logit_softcap=None,
@@ -58,6 +61,7 @@ class TestGemma1(FamilyContract):
 
 class TestGemma2(FamilyContract):
   family = FAMILY
+  deep = DEEP
   config = model.ModelConfig(
     **SIZES,
     final_logit_softcap=3.0,
@@ -74,6 +78,7 @@ class TestGemma2(FamilyContract):
 
 class TestGemma3(FamilyContract):
   family = FAMILY_3
+  deep = DEEP
   config = model_3.ModelConfig(**SIZES, local_rope_theta=30.0, rope_scaling=LinearScaling(2.0))
   changes = CHANGES | {
     "local_rope_theta": 3.0,

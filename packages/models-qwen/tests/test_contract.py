@@ -68,6 +68,8 @@ class TestQwen3Sparse(FamilyContract):
 
   family = qwen3.FAMILY
   config = SPARSE
+  # Dense and sparse layers in turn after two dense ones.
+  deep = {"num_layers": 6, "mlp_only_layers": (1,)}
   changes = {name: value for name, value in CHANGES.items() if name != "max_window_layers"} | {
     "num_experts": 4,
     "num_experts_per_tok": 3,

@@ -66,6 +66,21 @@ def test_training_with_the_loss_is_the_same_on_meshes_and_with_rematerialisation
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
+def test_stacked_layers_keep_the_logits_of_each_layer():
+  deep = dataclasses.replace(CONFIG, num_layers=5, decoder_sparse_step=2, mlp_only_layers=())
+  found = []
+  for scan in (False, True):
+    model = create_dummy_model(
+      Qwen3, dataclasses.replace(deep, scan_layers=scan), jax.make_mesh((2, 2), ("fsdp", "tp"))
+    )
+    found.append(nnx.jit(loss)(model)[1])
+    assert not jax.tree.leaves(nnx.state(model, nnx.Intermediate))
+  (routers, balance), (again, ours) = found
+  assert len(routers) == len(again) == 2
+  for one, other in zip([*again, ours], [*routers, balance], strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+
+
 def test_eager_calls_keep_the_logits_of_layers_with_experts():
   model = make(RematConfig.NONE, "one")
   model(TOKENS, output_router_logits=True, output_hidden_states=True)

@@ -28,7 +28,7 @@ from models_core.saving import Place, local_path
 
 ORIGIN = "origin.json"
 # Arguments that do not change the weights of the model.
-_NO_MATTER = ("strict_sharding", "remat_config", "attn_implementation", "use_flash_attention")
+_NO_MATTER = ("strict_sharding", "remat_config", "scan_layers", "attn_implementation", "use_flash_attention")
 
 
 def place_of(directory: str | os.PathLike) -> Place:

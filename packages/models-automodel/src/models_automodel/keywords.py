@@ -39,6 +39,7 @@ class ConfigFields(TypedDict, total=False):
   num_layers: int
   query_pre_attn_scalar: int
   remat_config: Any  # a member of RematConfig, its name, or its number
+  scan_layers: bool
   rope_scaling: Any
   rope_theta: float
   shd_config: ShardingConfig

@@ -26,8 +26,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.errors import ModelsError
-from models_core.layers import dotted
+from models_core.layers import dotted, take_layer
 from models_core.loading import LoadPlan, PlannedParameter
+from models_core.stacks import layers_of, name_in
 
 # Bytes of parameters that are in memory at a time while a checkpoint is read.
 _GROUP = 1 << 30
@@ -70,6 +71,8 @@ class Digest:
 def digest(model: nnx.Module) -> Digest:
   """The digest of a model's parameters, computed on the devices that hold them.
 
+  Stacked layers have the names and digests of a model that does not stack them.
+
   Args:
     model: on any mesh. If several processes hold it, all of them must call this; they get the same digest.
 
@@ -106,7 +109,22 @@ def digest_plan(plan: LoadPlan) -> Digest:
 
 
 def digest_arrays(arrays: Mapping[str, jax.Array]) -> Digest:
-  """The digest of arrays, by name. If several processes hold them, all of these must call this."""
+  """The digest of arrays, by name. If several processes hold them, all of these must call this.
+
+  Stacked layers have the digests of each layer, which is taken out of its stack for it; one layer is in memory at a time.
+  """
+  stacks: dict[tuple[range, int], list[str]] = collections.defaultdict(list)
+  for name in arrays:
+    if (layers := layers_of(name)) is not None:
+      for at in range(len(layers)):
+        stacks[layers, at].append(name)
+  if stacks:
+    plain = {name: array for name, array in arrays.items() if layers_of(name) is None}
+    numbers = dict(digest_arrays(plain).parameters)
+    for (layers, at), names in stacks.items():
+      own = {name_in(name, layers[at]): take_layer(arrays[name], at) for name in names}
+      numbers |= digest_arrays(own).parameters
+    return Digest(numbers)
   # Start the work on all devices before waiting for the first result.
   with jax.set_mesh(_NO_MESH):
     started = [(names, _start([arrays[name] for name in names])) for names in _programs(arrays)]

@@ -17,6 +17,7 @@ from models_core.dtypes import as_dtype
 from models_core.layers import INITIALIZERS, SCALE, on_auto_axes
 from models_core.loading import AbstractParameter, abstract_model
 from models_core.sharding import check_mesh
+from models_core.stacks import layer_names, layers_of
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -33,7 +34,7 @@ def create_dummy_model(
 
   Norm weights are ones (or whatever value is neutral in their module), biases and integer parameters are zeros, all
   other parameters are normally distributed. The values of a parameter depend on the seed and on its name: they are the
-  same on every mesh and, up to rounding, in every dtype.
+  same on every mesh, whether or not layers are stacked, and, up to rounding, in every dtype.
 
   Args:
     model_class: called as `model_class(config, rngs=...)`.
@@ -63,7 +64,9 @@ def create_dummy_model(
   for kind, members in groups.items():
     make = _maker(*kind)
     for parameter in members:
-      arrays[parameter.name] = make(seed, np.uint32(zlib.crc32(parameter.name.encode())), np.float32(scale))
+      names = np.array([zlib.crc32(name.encode()) for name in layer_names(parameter.name)], np.uint32)
+      is_stack = layers_of(parameter.name) is not None
+      arrays[parameter.name] = make(seed, names if is_stack else names[0], np.float32(scale))
   return cast(M, model.fill(arrays))
 
 
@@ -74,6 +77,10 @@ def _maker(
   """A compiled initialiser for all parameters of one shape, dtype, sharding and kind, in all layers and models."""
 
   def make(seed: jax.Array, name: jax.Array, scale: jax.Array) -> jax.Array:
+    if name.ndim:  # of all layers of a stack, one after another
+      return jax.lax.map(
+        lambda one: INITIALIZERS[init](jax.random.fold_in(seed, one), shape[1:], dtype, scale), name
+      )
     return INITIALIZERS[init](jax.random.fold_in(seed, name), shape, dtype, scale)
 
   # On Explicit axes, each device would generate the whole array and keep only its shard.

@@ -88,9 +88,9 @@ class Family(Generic[C, M]):
     """
     tables = [self.weights[naming] for naming in (format.naming, *format.dialects) if naming in self.weights]
     if format.keeps_own_names:
-      tables.append(own_names(shapes))
+      tables.append(own_names(shapes, names))
     if len(tables) < 2:
-      return [self.table_of(format, shapes)]
+      return tables or [self.table_of(format, shapes)]
     known = [table.known(names) for table in tables]
     return [table for table, number in zip(tables, known, strict=True) if number == max(known)]
 

@@ -36,8 +36,8 @@ class ShardingConfig:
 
   The letters at the end of a field's name are the axes that its entries shard: `q_weight_dnh=("fsdp", "tp", None)`
   shards D over fsdp and N over tp, in whatever order a parameter keeps its axes. The letters are v vocabulary, d width
-  of the model, n heads (query or KV), h dimension of a head, f width of the feed-forward block, e experts, b batch and
-  t time. A mesh never splits a head. `act_btv` shards logits; None leaves them to the compiler, or, on a mesh with
+  of the model, n heads (query or KV), h dimension of a head, f width of the feed-forward block, e experts, b batch,
+  t time and l stacked layers. `stack_l` shards the axis of layers in front of stacked parameters. A mesh never splits a head. `act_btv` shards logits; None leaves them to the compiler, or, on a mesh with
   Explicit axes, shards them along b alone.
 
   Raises:
@@ -62,6 +62,7 @@ class ShardingConfig:
   exp_weight_efd: Spec = ("tp", None, "fsdp")
   router_weight_ed: Spec | None = None
   act_btv: Spec | None = None
+  stack_l: Spec = (None,)
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):

@@ -29,17 +29,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models_core.config import VOCABULARY_FIELDS, field_of
+from models_core.digest import digest
 from models_core.dummy_model_creator import create_dummy_model
 from models_core.errors import ConfigError
 from models_core.family import FAMILY_API_VERSION, Family
 from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
 from models_core.hlo import Program, Use
-from models_core.layers import Cache, RematConfig, mean_cross_entropy
+from models_core.layers import Cache, RematConfig, by_layer, dotted, find_mesh, mean_cross_entropy
 from models_core.loading import abstract_model, load, plan_load
 from models_core.rollout import LazyCheckpoint, from_checkpoint, to_checkpoint
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
+from models_core.stacks import layers_of
 from models_core.vocabulary import resize_vocabulary
 from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
@@ -52,7 +54,7 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (B, T), np.int32)
 POSITIONS = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
 
 # Fields of a configuration that describe how a process runs the model.
-_OF_THE_PROCESS = {"shd_config", "remat_config", "attn_implementation"}
+_OF_THE_PROCESS = {"shd_config", "remat_config", "scan_layers", "attn_implementation"}
 
 MESHES = {
   "explicit": lambda: jax.make_mesh((2, 2), ("fsdp", "tp"), devices=jax.devices()[:4]),
@@ -86,7 +88,7 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   tensors: dict[str, np.ndarray] = {}
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     name, value = ".".join(map(str, path)), np.asarray(variable.get_value())
-    ((row, at),) = [(row, at) for row in table.rows if (at := row.match(name)) is not None]
+    row, at = table.row_of(name)
     for piece in pieces(row, row.forms[0], at, value.shape, letter_sizes(getattr(model, "config", None))):
       tensor = tensors.setdefault(piece.tensor, np.zeros(piece.shape, value.dtype))
       put_back(value[piece.target], piece, tensor)
@@ -239,10 +241,11 @@ class FamilyContract:
   Attributes:
     family: under test.
     config: tiny, with at least two layers, two query heads for each KV head and a vocabulary of 32 tokens.
-    changes: another value for each field of the configuration except `shd_config`, `remat_config` and
+    changes: another value for each field of the configuration except `shd_config`, `remat_config`, `scan_layers` and
       `attn_implementation`. A field that has no effect in `config`, such as `num_experts` in a dense model, may be left
       out if one of `others` changes it.
     others: further configurations of the family; test each in a subclass of its own, too.
+    deep: fields of a configuration with more layers, some of which repeat, for the tests of `scan_layers`.
     even: sizes for the tests of compiled programs, in place of those of `config` that are larger than 1. Two devices
       divide each, no product of them is divisible by T, and the vocabulary is much larger than the rest.
   """
@@ -251,6 +254,7 @@ class FamilyContract:
   config: ClassVar[Any]
   changes: ClassVar[Mapping[str, Any]]
   others: ClassVar[tuple[Any, ...]] = ()
+  deep: ClassVar[Mapping[str, Any]] = {"num_layers": 3}
   even: ClassVar[Mapping[str, int]] = {
     "vocab_size": 256,
     "num_embed": 256,
@@ -390,6 +394,7 @@ class FamilyContract:
 
   def test_every_config_field_changes_shapes_or_output(self, model: Any, expected: np.ndarray) -> None:
     own = {field.name for field in dataclasses.fields(self.config)} - _OF_THE_PROCESS
+    own = {field.name for field in dataclasses.fields(self.config)} - _OF_THE_PROCESS
     elsewhere = {n for other in self.others for n in own if getattr(other, n) != getattr(self.config, n)}
     assert own - elsewhere <= set(self.changes) <= own, (
       "changes must hold another value for each field of the configuration"
@@ -435,7 +440,7 @@ class FamilyContract:
 
   def test_a_wrapper_around_a_layer_or_its_attention_is_called(self, expected: np.ndarray) -> None:
     found = []
-    for remat in RematConfig:
+    for remat in (RematConfig.NONE, RematConfig.BLOCK, RematConfig.DECODER):
       model = self.make(dataclasses.replace(self.config, remat_config=remat))
       model.layers[0] = Halved(model.layers[0])
       model.layers[1].attn = Halved(model.layers[1].attn)
@@ -488,15 +493,17 @@ class FamilyContract:
       dataclasses.replace(self.config, **change)
 
   def test_remat_config_may_be_a_name_or_a_number(self) -> None:
-    for number, member in enumerate(RematConfig, start=1):
-      for value in (number, member.name, member.name.lower(), member):
+    for member in RematConfig:
+      for value in (RematConfig.numbers().get(member, member), member.name, member.name.lower(), member):
         assert dataclasses.replace(self.config, remat_config=value).remat_config is member
 
-  @pytest.mark.parametrize("field", ["attn_implementation", "remat_config", "rope_scaling", "shd_config"])
+  @pytest.mark.parametrize(
+    "field", ["attn_implementation", "remat_config", "rope_scaling", "scan_layers", "shd_config"]
+  )
   def test_fields_of_another_kind_are_refused(self, field: str) -> None:
     if not hasattr(self.config, field):
       pytest.skip("the configuration has no such field")
-    for value in (7.5, "full", {"factor": 2.0}, True):
+    for value in (7.5, "full", {"factor": 2.0}, 1 if field == "scan_layers" else True):
       with pytest.raises(ConfigError, match=f"{field} is .*, expected"):
         dataclasses.replace(self.config, **{field: value})
 
@@ -641,6 +648,67 @@ class FamilyContract:
     assert [path for path, _ in ours] == [path for path, _ in theirs]
     for (_, variable), (_, again) in zip(ours, theirs, strict=True):
       np.testing.assert_array_equal(variable.get_value(), again.get_value())
+
+  # Stacked layers
+
+  @pytest.fixture(scope="class", params=[None, "explicit"], ids=str)
+  @classmethod
+  def pair(cls, request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """A model whose layers are a list, and the same with stacked layers, on one device and on an Explicit mesh."""
+    if not hasattr(cls.config, "scan_layers"):
+      pytest.skip("the configuration has no field scan_layers")
+    mesh = None if request.param is None else MESHES[request.param]()
+    config = dataclasses.replace(cls.config, **cls.deep)
+    return cls.make(config, mesh), cls.make(dataclasses.replace(config, scan_layers=True), mesh)
+
+  def test_stacked_layers_give_the_same_logits_and_caches(self, pair: tuple[Any, Any]) -> None:
+    unrolled, scanned = pair
+    assert any(layers_of(name) for name in scanned.layers), "`deep` must have layers that repeat"
+    theirs, ours = (model.init_cache(B, T, ring=True) for model in pair)
+    for start, stop in ((0, T - 1), (T - 1, T)):
+      part = np.s_[:, start:stop]
+      expected, theirs = _call(unrolled, TOKENS[part], POSITIONS[part], theirs)
+      logits, ours = _call(scanned, TOKENS[part], POSITIONS[part], ours)
+      assert_close(logits, expected, 2e-6)
+    assert bool(jax.tree.structure(ours) == jax.tree.structure(theirs))  # type: ignore[operator]
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      assert_close(one, other, 2e-6)
+      assert one.sharding == other.sharding
+
+  def test_stacked_layers_have_the_same_gradients(self, pair: tuple[Any, Any]) -> None:
+    grads = [nnx.state(nnx.jit(nnx.grad(_loss))(model, TOKENS, POSITIONS)) for model in pair]
+    expected, stacked = ({dotted(p): v.get_value() for p, v in nnx.to_flat_state(state)} for state in grads)
+    shapes, get = by_layer(stacked, stacked.__getitem__)
+    assert list(shapes) == list(expected)
+    largest = max(float(jnp.abs(array).max()) for array in expected.values())
+    for name, array in expected.items():
+      assert np.abs(np.asarray(get(name)) - np.asarray(array)).max() <= 2e-6 * largest, name
+
+  def test_stacked_layers_are_the_same_files_and_have_the_same_digest(
+    self, pair: tuple[Any, Any], tmp_path: pathlib.Path
+  ) -> None:
+    unrolled, scanned = pair
+    assert digest(scanned) == digest(unrolled)
+    for model, name in ((unrolled, "unrolled"), (scanned, "scanned")):
+      state = nnx.state(model, nnx.Param)
+      save_model_to_safetensors(state, tmp_path / name, "9KB", family=self.family, config=model.config)
+    written, again = (
+      {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+      for name in ("unrolled", "scanned")
+    )
+    assert again == written
+    mesh = find_mesh(scanned.embedder.input_embedding.get_value())
+    abstract = abstract_model(
+      self.family.model_class, scanned.config, mesh if isinstance(mesh, Mesh) else None
+    )
+    files = read_safetensors(LocalFiles(str(tmp_path / "unrolled")))
+    loaded = load(plan_load(files, abstract, self.family.huggingface))
+    assert digest(loaded) == digest(unrolled)
+    for (_, ours), (_, theirs) in zip(
+      *(nnx.to_flat_state(nnx.state(m)) for m in (scanned, loaded)), strict=True
+    ):
+      np.testing.assert_array_equal(ours.get_value(), theirs.get_value())
+      assert ours.get_value().sharding == theirs.get_value().sharding
 
   # Meshes
 

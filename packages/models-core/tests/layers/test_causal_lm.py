@@ -258,7 +258,7 @@ class Doubled(nnx.Module):
     return 2 * x, cache
 
 
-@pytest.mark.parametrize("remat", RematConfig)
+@pytest.mark.parametrize("remat", [RematConfig.NONE, RematConfig.BLOCK, RematConfig.DECODER])
 def test_a_layer_may_be_replaced_by_what_wraps_it(remat):
   model = make(None, Config(windows=(None, None), remat_config=remat))
   model.layers[0] = Doubled(model.layers[0])

@@ -14,6 +14,7 @@ from models_core.layers.linear import Embedder, Projection
 from models_core.layers.norm import RMSNorm
 from models_core.layers.remat import RematConfig
 from models_core.layers.rope import rotary, rotate
+from models_core.layers.scan import decoder_layers
 from models_core.loading.abstract import abstract_model
 from models_core.sharding import ShardingConfig
 
@@ -31,6 +32,7 @@ class Config:
   head_dim: int = H
   shd_config: Any = SHARDING
   remat_config: RematConfig = RematConfig.NONE
+  scan_layers: bool = False
 
 
 class Layer(nnx.Module):
@@ -55,7 +57,7 @@ class Model(CausalLM):
     shd = config.shd_config
     self.config = config
     self.embedder = Embedder(V, D, shd.spec("emb_vd", "v d"), rngs=rngs)
-    self.layers = nnx.List([Layer(config, rngs=rngs) for _ in config.windows])
+    self.layers = decoder_layers(config, config.windows, lambda _: Layer(config, rngs=rngs))
     self.final_norm = RMSNorm(D, 1e-6, shd.spec("rms_norm_weight", "d"), rngs=rngs)
 
   def windows(self):

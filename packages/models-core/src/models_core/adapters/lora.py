@@ -7,6 +7,8 @@ in Hugging Face's files is [out, in].
 Example: the query projection has the layout "(n h) d", so d is in, and the heads are out. For the parameter
 [4096, 2048] and rank 8, `w_lora_a` is [2048, 8] and `w_lora_b` is [8, 4096]. A leading axis of experts is also in
 `w_lora_a`, and in `w_lora_b` unless all experts share it.
+
+Adapters know layers by their numbers. In a model that stacks layers, factors are stacked, too: `w_lora_a` is [L, in, r].
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from models_core.errors import AdapterError
-from models_core.layers import dotted
+from models_core.layers import dotted, places, take_layer
+from models_core.stacks import layer_names, layers_of
 from models_core.weights import Form, Row, WeightTable, parse_layout
 
 A, B = "_lora_a", "_lora_b"
@@ -117,7 +121,7 @@ class Adapter:
 
 
 def adapter_of(model: nnx.Module, *, alpha: float | Mapping[str, float], rank: int | None = None) -> Adapter:
-  """The adapter that a model carries in its `nnx.LoRAParam`s.
+  """The adapter that a model carries in its `nnx.LoRAParam`s, by the names of a model that stacks no layers.
 
   Args:
     model: a model to which qwix, or code of yours, added factors.
@@ -137,7 +141,9 @@ def adapter_of(model: nnx.Module, *, alpha: float | Mapping[str, float], rank: i
       raise AdapterError(
         f"{name} is an nnx.LoRAParam: name it after the parameter that it changes, with {A} or {B}"
       )
-    found.setdefault(name.removesuffix(side), {})[side] = variable.get_value()
+    for layer, (_, at) in places({name: None}).items():
+      value = variable.get_value() if at is None else take_layer(variable.get_value(), at)
+      found.setdefault(layer.removesuffix(side), {})[side] = value
   if not found:
     raise AdapterError("the model has no nnx.LoRAParam: apply LoRA to it first, for example with qwix")
   if alone := [f"{name}{side}" for name, sides in found.items() for side in (A, B) if side not in sides]:
@@ -235,9 +241,8 @@ def find_row(table: WeightTable, name: str) -> tuple[Row, dict[str, str]]:
   Raises:
     AdapterError: if the table has no row for the parameter.
   """
-  for row in table.rows:
-    if (placeholders := row.match(name)) is not None:
-      return row, placeholders
+  for found in table.rows_of(name):
+    return found
   raise AdapterError(f"the adapter changes {name}, which the model does not have")
 
 
@@ -348,13 +353,15 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
         f"{name}: a model with LoRA factors computes no {kind}, whose result is not the sum of a base and a product: "
         "merge the adapter into the weights"
       )
-  variables = {dotted(path): v for path, v in nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))}
+  state = nnx.to_flat_state(nnx.state(lora_model, nnx.LoRAParam))
+  variables, paths = {dotted(path): v for path, v in state}, {dotted(path): path for path, _ in state}
   values = {name + A: factors.a for name, factors in adapter.factors.items()}
   values |= {name + B: factors.b for name, factors in adapter.factors.items()}
-  if odd := sorted(variables.keys() ^ values.keys()):
+  if odd := sorted(places(variables).keys() ^ values.keys()):
     raise AdapterError(
       f"the model and the adapter must have the same factors, but only one of them has {_few(odd)}"
     )
+  values = {name: _of_all_layers(name, values) for name in variables}
   for name, variable in variables.items():
     if (shape := variable.get_value().shape) != values[name].shape:
       raise AdapterError(
@@ -363,25 +370,47 @@ def set_adapter(lora_model: nnx.Module, adapter: Adapter) -> None:
   for name, variable in variables.items():
     old = variable.get_value()
     variable.set_value(jax.device_put(jnp.asarray(values[name], old.dtype), old.sharding))
-  nnx.update(lora_model, nnx.from_flat_state([(_path(name), v) for name, v in variables.items()]))
+  nnx.update(lora_model, nnx.from_flat_state([(paths[name], v) for name, v in variables.items()]))
 
 
-def lora_rules(adapter: Adapter) -> list[dict[str, Any]]:
+def _of_all_layers(name: str, values: Mapping[str, Any]) -> Any:
+  """The value of a factor from those of its layers, stacked if the factor is."""
+  own = [values[layer] for layer in places({name: None})]
+  return own[0] if layers_of(name) is None else np.stack([np.asarray(one) for one in own])
+
+
+def lora_rules(adapter: Adapter, model: nnx.Module | None = None) -> list[dict[str, Any]]:
   """The rules by which qwix gives a model the factors of an adapter, for `set_adapter`.
 
   Example: `qwix.LoraProvider([qwix.LoraRule(**rule) for rule in lora_rules(adapter)])`.
 
   Args:
     adapter: the adapter.
+    model: the model that is to get the factors; required if it stacks layers.
 
   Returns:
     A dictionary for each pair of rank and alpha: `module_path`, a regular expression of module paths such as
     "layers/(0|1)/attn/q_proj", `rank` and `alpha`.
+
+  Raises:
+    AdapterError: if layers of a stack would get different factors.
   """
+  names = (
+    [] if model is None else [dotted(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+  )
+  stacks = {layer: name for name in names for layer in layer_names(name) if layer != name}
+  alphas = adapter.alphas
+  kinds = {name: (factors.rank, alphas[name]) for name, factors in adapter.factors.items()}
+  for stack in {stacks[name] for name in kinds if name in stacks}:
+    if len({kinds.get(layer) for layer in layer_names(stack)}) > 1:
+      raise AdapterError(
+        f"{stack}: all layers of a stack have factors of one rank and alpha, or none, but the adapter's differ: load the "
+        "model with scan_layers=False"
+      )
   groups: dict[tuple[int, float], dict[str, None]] = {}
-  for name, factors in adapter.factors.items():
-    path = "/".join(name.split(".")[:-1])
-    groups.setdefault((factors.rank, adapter.alphas[name]), {})[path] = None
+  for name, kind in kinds.items():
+    path = "/".join(stacks.get(name, name).split(".")[:-1])
+    groups.setdefault(kind, {})[path] = None
   return [
     {"module_path": _joined_paths(list(paths)), "rank": rank, "alpha": alpha}
     for (rank, alpha), paths in groups.items()
@@ -399,7 +428,3 @@ def _joined_paths(paths: Sequence[str]) -> str:
   return "|".join(
     "/".join(part or one(numbers) for part in parts).rstrip("/") for parts, numbers in layers.items()
   )
-
-
-def _path(name: str) -> tuple[Any, ...]:
-  return tuple(int(part) if part.isdigit() else part for part in name.split("."))

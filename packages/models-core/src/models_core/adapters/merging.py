@@ -24,10 +24,11 @@ from models_core.adapters.vocabulary import merged_config, twins_of
 from models_core.errors import AdapterError
 from models_core.family import Family
 from models_core.formats import as_files, read_safetensors
-from models_core.layers import dotted
+from models_core.layers import by_layer, dotted, stack_layers
 from models_core.loading import abstract_model, plan_load
 from models_core.saving import Base, save_parameters_to_safetensors, whole
 from models_core.sharding import fit
+from models_core.stacks import layer_names, layers_of, without_stacks
 from models_core.weights import WeightTable
 
 
@@ -123,7 +124,7 @@ def merge_adapter(
   """Merges an adapter into the arrays of a model.
 
   Args:
-    arrays: the model's parameters by name, in any dtype and sharding.
+    arrays: the model's parameters by name, in any dtype and sharding. Layers may be stacked.
     adapter: an adapter of the model's architecture.
     table: the family's weight table of Hugging Face's naming scheme.
 
@@ -138,12 +139,24 @@ def merge_adapter(
   if adapter.unties:
     embedding, head = twins_of(table)
     arrays = {head: arrays[embedding]} | dict(arrays) if embedding in arrays else arrays
-  own = check_factors(adapter, table, {name: tuple(array.shape) for name, array in arrays.items()})
+  shapes, get = by_layer(arrays, arrays.__getitem__)
+  own = check_factors(adapter, table, {name: tuple(one.shape) for name, one in shapes.items()})
   changed = set(adapter.names)
-  return {
-    name: merge_parameter(array, adapter, name, own.get(name)) if name in changed else array
-    for name, array in arrays.items()
-  }
+
+  def merged(name: str) -> jax.Array:
+    array = get(name)
+    return merge_parameter(array, adapter, name, own.get(name)) if name in changed else array
+
+  result = {}
+  for name, array in arrays.items():
+    layers = layer_names(name)
+    if changed.isdisjoint(layers):
+      result[name] = array
+    elif layers_of(name) is None:
+      result[name] = merged(name)
+    else:
+      result[name] = stack_layers([merged(layer) for layer in layers], array.sharding)
+  return result
 
 
 def merge_lora(
@@ -259,7 +272,7 @@ def save_merged(
     CheckpointError: if the base is broken or of another architecture.
     SaveError: if `save_dir` is not empty, or the file system refuses the write.
   """
-  files, table = as_files(base), family.huggingface
+  files, table, config = as_files(base), family.huggingface, without_stacks(config)
   plan = plan_load(read_safetensors(files), abstract_model(family.model_class, config), table)
   planned = {one.parameter.name: one for one in plan.parameters}
   final = merged_config(config, adapter, family)

@@ -22,6 +22,7 @@ from models_core.errors import AdapterError, CheckpointError
 from models_core.family import Family
 from models_core.formats import ORBAX, Files, as_files, read_orbax
 from models_core.loading import AbstractModel, abstract_model
+from models_core.stacks import without_stacks
 from models_core.weights import Form, Piece, WeightTable, parse_layout, pieces
 
 # What names end with if a Flax state was saved with its variables.
@@ -49,7 +50,7 @@ def load_orbax_adapter(
     CheckpointError: if the tree is missing or broken.
   """
   where, arrays = _read_factors(as_files(place))
-  model = abstract_model(family.model_class, config)
+  model = abstract_model(family.model_class, without_stacks(config))
   shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
   problem = None
   # Some names are those of several naming schemes. The shapes fit one of them.

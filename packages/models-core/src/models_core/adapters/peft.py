@@ -37,6 +37,7 @@ from models_core.errors import AdapterError, CheckpointError
 from models_core.family import Family
 from models_core.formats import Files, as_files, read_safetensors_file
 from models_core.loading import abstract_model
+from models_core.stacks import without_stacks
 from models_core.weights import Piece, WeightTable, arrange, letter_sizes, matches, part_shape, pieces
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def load_peft_adapter(place: str | os.PathLike | Files, family: Family, config: 
   """
   files = _adapter_files(place)
   settings = read_peft_config(files)
-  return _Reading(files, settings, family, config).adapter()
+  return _Reading(files, settings, family, without_stacks(config)).adapter()
 
 
 def _adapter_files(place: str | os.PathLike | Files) -> Files:

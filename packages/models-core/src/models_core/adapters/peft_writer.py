@@ -32,6 +32,7 @@ from models_core.saving import (
   write_files,
   write_texts,
 )
+from models_core.stacks import without_stacks
 from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 
@@ -117,6 +118,7 @@ class _Model:
     """
     table = with_head(family.huggingface)
     embedding, head = twins_of(table)
+    config = without_stacks(config)
     final = merged_config(config, adapter, family)
     shapes = {n: p.shape for n, p in abstract_model(family.model_class, final).parameters.items()}
     check_factors(adapter, family.huggingface, shapes)

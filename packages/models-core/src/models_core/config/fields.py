@@ -46,12 +46,12 @@ def check_decoder(config: Any) -> None:
 
   Args:
     config: with the fields of `SIZES`, and any of `num_embed`, `rope_theta`, `local_rope_theta`, `norm_eps`,
-      `rope_scaling`, `attn_implementation`, `shd_config` and `remat_config`.
+      `rope_scaling`, `attn_implementation`, `shd_config`, `remat_config` and `scan_layers`.
 
   Raises:
     ConfigError: if a size is not a positive whole number, RoPE's theta or the epsilon is not a positive number, the
       number of heads is not a multiple of the number of KV heads, the heads have an odd dimension, or one of the last
-      four fields is of another kind.
+      five fields is of another kind.
   """
   for field in (*SIZES, "num_embed"):
     size = getattr(config, field, 1)
@@ -80,6 +80,8 @@ def check_decoder(config: Any) -> None:
     check_attention_implementation(config.attn_implementation)
   if hasattr(config, "shd_config") and not isinstance(config.shd_config, ShardingConfig):
     raise ConfigError(f"shd_config is {config.shd_config!r}, expected a models_core.sharding.ShardingConfig")
+  if not isinstance(scan := getattr(config, "scan_layers", False), bool):
+    raise ConfigError(f"scan_layers is {scan!r}, expected True or False")
   if hasattr(config, "remat_config"):
     # The dataclass is frozen for its users, but this is still its construction.
     object.__setattr__(config, "remat_config", _remat(config.remat_config))
@@ -89,7 +91,8 @@ def _remat(value: Any) -> RematConfig:
   try:
     return RematConfig(value)
   except ValueError:
-    choices = ", ".join(f"{one.name} ({number})" for number, one in enumerate(RematConfig, start=1))
+    numbers = RematConfig.numbers()
+    choices = ", ".join(f"{one.name} ({numbers[one]})" if one in numbers else one.name for one in RematConfig)
     raise ConfigError(f"remat_config is {value!r}, expected one of {choices}") from None
 
 

@@ -15,7 +15,7 @@ from .causal_lm import CausalLM
 from .decoder_layer import PreNormLayer
 from .linear import BiasedProjection, Embedder, Head, Projection, projection
 from .logits import cross_entropy, log_probs, mean_cross_entropy, top_k
-from .mesh import explicit_axes, on_auto_axes, shard
+from .mesh import explicit_axes, find_mesh, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
@@ -23,6 +23,8 @@ from .parameters import INITIALIZERS, SCALE, abstract_state, dotted, parameter, 
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
+from .scan import decoder_layers
+from .stacked import by_layer, places, stack_layers, take_layer
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
@@ -49,13 +51,16 @@ __all__ = [
   "abstract_state",
   "attend",
   "bound",
+  "by_layer",
   "check_attention_implementation",
   "cross_entropy",
+  "decoder_layers",
   "dotted",
   "explain_attention",
   "explain_case",
   "explicit_axes",
   "extend_cache",
+  "find_mesh",
   "gelu_tanh",
   "join_heads",
   "load_balancing_loss",
@@ -64,6 +69,7 @@ __all__ = [
   "mean_cross_entropy",
   "on_auto_axes",
   "parameter",
+  "places",
   "projection",
   "rotary",
   "rotate",
@@ -72,6 +78,8 @@ __all__ = [
   "silu",
   "sow_router_logits",
   "split_heads",
+  "stack_layers",
+  "take_layer",
   "top_k",
   "visible_keys",
 ]

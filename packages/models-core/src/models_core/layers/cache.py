@@ -167,9 +167,34 @@ def extend_cache(
   T = k.shape[1]
   new = layer | _write(layer, positions, {"k": k, "v": v, "positions": positions})
   new["end_index"] = layer["end_index"] + jnp.int32(T)
+  if "new_k" in layer:
+    new |= {"new_k": k, "new_v": v}
   if _joins(layer, T):
     return new, _joined(layer, "k", k), _joined(layer, "v", v)
   return new, new["k"], new["v"]
+
+
+def recording(layer: LayerCache) -> LayerCache:
+  """The cache of a layer, which also keeps what `extend_cache` appends to it, for `extended`."""
+  empty = jnp.zeros(0, layer["k"].dtype)
+  return layer | {"new_k": empty, "new_v": empty}
+
+
+def recorded(layer: LayerCache) -> LayerCache:
+  """The keys and values that were appended to a cache since `recording` made it, without the rest of it."""
+  return {name: layer[name] for name in ("new_k", "new_v")}
+
+
+def extended(layer: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
+  """Appends to a cache what was `recorded` for tokens at positions [B, T]."""
+  cache, _, _ = extend_cache(layer, new["new_k"], new["new_v"], positions)
+  assert cache is not None
+  return cache
+
+
+def pick(layers: Sequence[LayerCache], at: jax.Array) -> LayerCache:
+  """The cache of one of some layers, whose number is known to a scan only. It is copied, and no other one is."""
+  return jax.lax.switch(at, [lambda layer=layer: layer for layer in layers])
 
 
 def places(layer: LayerCache, positions: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -14,11 +14,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
-from models_core.layers.cache import Cache, LayerCache
+from models_core.layers.cache import Cache, LayerCache, pick, recorded, recording
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
+from models_core.layers.scan import scan, units
 from models_core.layers.visibility import VisibleKeys, visible_keys
 from models_core.sharding import axis_names
 
@@ -268,13 +269,10 @@ class CausalLM(SamplerMappings, nnx.Module):
     by_window = {window: (self._rotary(window), visible) for window, visible in seen.items()}
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
-    layers = list(zip(self.layers, windows, caches, strict=True))
-    new_caches: list[Any] = []
-    x, size = self._embed(inputs) if inputs.ndim == 2 else inputs, _period(windows)
+    x = self._embed(inputs) if inputs.ndim == 2 else inputs
     x = shard(x, self.config.shd_config.spec("act_btd", "b t d"))
-    for start in range(0, len(layers), size):
-      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
-      new_caches += extended
+    run = self._run_stacks if isinstance(self.layers, Mapping) else self._run_layers
+    x, new_caches = run(x, positions, caches, by_window)
     x = self.final_norm(x)
     if cache is None:
       return x, None
@@ -282,6 +280,57 @@ class CausalLM(SamplerMappings, nnx.Module):
       overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache[name]["k"].shape[1]
       x = jnp.where(overflow[:, :, None], jnp.nan, x)
     return x, dict(zip(names, new_caches, strict=True))
+
+  def _run_layers(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    caches: Sequence[LayerCache | None],
+    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
+  ) -> tuple[jax.Array, list[Any]]:
+    """Runs a list of layers one by one; arguments and result as for `_run_unit`, with a cache for each layer."""
+    members: Any = (self.layers, self.windows(), caches)
+    layers = list(zip(*members, strict=True))
+    size, new_caches = _period(self.windows()), list[Any]()
+    for start in range(0, len(layers), size):
+      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
+      new_caches += extended
+    return x, new_caches
+
+  def _run_stacks(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    caches: Sequence[LayerCache | None],
+    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
+  ) -> tuple[jax.Array, list[Any]]:
+    """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`.
+
+    In the scan each layer sees a copy of its cache. What it appends is appended to the cache itself afterwards.
+    """
+    windows, new_caches = self.windows(), list(caches)
+    for unit in units(self.layers):
+      held = [(windows[own.start], [caches[i] for i in own]) for own in unit.layers]
+
+      def run(layers: Sequence[Any], x: jax.Array, at: Any, held: Any = held) -> tuple[jax.Array, Any]:
+        own = [None if several[0] is None else recording(pick(several, at)) for _, several in held]
+        members = [
+          (layer, window, cache) for layer, (window, _), cache in zip(layers, held, own, strict=True)
+        ]
+        x, extended = self._run_unit(members, x, positions, by_window)
+        return x, [None if cache is None else recorded(cache) for cache in extended]
+
+      if not unit.is_scanned:
+        members = [(layer, w, one) for layer, (w, (one,)) in zip(unit.modules, held, strict=True)]
+        x, (new_caches[unit.layers[0].start],) = self._run_unit(members, x, positions, by_window)
+        continue
+      x, new = scan(run, unit.modules, x, jnp.arange(len(unit.layers[0]), dtype=jnp.int32))
+      for own, appended in zip(unit.layers, new, strict=True):
+        for at, i in enumerate(own):
+          if (cache := caches[i]) is not None:
+            part = jax.tree.map(lambda array, at=at: array[at], appended)
+            new_caches[i] = cache_lib.extended(cache, part, positions)
+    return x, new_caches
 
   def _run_unit(
     self,

@@ -38,6 +38,11 @@ def shapes_only() -> Iterator[None]:
     _shapes_only.reset(token)
 
 
+def only_shapes() -> bool:
+  """Whether this is the context of `shapes_only`."""
+  return _shapes_only.get()
+
+
 def parameter(
   shape: Sequence[int],
   spec: PartitionSpec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from models_core.layers.mesh import call_auto
+from models_core.layers.scan import members
 
 _kept: contextvars.ContextVar[bool] = contextvars.ContextVar("kept", default=False)
 
@@ -36,15 +37,16 @@ def sow_router_logits(module: Any, logits: jax.Array) -> None:
     module.router_logits = nnx.Intermediate(logits)
 
 
-def take_router_logits(layers: Iterable[Any]) -> tuple[jax.Array, ...]:
+def take_router_logits(layers: Any) -> tuple[jax.Array, ...]:
   """Removes the logits that the layers' routers kept, and returns them: [B, T, E] of each layer that has experts."""
-  taken = []
-  for layer in layers:
+  taken: dict[int, jax.Array] = {}
+  for layer, numbers in members(layers):
     for part in [part for _, part in nnx.iter_graph(layer) if isinstance(part, nnx.Module)]:
       if isinstance(kept := vars(part).get("router_logits"), nnx.Intermediate):
-        taken.append(kept.get_value())
+        value = kept.get_value()
+        taken |= {number: value[at] if len(numbers) > 1 else value for at, number in enumerate(numbers)}
         delattr(part, "router_logits")
-  return tuple(taken)
+  return tuple(taken[number] for number in sorted(taken))
 
 
 def load_balancing_loss(

@@ -16,6 +16,8 @@ from flax import nnx
 
 # A leaf of a variable's value, and the variable's metadata -> the leaf to take in its place.
 Cast = Callable[[Any, Mapping[str, Any]], Any]
+# The module's variable that one replaces, or None for a new one, and the metadata in the copy -> the metadata to take.
+Describe = Callable[[nnx.Variable | None, dict[str, Any]], dict[str, Any]]
 
 
 class Leaf(NamedTuple):
@@ -86,11 +88,12 @@ class StandIn:
       leaves += [Leaf(x, _metadata(leaf), None) for x in jax.tree.leaves(_raw(leaf))]
     return leaves
 
-  def hand_back(self, values: Sequence[Any]) -> None:
+  def hand_back(self, values: Sequence[Any], describe: Describe | None = None) -> None:
     """Writes the changes to the module.
 
     Args:
       values: the arrays of `changes`, in its order, as the module shall have them.
+      describe: the metadata that variables shall have in the module; None is that of the copy.
 
     Raises:
       flax.errors.TraceContextError: if there are changes, and the module belongs to an outer transformation.
@@ -98,8 +101,11 @@ class StandIn:
     rest = iter(values)
     take = lambda leaf, _: next(rest)
     for original, copy in self._variables:
-      original.copy_from(cast(nnx.Variable, _mapped(copy, take)))
-    added = nnx.merge(self._graphdef, map_state(self._state, take))
+      original.copy_from(cast(nnx.Variable, _described(_mapped(copy, take), original, describe)))
+    state = [
+      (path, _described(_mapped(leaf, take), None, describe)) for path, leaf in nnx.to_flat_state(self._state)
+    ]
+    added = nnx.merge(self._graphdef, nnx.from_flat_state(state))
     for original, name in self._removed:
       delattr(original, name)
     for original, name, value in self._attributes:
@@ -143,6 +149,13 @@ def _metadata(leaf: Any) -> Mapping[str, Any]:
 def map_state(state: Any, cast_leaf: Cast) -> Any:
   """A copy of a module's state with other arrays."""
   return nnx.from_flat_state([(path, _mapped(leaf, cast_leaf)) for path, leaf in nnx.to_flat_state(state)])
+
+
+def _described(leaf: Any, original: nnx.Variable | None, describe: Describe | None) -> Any:
+  """A variable with the metadata that it shall have in the module; bare arrays have none."""
+  if describe is not None and isinstance(leaf, nnx.Variable):
+    leaf.set_metadata(describe(original, leaf.get_metadata()))
+  return leaf
 
 
 def _mapped(leaf: Any, cast_leaf: Cast) -> Any:

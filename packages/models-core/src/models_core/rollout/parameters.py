@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from models_core.adapters import Adapter, Roles, adapter_of, check_factors, merge_parameter
 from models_core.errors import AdapterError, ModelsError
-from models_core.layers import dotted, on_auto_axes
+from models_core.layers import dotted, on_auto_axes, places, take_layer
 from models_core.quantised import Quantised
 from models_core.weights import WeightTable
 
@@ -39,18 +39,20 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """A parameter that is an array.
+  """A parameter that is an array, or that of a layer in a stack.
 
   Attributes:
     array: the model's own.
+    at: position of the layer in the stack; None if there is no stack.
   """
 
   array: jax.Array
+  at: int | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the parameter."""
-    return tuple(self.array.shape)
+    return tuple(self.array.shape[self.at is not None :])
 
   @property
   def dtype(self) -> np.dtype:
@@ -58,24 +60,30 @@ class Plain:
     return np.dtype(self.array.dtype)
 
   def get(self) -> jax.Array:
-    """The model's own array."""
-    return self.array
+    """The model's own array; a new one for a layer in a stack."""
+    return self.array if self.at is None else take_layer(self.array, self.at)
 
   def wide(self) -> jax.Array:
-    """The model's own array."""
-    return self.array
+    """The same array."""
+    return self.get()
 
 
 @dataclasses.dataclass(frozen=True)
 class Dequantised:
-  """The numbers of a quantised parameter."""
+  """The numbers of a quantised parameter, or those of a layer in a stack.
+
+  Attributes:
+    array: the model's own.
+    at: position of the layer in the stack; None if there is no stack.
+  """
 
   array: Quantised
+  at: int | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the parameter."""
-    return tuple(self.array.qvalue.shape)
+    return tuple(self.array.qvalue.shape[self.at is not None :])
 
   @property
   def dtype(self) -> np.dtype:
@@ -92,8 +100,11 @@ class Dequantised:
 
   def _numbers(self, dtype: np.dtype) -> jax.Array:
     array = self.array
-    run = _dequantiser(array.qvalue.sharding, array.is_nf4, dtype)
-    return run(array.qvalue, array.scale, array.zero_point)
+    parts = [array.qvalue, array.scale, array.zero_point]
+    if self.at is not None:
+      parts = [None if part is None else take_layer(part, self.at) for part in parts]
+    assert parts[0] is not None
+    return _dequantiser(parts[0].sharding, array.is_nf4, dtype)(*parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +145,7 @@ class Merged:
 def parameters_of(
   model: nnx.Module, table: WeightTable, *, alpha: float | None, rank: int | None
 ) -> dict[str, Source]:
-  """The parameters that a model has at the moment, by name, without LoRA factors and quantisation.
+  """The parameters that a model has at the moment, by name, without LoRA factors, quantisation and stacks of layers.
 
   Args:
     model: on any mesh.
@@ -164,6 +175,11 @@ def parameters_of(
       sources[dotted(path)] = Plain(value)
     elif path[-1] == "qvalue":
       sources[dotted(owner)] = _quantised(model, leaves, path)
+  if (found := places(sources)).keys() != sources.keys():
+    sources = {
+      layer: sources[name] if at is None else dataclasses.replace(sources[name], at=at)  # type: ignore[type-var]
+      for layer, (name, at) in found.items()
+    }
   if alpha is None and adapted:
     raise AdapterError(
       f"the model has LoRA factors, such as {adapted[0]}: give alpha=, the alpha of their training, to merge them"

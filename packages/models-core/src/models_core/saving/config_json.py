@@ -14,7 +14,7 @@ from models_core.family import Family
 _log = logging.getLogger(__name__)
 
 # Fields that describe how a process runs the model, not the checkpoint.
-_NOT_IN_CONFIG_JSON = ("shd_config", "remat_config", "attn_implementation")
+_NOT_IN_CONFIG_JSON = ("shd_config", "remat_config", "scan_layers", "attn_implementation")
 # Keys that say what is saved, and not what it computes: reading the base does not tell whether they have changed.
 _OF_THE_MODEL = ("architectures", "num_labels")
 _TEXT = "text_config"

@@ -14,6 +14,7 @@ from models_core.dtypes import as_dtype
 from models_core.errors import SaveError
 from models_core.family import Family
 from models_core.formats import ORBAX, LocalFiles, OnBytes, checkpoint_entries, weight_files
+from models_core.layers import by_layer
 from models_core.saving.atomic import local_path
 from models_core.saving.base import Base
 from models_core.saving.directory import CONFIG, config_text, copy_companions, shared_directory, write_texts
@@ -82,6 +83,7 @@ def save_parameters_to_orbax(
       "or run a single process"
     )
   _check_target(local_path(os.fspath(save_dir)), overwrite)
+  parameters, get = by_layer(parameters, get)
   shapes = {name: shaped.shape for name, shaped in parameters.items()}
   table = family.table_of(ORBAX, shapes, naming)
   tree = None if base is None else base.in_format(ORBAX)

@@ -15,7 +15,7 @@ from models_core.dtypes import as_dtype
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.formats import INDEX, SAFETENSORS, OnBytes
-from models_core.layers import dotted
+from models_core.layers import by_layer, dotted
 from models_core.saving.base import Base
 from models_core.saving.directory import (
   CONFIG,
@@ -83,6 +83,7 @@ def save_parameters_to_safetensors(
     tensors = plan_state(parameters, dtype=dtype)
   else:
     checkpoint = None if base is None else base.in_format(SAFETENSORS)
+    parameters, get = by_layer(parameters, get)
     tensors = plan_save(parameters, family.huggingface, config=config, base=checkpoint, dtype=dtype)
     check_shapes(parameters, family, config)
   shards = split_files(tensors, limit)

@@ -10,6 +10,7 @@ from models_core.config import TYING_FIELDS, VOCABULARY_FIELDS, field_of
 from models_core.errors import ConfigError
 from models_core.family import Family
 from models_core.saving.plan import Shaped
+from models_core.stacks import without_stacks
 
 _EMBEDDING = "embedder.input_embedding"
 
@@ -18,13 +19,14 @@ def check_shapes(parameters: Mapping[str, Shaped], family: Family, config: Any) 
   """Compares parameters with those of a model that is made from a configuration.
 
   Args:
-    parameters: shapes and dtypes of the parameters that are saved, by name.
+    parameters: shapes and dtypes of the parameters that are saved, by name; no layers are stacked.
     family: family of the model.
     config: the configuration that is saved.
 
   Raises:
     ConfigError: if names or shapes differ. If another value of one field would fit, the message names it.
   """
+  config = without_stacks(config)
   found = {name: tuple(one.shape) for name, one in parameters.items()}
   needed = family.shapes(config)
   if found == needed:

@@ -1,6 +1,6 @@
 """Weight tables and layouts: how the tensors of a checkpoint become the parameters of a model, as data.
 
-This room knows nothing of files or models. May import: NumPy alone.
+This room knows nothing of files or models. May import: NumPy and `stacks` alone.
 """
 
 import lazy_loader

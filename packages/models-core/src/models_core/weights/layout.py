@@ -110,20 +110,21 @@ def pieces(
       f"the layout {form.layout!r} has {len(ours)} axes, but the parameter has shape {tuple(shape)}"
     )
   sizes = _sizes(ours, shape, form.layout, letters)
+  counted, numbers = row.stack or ("", range(0))
+  if counted and shape[0] != len(numbers):
+    raise ValueError(
+      f"{row.ours} has shape {tuple(shape)}, of {shape[0]} layers, but by its name it holds {len(numbers)}"
+    )
   stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
+  if counted and counted not in stacked:
+    stacked.insert(0, counted)
   flat_ours = [axis for group in ours for axis in group]
   flat_theirs = [axis for group in theirs for axis in group]
   kept = [axis for axis in flat_theirs if "/" not in axis]
   if sorted(kept + stacked) != sorted(flat_ours):
     raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
   sizes = {**letters, **sizes}
-  parts = {a: int(placeholders.get(part := a.partition("/")[0], part)) for a in flat_theirs if "/" in a}
-  if any(part >= _size(axis, sizes) for axis, part in parts.items()):
-    raise ValueError(
-      f"the layout {form.layout!r} selects a part that a fused axis does not have: parts are counted from 0"
-    )
   split = tuple(_size(axis, sizes) for axis in flat_theirs)
-  select = tuple(parts.get(axis, slice(None)) for axis in flat_theirs)
   order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
   tensor_shape = tuple(math.prod(_size(axis, sizes) for axis in group) for group in theirs)
   conversion = row.conversion(letters) if callable(row.conversion) else row.conversion
@@ -131,9 +132,21 @@ def pieces(
   for index in np.ndindex(*(sizes[axis] for axis in stacked)):
     at = dict(zip(stacked, index, strict=True))
     target = tuple(at.get(group[0], slice(None)) for group in ours)
-    name = form.name.format(**placeholders, **at)
+    values = {**placeholders, **at} | ({counted: numbers[at[counted]]} if counted else {})
+    name = form.name.format(**values)
+    select = tuple(_part(axis, values) if "/" in axis else slice(None) for axis in flat_theirs)
+    if any(isinstance(part, int) and part >= size for part, size in zip(select, split, strict=True)):
+      raise ValueError(
+        f"the layout {form.layout!r} selects a part that a fused axis does not have: parts are counted from 0"
+      )
     result.append(Piece(name, tensor_shape, split, select, order, target, conversion))
   return result
+
+
+def _part(axis: str, values: Mapping[str, Any]) -> int:
+  """The part of an axis that is taken: 1 of "1/2", and the number of the layer of "i/l"."""
+  part = axis.partition("/")[0]
+  return int(values.get(part, part))
 
 
 def parse_layout(layout: str) -> tuple[list[list[str]], list[list[str]]]:

@@ -12,6 +12,9 @@ A layout names axes by a letter each: "v d" if tensor and parameter have the sam
   "f d -> e f d"             with `{e}` in the tensor's name: tensors [f, d] are stacked to a parameter [e, f, d]
   "d i/l f -> f d"           the tensor holds all l layers, and the parameter of layer `{i}` is one position of that axis
 
+A parameter that stacks layers, such as `layers.0:24:6.attn.q_proj.w`, has the row of its layers: the tensors that `{i}`
+counts, of layers 0, 6, 12 and 18, are stacked along an axis in front (`models_core.stacks`).
+
 The sizes of letters follow from the parameter's shape. If an axis of the parameter has several letters, the sizes of n
 (query heads), k (KV heads) and h (dimension of a head) come from the configuration, as l (layers) always does.
 """
@@ -26,6 +29,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from models_core.stacks import layer_names, layers_of, name_in
 
 # The prefix of all tensors but the head, in most naming schemes of Hugging Face: transformers' base_model_prefix.
 BASE = "model."
@@ -74,16 +79,31 @@ class Row:
     forms: in which a checkpoint may hold the parameter. All tensors of one form must be there.
     conversion: of the tensors' numbers, or a function that makes it from the sizes of the letters in layouts; None if
       checkpoint and model store the same numbers.
+    stack: if the parameter stacks layers, the placeholder that counts them, and their numbers.
   """
 
   ours: str
   forms: tuple[Form, ...]
   conversion: Conversion | Callable[[Mapping[str, int]], Conversion] | None = None
+  stack: tuple[str, range] | None = None
 
   def match(self, name: str) -> dict[str, str] | None:
     """The values of the placeholders in a parameter's name; None if the row does not describe the parameter."""
     found = _name_pattern(self.ours).fullmatch(name)
     return found.groupdict() if found else None
+
+  def stacked(self, name: str, layers: range) -> Row:
+    """The row of a parameter that stacks some of the layers which this row describes.
+
+    Args:
+      name: of the parameter.
+      layers: numbers of its layers.
+    """
+    part = next(at for at, one in enumerate(name.split(".")) if layers_of(one))
+    letter = PLACEHOLDER.fullmatch(self.ours.split(".")[part])
+    assert letter is not None, f"{self.ours} does not count the layers of {name}"
+    forms = tuple(dataclasses.replace(form, layout=_in_front(letter[1], form.layout)) for form in self.forms)
+    return dataclasses.replace(self, ours=name, forms=forms, stack=(letter[1], layers))
 
   def published(self, among: Iterable[int], config: Any) -> list[int]:
     """Those of some forms, by their indices, that the published checkpoint of a configuration has."""
@@ -159,13 +179,27 @@ class WeightTable:
     Raises:
       TypeError: if the table has no row, or several rows, for the parameter.
     """
-    found = [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
+    found = self.rows_of(parameter)
     if len(found) != 1:
       what = "no row" if not found else f"{len(found)} rows"
       raise TypeError(
         f"the weight table has {what} for the parameter {parameter}; each parameter needs exactly one"
       )
     return found[0]
+
+  def rows_of(self, parameter: str) -> list[tuple[Row, dict[str, str]]]:
+    """All rows of a parameter, each with the values of the placeholders in the parameter's name."""
+    # A row of one parameter alone counts before one with placeholders.
+    found: list[tuple[Row, dict[str, str]]] = [(row, {}) for row in self.rows if row.ours == parameter]
+    found = found or [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
+    if found or (layers := layers_of(parameter)) is None:
+      return found
+    stacks = []
+    for row, at in self.rows_of(name_in(parameter, layers.start)):
+      stack = row.stacked(parameter, layers)
+      assert stack.stack is not None
+      stacks.append((stack, {letter: value for letter, value in at.items() if letter != stack.stack[0]}))
+    return stacks
 
   def known(self, names: Iterable[str]) -> int:
     """How many names are those of the table's tensors, to tell the naming scheme of a checkpoint."""
@@ -246,14 +280,40 @@ TRAINING = tuple(
 )
 
 
-def own_names(shapes: Mapping[str, Sequence[int]]) -> WeightTable:
+def own_names(shapes: Mapping[str, Sequence[int]], names: Collection[str] = ()) -> WeightTable:
   """The weight table of a checkpoint whose tensors have the names and shapes of the model's parameters.
+
+  Layers that the model stacks are tensors of their own. A checkpoint that stacks them fills a model with the same
+  stacks, or with none.
 
   Args:
     shapes: of the model's parameters, by name.
+    names: of the checkpoint's tensors, which tell the stacks in it.
   """
-  layouts = {_numbers_open(name): " ".join(string.ascii_letters[: len(s)]) for name, s in shapes.items()}
-  return WeightTable(*((n, variable_forms(n, layout)) for n, layout in layouts.items()), ignored=TRAINING)
+  axes = {name: len(shape) - (layers_of(name) is not None) for name, shape in shapes.items()}
+  layouts = {_numbers_open(layer_names(name)[0]): _letters(count) for name, count in axes.items()}
+  rows = {name: Row(name, tuple(variable_forms(name, layout))) for name, layout in layouts.items()}
+  stacks = {plain: name for name in names if layers_of(plain := name.removesuffix(".value")) is not None}
+  for stack, tensor in stacks.items():
+    layers, own = layers_of(stack), layer_names(stack)
+    assert layers is not None
+    if stack in axes:
+      rows[stack] = Row(stack, (Form(tensor, _letters(axes[stack] + 1)),))
+    for at, name in enumerate(own):
+      if name in axes:
+        layout = _letters(axes[name])
+        rows[name] = Row(name, (Form(tensor, f"{at}/{len(layers)} {layout} -> {layout}"),))
+  return WeightTable(*rows.values(), ignored=TRAINING)
+
+
+def _letters(count: int) -> str:
+  return " ".join(string.ascii_letters[:count])
+
+
+def _in_front(letter: str, layout: str) -> str:
+  """The layout of stacked tensors: "d f -> f d" becomes "d f -> i f d"."""
+  theirs, arrow, ours = layout.partition("->")
+  return f"{theirs.strip()} -> {letter} {(ours if arrow else theirs).strip()}"
 
 
 def variable_forms(name: str, *layouts: str) -> list[Form]:

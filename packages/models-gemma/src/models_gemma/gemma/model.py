@@ -25,6 +25,7 @@ from models_core.layers import (
   Rotary,
   VisibleKeys,
   attend,
+  decoder_layers,
   extend_cache,
   gelu_tanh,
   join_heads,
@@ -92,6 +93,7 @@ class ModelConfig:
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
     attn_implementation: how attention is computed, one of `models_core.layers.ATTENTION_IMPLEMENTATIONS`.
+    scan_layers: whether each parameter of the layers is one array of them all, and one scan runs them.
   """
 
   num_layers: int
@@ -114,6 +116,7 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
   attn_implementation: str = "auto"
+  scan_layers: bool = False
 
   def __post_init__(self) -> None:
     check_decoder(self)
@@ -216,7 +219,7 @@ class Gemma(GemmaLM):
     shd, D = config.shd_config, config.embed_dim
     self.config = config
     self.embedder = Embedder(config.num_embed, D, shd.spec("emb_vd", "v d"), rngs=rngs)
-    self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+    self.layers = decoder_layers(config, self.windows(), lambda _: DecoderLayer(config, rngs=rngs))
     self.final_norm = OffsetRMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
     if not config.weight_tying:
       self.lm_head = Head(config.num_embed, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)

@@ -23,6 +23,7 @@ from models_core.layers import (
   Rotary,
   VisibleKeys,
   attend,
+  decoder_layers,
   extend_cache,
   join_heads,
   make_causal_attn_mask,
@@ -64,6 +65,7 @@ class ModelConfig:
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
     attn_implementation: how attention is computed, one of `models_core.layers.ATTENTION_IMPLEMENTATIONS`.
+    scan_layers: whether each parameter of the layers is one array of them all, and one scan runs them.
   """
 
   num_layers: int
@@ -82,6 +84,7 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
   attn_implementation: str = "auto"
+  scan_layers: bool = False
 
   def __post_init__(self) -> None:
     check_decoder(self)
@@ -158,9 +161,8 @@ class Qwen2(CausalLM):
     self.embedder = Embedder(config.vocab_size, D, shd.spec("emb_vd", "v d"), rngs=rngs)
     attention = functools.partial(Attention, config)
     mlp = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd)
-    self.layers = nnx.List(
-      [PreNormLayer(config, attention, mlp, rngs=rngs) for _ in range(config.num_layers)]
-    )
+    make = lambda _: PreNormLayer(config, attention, mlp, rngs=rngs)
+    self.layers = decoder_layers(config, self.windows(), make)
     self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
     if not config.use_tied_embedding:
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)

@@ -26,6 +26,7 @@ from models_core.layers import (
   Rotary,
   VisibleKeys,
   attend,
+  decoder_layers,
   extend_cache,
   join_heads,
   make_causal_attn_mask,
@@ -80,6 +81,7 @@ class ModelConfig:
     shd_config: mesh axes of parameters and activations.
     remat_config: activations that the backward pass recomputes.
     attn_implementation: how attention is computed, one of `models_core.layers.ATTENTION_IMPLEMENTATIONS`.
+    scan_layers: whether each parameter of the layers is one array of them all, and one scan runs them.
   """
 
   num_layers: int
@@ -104,6 +106,7 @@ class ModelConfig:
   shd_config: ShardingConfig = ShardingConfig.get_default_sharding()
   remat_config: RematConfig = RematConfig.NONE
   attn_implementation: str = "auto"
+  scan_layers: bool = False
 
   def __post_init__(self) -> None:
     check_decoder(self)
@@ -221,7 +224,8 @@ class Qwen3(CausalLM):
     attention, sparse = functools.partial(Attention, config), functools.partial(SparseMLP, config)
     dense = functools.partial(GatedMLP, D, config.hidden_dim, silu, shd)
     mlps = [sparse if config.is_sparse(i) else dense for i in range(config.num_layers)]
-    self.layers = nnx.List([PreNormLayer(config, attention, mlp, rngs=rngs) for mlp in mlps])
+    make = lambda i: PreNormLayer(config, attention, mlps[i], rngs=rngs)
+    self.layers = decoder_layers(config, list(zip(self.windows(), mlps, strict=True)), make)
     self.final_norm = RMSNorm(D, config.norm_eps, shd.spec("rms_norm_weight", "d"), rngs=rngs)
     if not config.use_tied_embedding:
       self.lm_head = Head(config.vocab_size, D, shd.spec("lm_head_vd", "v d"), rngs=rngs)
