@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_core.config import is_mark, quantisation_problem, stated_quantisation
+from models_core.dequantising import DequantisedCheckpoint
 from models_core.formats import Checkpoint
 from models_core.loading.abstract import AbstractParameter
 
@@ -32,10 +33,12 @@ def check_floats(
   Returns:
     The problem, if weights are quantised; and the note, if the configuration says so of plain ones.
   """
+  if isinstance(checkpoint, DequantisedCheckpoint):
+    return None, None  # its problems say what is wrong
   narrow: dict[str, str] = {}
   eighths: dict[str, str] = {}
   for name, info in checkpoint.tensors.items():
-    if info.codec is not None or name not in needed or not _is_float(parameters[needed[name]].dtype):
+    if info.encoding is not None or name not in needed or not _is_float(parameters[needed[name]].dtype):
       continue
     if not _is_float(info.dtype):
       narrow[name] = info.dtype.name

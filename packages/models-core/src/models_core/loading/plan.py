@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from models_core.dequantising import dequantised
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family
@@ -89,9 +90,8 @@ class LoadPlan:
     """Names of the files that hold a tensor of the plan, sorted."""
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
-    return tuple(
-      sorted({self.checkpoint.tensors[name].file for name in names}.union(self.checkpoint.shared_files))
-    )
+    held = {part.file for name in names for part in self.checkpoint.tensors[name].stored}
+    return tuple(sorted(held.union(self.checkpoint.shared_files)))
 
   @property
   def files_of_process(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class LoadPlan:
     """The number of bytes that are read from the checkpoint's files."""
     tensors = self.checkpoint.tensors
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
-    return sum(tensors[name].stop - tensors[name].start for name in names)
+    return sum(part.stop - part.start for name in names for part in tensors[name].stored)
 
   def bytes_per_device(self) -> dict[jax.Device, int]:
     """The number of bytes that each device of the mesh will hold."""
@@ -130,7 +130,7 @@ class LoadPlan:
       (_stored(tensors[piece.tensor]), planned.dtype.name)
       for planned in self.parameters
       for piece in planned.pieces
-      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].codec
+      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].encoding
     )
     return dict(changes)
 
@@ -161,7 +161,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _stored(info: TensorInfo) -> str:
-  return info.codec.name if info.codec else info.dtype.name
+  return info.encoding or info.dtype.name
 
 
 def _size(nbytes: int) -> str:
@@ -191,8 +191,11 @@ def plan_load(
     CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
     TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
+  table = table.spelled_as(checkpoint.tensors)
+  checkpoint = dequantised(
+    checkpoint, dtype=dtype, raw=raw, is_ignored=lambda name: table.ignores(name) is not None
+  )
   tensors = checkpoint.tensors
-  table = table.spelled_as(tensors)
   found = match_tensors(
     {name: info.shape for name, info in tensors.items()},
     {name: parameter.shape for name, parameter in model.parameters.items()},

@@ -1,0 +1,3 @@
+from .checkpoint import DequantisedCheckpoint, dequantised
+
+__all__ = ["DequantisedCheckpoint", "dequantised"]
