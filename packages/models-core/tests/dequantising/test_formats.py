@@ -27,16 +27,70 @@ TABLE = WeightTable(
 HEADS = 4
 
 FORMATS = {
-  "FP8 128x128": functools.partial(written.fp8_blocks, shape=(O, I)),
-  "FP8 128x128, bfloat16": functools.partial(written.fp8_blocks, shape=(O, I), dtype=written.BF16),
-  "FP8 128x128, powers": functools.partial(written.fp8_blocks, shape=(O, I), dtype=written.E8M0),
-  "FP8 32x32": functools.partial(written.fp8_blocks, shape=(O, I), block=(32, 32)),
-  "FP8 1x32": functools.partial(written.fp8_blocks, shape=(O, I), block=(1, 32), dtype=written.E8M0),
-  "FP8 per tensor": functools.partial(written.fp8_tensor, shape=(O, I)),
-  "FP8 per tensor, Mistral": functools.partial(
-    written.fp8_tensor, shape=(O, I), name="weight_scale_inv", scale_shape=(1,), weight_block_size=None
-  ),
-  "FP8 per channel, FBGEMM": functools.partial(written.fp8_rows, shape=(O, I), quant_method="fbgemm_fp8"),
+  name: (functools.partial(write, **arguments), shape)
+  for name, write, arguments, *own in (
+    ("FP8 128x128", written.fp8_blocks, {}),
+    ("FP8 128x128, bfloat16", written.fp8_blocks, {"dtype": written.BF16}),
+    ("FP8 128x128, powers", written.fp8_blocks, {"dtype": written.E8M0}),
+    ("FP8 32x32", written.fp8_blocks, {"block": (32, 32)}),
+    ("FP8 1x32", written.fp8_blocks, {"block": (1, 32), "dtype": written.E8M0}),
+    ("FP8 per tensor", written.fp8_tensor, {}),
+    (
+      "FP8 per tensor, Mistral",
+      written.fp8_tensor,
+      {"name": "weight_scale_inv", "scale_shape": (1,), "weight_block_size": None},
+    ),
+    ("FP8 per channel, FBGEMM", written.fp8_rows, {"quant_method": "fbgemm_fp8"}),
+    ("FP8 per tensor, ModelOpt", written.fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    ("FP8 per tensor, compressed", written.compressed_floats, {"strategy": "tensor"}),
+    ("FP8 per channel, compressed", written.compressed_floats, {"strategy": "channel"}),
+    ("FP8 128x128, compressed", written.compressed_floats, {"strategy": "block"}),
+    ("FP8 1x32, compressed", written.mxfp8, {}),
+    ("int8 per channel", written.int8, {}),
+    ("int8 per channel, zeros", written.int8, {"zeros": True}),
+    ("int4 groups of 32", written.packed, {}),
+    ("int4 groups of 32, zeros", written.packed, {"zeros": True}),
+    ("int4 groups of 32, order", written.packed, {"order": True, "zeros": True}),
+    ("int4 groups of 32, no order", written.packed, {"order": None}),
+    ("int4 per channel", written.packed, {"group": None}, (200, 166)),
+    ("int8 groups of 32", written.packed, {"bits": 8, "zeros": True}),
+    ("int8 per channel, odd", written.packed, {"bits": 8, "group": None}, (200, 166)),
+    ("int3 groups of 32", written.packed, {"bits": 3, "zeros": True}),
+    ("int3 groups of 32, whole", written.packed, {"bits": 3, "zeros": True, "whole": True}),
+    ("int2 per channel", written.packed, {"bits": 2, "group": None, "zeros": True}),
+    ("NVFP4", written.nvfp4, {}),
+    ("NVFP4, ModelOpt", written.nvfp4, {"modelopt": True}),
+    ("MXFP4", written.mxfp4, {}),
+    ("AWQ groups of 32", written.awq, {}),
+    ("AWQ groups of 32, no zeros", written.awq, {"zeros": False}),
+    *((f"GPTQ int{bits} groups of 32", written.gptq, {"bits": bits}) for bits in (2, 3, 4, 8)),
+    ("GPTQ int4 groups of 48", written.gptq, {"group": 48, "index": False}),
+    ("GPTQ int4 groups of 32, sym", written.gptq, {"sym": True}),
+    ("GPTQ int4 groups of 32, v2", written.gptq, {"v2": True}),
+    ("GPTQ int4 groups of 32, label", written.gptq, {"v2": True, "sym": True, "checkpoint_format": "gptq"}),
+    ("GPTQ int4 groups of 32, order", written.gptq, {"order": True}),
+    ("GPTQ int3 groups of 32, order", written.gptq, {"bits": 3, "order": True, "v2": True}),
+    (
+      "GPTQ int4 groups of 32, AutoRound",
+      written.gptq,
+      {"index": False, "sym": True, "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
+    ),
+    (
+      "AWQ groups of 32, AutoRound",
+      written.awq,
+      {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "version": None},
+    ),
+    ("nf4 blocks of 64", written.bnb4, {}),
+    ("nf4 blocks of 64, not nested", written.bnb4, {"nested": False}, (200, 90)),
+    ("fp4 blocks of 64", written.bnb4, {"kind": "fp4"}, (52, 62)),
+    ("int8 per channel, bitsandbytes", written.bnb8, {}),
+    *((f"MLX int{bits} groups of 32", written.mlx, {"bits": bits}) for bits in (2, 3, 4, 5, 6, 8)),
+    *((mode.upper(), written.mlx_floats, {"mode": mode}) for mode in ("mxfp8",)),
+    *((f"{mode.upper()}, MLX", written.mlx_floats, {"mode": mode}) for mode in ("mxfp4", "nvfp4")),
+    ("FP8 per channel, torchao", written.torchao, {"dtype": written.E4M3}),
+    ("int8 per channel, torchao", written.torchao, {"dtype": np.int8}),
+  )
+  for shape in own or [(O, I)]
 }
 
 
@@ -79,7 +133,8 @@ def check(plan, value, dtype):
 @pytest.mark.parametrize("mesh", [None, *MESHES])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_numbers(load, rng, name, mesh):
-  one = FORMATS[name](rng)
+  write, shape = FORMATS[name]
+  one = write(rng, shape)
   plan = load(one, mesh and MESHES[mesh]())
   check(plan, one.value, BF16)
   assert plan.casts() == {(name.partition(",")[0], "bfloat16"): 3}
@@ -88,5 +143,6 @@ def test_the_numbers(load, rng, name, mesh):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_numbers_in_float32(load, rng, name):
-  one = FORMATS[name](rng)
+  write, shape = FORMATS[name]
+  one = write(rng, shape)
   check(load(one, dtype=np.dtype(np.float32)), one.value, np.float32)

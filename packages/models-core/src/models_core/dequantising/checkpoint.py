@@ -186,7 +186,7 @@ def _groups(checkpoint: Checkpoint, reading: Reading) -> dict[str, Parts]:
       found[name.removesuffix(ending) + plain][role] = info
   groups = {}
   for weight, tensors in found.items():
-    if set(tensors) == {"codes"} and not is_narrow(tensors["codes"].dtype):
+    if len(tensors) == 1 and not is_narrow(next(iter(tensors.values())).dtype):
       continue
     names = {
       role: weight.removesuffix(plain) + ending

@@ -175,7 +175,7 @@ def _numbers(
   bias: jax.Array | None,
   table: jax.Array | None,
 ) -> jax.Array:
-  packed = words if codes.bits == 8 else _codes(codes, words)
+  packed = words if words.dtype == jnp.uint8 else _codes(codes, words)
   numbers = _values(codes, packed, table)
   if zero is not None:
     numbers = numbers - zero

@@ -36,6 +36,7 @@ class Grid:
     codes: how the numbers are packed along the rows; None if each is an element of its own.
     is_inverse: whether the number divides.
     group_of: the tensor that holds the group of each column; None if the columns of a block are neighbours.
+    factor: of all numbers.
   """
 
   info: TensorInfo
@@ -46,6 +47,7 @@ class Grid:
   codes: Codes | None = None
   is_inverse: bool = False
   group_of: TensorInfo | None = None
+  factor: float = 1.0
 
   @property
   def parts(self) -> tuple[TensorInfo, ...]:
@@ -86,7 +88,8 @@ class Grid:
     if self.codes is None:
       dtype = np.dtype(np.uint8) if self.kind in _BYTES else self.info.dtype
       seen = dataclasses.replace(self.info, shape=self.shape, dtype=dtype)
-      return as_floats(read(seen, (*whole, rows, columns)), self.kind, self.info.name)
+      numbers = as_floats(read(seen, (*whole, rows, columns)), self.kind, self.info.name)
+      return numbers if self.factor == 1 else numbers * np.float32(self.factor)
     each, words = self.codes.per_word
     first = rows.start // each * words
     stop = min(-(-rows.stop // each) * words, self.info.shape[-2])
@@ -169,12 +172,14 @@ def combined(
 ) -> np.ndarray:
   """The product of several scales, float32, each rounded once; the lines are those of `Grid.lines`."""
   product: np.ndarray | None = None
-  for grid in factors:
-    lines = grid.lines(read, lead, rows, columns, line)
+  for one in factors:
+    lines = one.lines(read, lead, rows, columns, line)
     if product is None:
       product = lines
-    else:
-      product = product / lines if grid.is_inverse else product * lines
+      continue
+    if np.any(lines <= 0):
+      raise ValueError(f"{one.info.name} holds {lines.min()}, expected a positive scale")
+    product = product / lines if one.is_inverse else product * lines
   assert product is not None
   if not np.all(np.isfinite(product)):
     raise ValueError(

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from models_core.dequantising import scaled
+from models_core.dequantising import bitsandbytes, mlx, scaled, transposed
 from models_core.dequantising.parts import Described, Parts
 from models_core.formats import Index, ReadBox, TensorInfo
 
@@ -48,20 +48,71 @@ class Reading:
   of_module: Callable[[Described, str], Described] = lambda said, module: said
 
 
-_WEIGHT = {".weight": ("codes", ".weight")}
-_SCALE = {".weight_scale": ("scale", ".weight")}
+def _ends(**roles: str) -> dict[str, tuple[str, str]]:
+  """Roles by the end of a tensor's name, a comma between several, in the place of `.weight`."""
+  return {f".{end}": (role, ".weight") for role, ends in roles.items() for end in ends.split(",")}
+
+
+_CODES = _ends(codes="weight")
+# Experts whose projections are fused in one tensor have no module of their own.
 _FUSED = {"_proj": ("codes", "_proj"), "_proj_scale_inv": ("scale", "_proj")}
+_COLUMNS = _ends(codes="qweight", zeros="qzeros", scale="scales", groups="g_idx")
 
 # Names of schemes in `models_core.config` -> how they are read.
 READ: Mapping[str, Reading] = {
   "FP8 blocks": Reading(
-    _WEIGHT
-    | {
-      f".{name}": ("scale", ".weight")
-      for name in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
-    }
-    | _FUSED,
-    scaled.fp8,
+    _CODES | _ends(scale="weight_scale_inv,weight_scale,scale,qscale_weight") | _FUSED, scaled.fp8
   ),
-  "FBGEMM FP8": Reading(_WEIGHT | _SCALE, scaled.fbgemm),
+  "FBGEMM FP8": Reading(_CODES | _ends(scale="weight_scale"), scaled.per_row),
+  "compressed-tensors": Reading(
+    _CODES
+    | _ends(
+      packed="weight_packed",
+      scale="weight_scale",
+      zeros="weight_zero_point",
+      shape="weight_shape",
+      groups="weight_g_idx",
+      second="weight_global_scale",
+    ),
+    scaled.compressed,
+    scaled.compressed_module,
+  ),
+  "NVIDIA ModelOpt": Reading(
+    _CODES
+    | _ends(
+      scale="weight_scale",
+      second="weight_scale_2",
+      pre_quant="pre_quant_scale",
+      svd_a="svdquant_lora_a",
+      svd_b="svdquant_lora_b",
+    ),
+    scaled.modelopt,
+  ),
+  "AWQ": Reading(_COLUMNS, transposed.awq),
+  "GPTQ": Reading(_COLUMNS, transposed.gptq, transposed.gptq_module),
+  "AutoRound": Reading(
+    _COLUMNS | _ends(plain="weight", scale="scales,weight_scale"),
+    transposed.auto_round,
+    transposed.auto_round_module,
+  ),
+  "bitsandbytes": Reading(
+    _CODES
+    | _ends(
+      absmax="weight.absmax",
+      map="weight.quant_map",
+      nested="weight.nested_absmax",
+      nested_map="weight.nested_quant_map",
+      nf4="weight.quant_state.bitsandbytes__nf4",
+      fp4="weight.quant_state.bitsandbytes__fp4",
+      scale="SCB",
+      format="weight_format",
+    ),
+    bitsandbytes.bitsandbytes,
+  ),
+  "MLX": Reading(
+    _CODES | _ends(scale="scales", biases="biases", second="global_scale"), mlx.mlx, mlx.mlx_module
+  ),
+  "torchao": Reading(
+    _ends(codes="_weight_qdata", scale="_weight_scale", zeros="_weight_zero_point"), scaled.per_row
+  ),
 }
