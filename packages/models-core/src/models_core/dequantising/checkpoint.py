@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from models_core.casting import cast_into
 from models_core.config import Stated, stated_quantisation
 from models_core.dequantising.naming import IGNORED, is_skipped, skip_lists
 from models_core.dequantising.parts import Parts
-from models_core.dequantising.schemes import READ, Reading
+from models_core.dequantising.schemes import READ, Reading, Weight
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError
 from models_core.formats import (
@@ -27,6 +28,7 @@ from models_core.formats import (
   Index,
   OnBytes,
   Packing,
+  ReadBox,
   RunReader,
   TensorInfo,
   TensorReader,
@@ -48,9 +50,11 @@ class DequantisedCheckpoint(Checkpoint):
 
   Attributes:
     source: the checkpoint as it is stored.
+    contradictions: between the configuration and the tensors, one sentence each.
   """
 
   source: Checkpoint | None = None
+  contradictions: tuple[str, ...] = ()
 
   @property
   def format(self) -> Format:
@@ -128,8 +132,7 @@ def dequantised(
 ) -> Checkpoint:
   """A checkpoint whose quantised weights are plain ones.
 
-  Tensors that no scheme explains stay what they are. Contradictions between the configuration and the tensors are
-  `problems` of the result.
+  Tensors that no scheme explains stay what they are.
 
   Args:
     checkpoint: the headers of the checkpoint.
@@ -155,24 +158,25 @@ def dequantised(
   build = functools.partial(_build, checkpoint, reading, stated, wanted)
   with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
     built = list(pool.map(build, groups.values()))
-  tensors, problems = dict(checkpoint.tensors), list(checkpoint.problems)
+  tensors, contradictions = dict(checkpoint.tensors), []
   for parts, made in zip(groups.values(), built, strict=True):
     if isinstance(made, TensorInfo):
       for info in parts.tensors.values():
         tensors.pop(info.name, None)
       tensors[made.name] = made
     elif not is_ignored(parts.weight) and not checkpoint.unread:
-      problems.append(f"{made} ({stated.place})")
+      contradictions.append(f"{made} ({stated.place})")
   notes = [*checkpoint.notes, *_left_out(tensors, is_ignored)]
   return DequantisedCheckpoint(
     checkpoint.files,
     tensors,
     checkpoint.metadata,
-    tuple(problems),
+    checkpoint.problems,
     tuple(notes),
     checkpoint.shared_files,
     checkpoint.unread,
     source=checkpoint,
+    contradictions=tuple(contradictions),
   )
 
 
@@ -223,8 +227,17 @@ def _build(
     start=stored[0].start,
     stop=stored[0].stop,
     cell=weight.cell,
-    packing=Packing(encoding, stored, lambda read, index: weight.read(read, index, dtype)),
+    packing=Packing(encoding, stored, functools.partial(_decode, weight, dtype)),
   )
+
+
+def _decode(weight: Weight, dtype: np.dtype, read: ReadBox, index: Index) -> np.ndarray:
+  numbers = weight.read(read, index, dtype)
+  if numbers.dtype == dtype:
+    return numbers
+  cast = np.empty(numbers.shape, dtype)
+  cast_into(cast, numbers)
+  return cast
 
 
 def _read_small(checkpoint: Checkpoint, info: TensorInfo) -> np.ndarray:

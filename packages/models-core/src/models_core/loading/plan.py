@@ -134,6 +134,18 @@ class LoadPlan:
     )
     return dict(changes)
 
+  def _encoded(self) -> dict[str, str]:
+    """By encoding, the stored and the loaded size of the tensors, for messages."""
+    tensors = self.checkpoint.tensors
+    stored: dict[str, int] = collections.defaultdict(int)
+    loaded: dict[str, int] = collections.defaultdict(int)
+    used = {piece.tensor: planned.dtype for planned in self.parameters for piece in planned.pieces}
+    for info, dtype in ((tensors[name], dtype) for name, dtype in used.items()):
+      if info.encoding is not None:
+        stored[info.encoding] += sum(part.stop - part.start for part in info.stored)
+        loaded[info.encoding] += math.prod(info.shape) * dtype.itemsize
+    return {name: f", {_size(stored[name])} -> {_size(loaded[name])}" for name in stored}
+
   def replicated(self) -> list[str]:
     """Notes on the axes that are replicated because the mesh cannot hold their declared sharding."""
     return misfit_notes(self.model.parameters)
@@ -151,7 +163,11 @@ class LoadPlan:
       f"{_count(len(self.files), 'file')} of {self.checkpoint.files.path}"
     ]
     lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in devices.items()]
-    lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
+    encoded = self._encoded()
+    lines += [
+      f"{_count(n, 'tensor')}: {stored} -> {loaded}{encoded.get(stored, '')}"
+      for (stored, loaded), n in self.casts().items()
+    ]
     lines += [f"{tie.tensor} must equal {tie.twin}" for tie in self.ties]
     return "\n".join(lines + self.notes())
 
@@ -208,10 +224,10 @@ def plan_load(
   unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
   ignored = {name for name, _ in found.ignored}
   quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters, raw)
-  amiss = misnamed(tensors, table) if found.problems else None
+  amiss = misnamed(tensors, table) if found.problems and not quantised else None
   # That weights are quantised, or names have another prefix, explains whatever else does not fit.
-  one = quantised or amiss
-  if problems := [*checkpoint.problems, *([one] if one else [*found.problems, *unequal])]:
+  explained = quantised or ((amiss,) if amiss else ())
+  if problems := [*checkpoint.problems, *(explained or (*found.problems, *unequal))]:
     raise CheckpointError(checkpoint.files.path, shorten(problems))
   planned = [
     PlannedParameter(
