@@ -102,9 +102,8 @@ def _nested(parts: Parts, absmax: TensorInfo, state: Described) -> Any:
     numbers = as_floats(read(table, (slice(0, 256),)), "float", table.name)
     first, stop = wanted.start // block, -(-wanted.stop // block)
     largest = as_floats(read(inner, (slice(first, stop),)), "float", inner.name)
-    return numbers[codes] * largest[np.arange(wanted.start, wanted.stop) // block - first] + np.float32(
-      offset
-    )
+    owners = np.arange(wanted.start, wanted.stop) // block - first
+    return as_floats(numbers[codes] * largest[owners] + np.float32(offset), "float", absmax.name)
 
   return scales
 

@@ -98,7 +98,8 @@ class DequantisingReader:
     if info.packing is None:
       return self._stored.read_box(info, index)
     try:
-      return info.packing.decode(self._stored.read_box, index)
+      with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told by name
+        return info.packing.decode(self._stored.read_box, index)
     except ValueError as error:
       if isinstance(error, CheckpointError):
         raise

@@ -28,7 +28,7 @@ def mlx(parts: Parts, said: Described) -> tuple[str, Rows]:
   if stored.dtype != np.uint32:
     raise ValueError(f"{stored.name} is {stored.dtype.name}, expected uint32")
   *lead, count, width = parts.matrix(stored)
-  if mode in _FLOATS:
+  if isinstance(mode, str) and mode in _FLOATS:
     codes, group, bytes_are = _FLOATS[mode]
     shape = (*lead, count, width * 32 // codes.bits)
     if (second := parts.get("second")) is not None:

@@ -206,6 +206,8 @@ def _packed_zeros(parts: Parts, zeros: TensorInfo, scales: Grid, bits: int) -> G
 
 def _stated_shape(parts: Parts) -> tuple[int, int]:
   info = parts["shape"]
+  if info.dtype.kind != "i":
+    raise ValueError(f"{info.name} is {info.dtype.name}, expected whole numbers")
   stated = parts.read(info).reshape(-1).tolist()
   if len(stated) != 2 or any(not 0 < n < 1 << 31 for n in stated):
     raise ValueError(f"{info.name} holds {stated}, expected two sizes")

@@ -189,7 +189,7 @@ class Columns:
       each, size = self.codes.per_word
       first = run.start // each * each
       words = packed[first // each * size : words_of(run.stop, self.codes)]
-      if self.codes.crosses:  # the last words may hold more codes than there are inputs
+      if self.codes.crosses or count % each:  # the last words may hold more codes than there are inputs
         words = unpack(words, self.codes)[:count]
         return decode(Codes(8), dtype, words.reshape(len(scale), -1, words.shape[-1]), scale, zero).reshape(
           count, -1
