@@ -17,7 +17,27 @@ from . import written
 
 MUTANTS = max(3, int(os.environ.get("FUZZ_MUTANTS", "1000")) // 100)
 SHAPE = (24, 64)
-JUNK = [None, -1, 0, 1, 3, 2**40, "x", "", [], [1], [0, -4], {}, {"a": 1}, True, 1.5, float("nan"), ["re:("], "re:[", "*"]
+JUNK = [
+  None,
+  -1,
+  0,
+  1,
+  3,
+  2**40,
+  "x",
+  "",
+  [],
+  [1],
+  [0, -4],
+  {},
+  {"a": 1},
+  True,
+  1.5,
+  float("nan"),
+  ["re:("],
+  "re:[",
+  "*",
+]
 WRITERS = [
   written.fp8_blocks,
   written.fp8_tensor,
@@ -30,8 +50,16 @@ WRITERS = [
   written.awq,
   written.gptq,
   lambda rng, shape: written.gptq(rng, shape, bits=3, order=True),
-  lambda rng, shape: written.gptq(rng, shape, checkpoint_format="gptq", desc_act=True, dynamic={"+:m": {"bits": 4}}),
-  lambda rng, shape: written.awq(rng, shape, quant_method="auto-round", packing_format="auto_round:auto_awq", extra_config={"m": {"bits": 4}}),
+  lambda rng, shape: written.gptq(
+    rng, shape, checkpoint_format="gptq", desc_act=True, dynamic={"+:m": {"bits": 4}}
+  ),
+  lambda rng, shape: written.awq(
+    rng,
+    shape,
+    quant_method="auto-round",
+    packing_format="auto_round:auto_awq",
+    extra_config={"m": {"bits": 4}},
+  ),
   written.bnb4,
   written.bnb8,
   written.mlx,
@@ -71,7 +99,9 @@ def mutate_tensors(rnd, tensors):
     case 0:
       del tensors[name]
     case 1:
-      tensors[name] = tensor.reshape(rnd.choice([(-1,), (1, *tensor.shape), tensor.shape[::-1], (*tensor.shape, 1)]))
+      tensors[name] = tensor.reshape(
+        rnd.choice([(-1,), (1, *tensor.shape), tensor.shape[::-1], (*tensor.shape, 1)])
+      )
     case 2:
       same = [kind for kind in DTYPES.values() if kind.itemsize == tensor.dtype.itemsize]
       tensors[name] = np.frombuffer(tensor.tobytes(), rnd.choice(same)).reshape(tensor.shape)

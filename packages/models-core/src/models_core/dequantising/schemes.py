@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from models_core.config import SCHEMES
 from models_core.dequantising import bitsandbytes, mlx, scaled, transposed
 from models_core.dequantising.parts import Described, Parts
 from models_core.formats import Index, ReadBox, TensorInfo
@@ -37,12 +38,14 @@ class Reading:
   """How the weights of a scheme are read.
 
   Attributes:
+    formats: what is read of the scheme, for the README.
     roles: end of a tensor's name -> its role, and the end of the weight's name in its place.
     build: the stored tensors and what is said of them -> name of the encoding, and the weight. Raises ValueError with a
       sentence on what is wrong.
     of_module: (configuration, name of a module) -> what the configuration says of this module.
   """
 
+  formats: str
   roles: Mapping[str, tuple[str, str]]
   build: Callable[[Parts, Described], tuple[str, Weight]]
   of_module: Callable[[Described, str], Described] = lambda said, module: said
@@ -58,13 +61,35 @@ _CODES = _ends(codes="weight")
 _FUSED = {"_proj": ("codes", "_proj"), "_proj_scale_inv": ("scale", "_proj")}
 _COLUMNS = _ends(codes="qweight", zeros="qzeros", scale="scales", groups="g_idx")
 
+
+def table() -> list[str]:
+  """The rows of the table of schemes in the README: those that are read, and one for all others."""
+  rows = [
+    f"| {scheme.name} | {', '.join(f'`{method}`' for method in scheme.methods)} | {READ[scheme.name].formats} |"
+    for scheme in SCHEMES
+    if scheme.name in READ
+  ]
+  others = [scheme.name for scheme in SCHEMES if scheme.name not in READ and scheme.methods]
+  return [*rows, f"| {', '.join(others)} | | refused by name |"]
+
+
 # Names of schemes in `models_core.config` -> how they are read.
 READ: Mapping[str, Reading] = {
   "FP8 blocks": Reading(
-    _CODES | _ends(scale="weight_scale_inv,weight_scale,scale,qscale_weight") | _FUSED, scaled.fp8
+    (
+      "E4M3 in blocks of any size, also partial ones, with scales in float32, bfloat16 or E8M0; "
+      "per tensor and channel; fused experts"
+    ),
+    _CODES | _ends(scale="weight_scale_inv,weight_scale,scale,qscale_weight") | _FUSED,
+    scaled.fp8,
   ),
-  "FBGEMM FP8": Reading(_CODES | _ends(scale="weight_scale"), scaled.per_row),
+  "FBGEMM FP8": Reading("E4M3 per channel", _CODES | _ends(scale="weight_scale"), scaled.per_row),
   "compressed-tensors": Reading(
+    (
+      "float-, int- and naive-quantized (tensor, channel, group, block, zero points); "
+      "pack-quantized of 1 to 8 bits (group, channel, zero points, actorder); NVFP4, MXFP4, "
+      "MXFP8; groups of modules in different formats"
+    ),
     _CODES
     | _ends(
       packed="weight_packed",
@@ -78,6 +103,7 @@ READ: Mapping[str, Reading] = {
     scaled.compressed_module,
   ),
   "NVIDIA ModelOpt": Reading(
+    "FP8 per tensor, channel and in blocks; NVFP4; mixed precision",
     _CODES
     | _ends(
       scale="weight_scale",
@@ -88,14 +114,21 @@ READ: Mapping[str, Reading] = {
     ),
     scaled.modelopt,
   ),
-  "AWQ": Reading(_COLUMNS, transposed.awq),
-  "GPTQ": Reading(_COLUMNS, transposed.gptq, transposed.gptq_module),
+  "AWQ": Reading("4 bits, version gemm, with and without zero points", _COLUMNS, transposed.awq),
+  "GPTQ": Reading(
+    "2, 3, 4, 8 bits; v1 and v2; desc_act; dynamic; symmetric ones whatever their version says",
+    _COLUMNS,
+    transposed.gptq,
+    transposed.gptq_module,
+  ),
   "AutoRound": Reading(
+    "GPTQ and AWQ by this name; FP8 per tensor and channel",
     _COLUMNS | _ends(plain="weight", scale="scales,weight_scale"),
     transposed.auto_round,
     transposed.auto_round_module,
   ),
   "bitsandbytes": Reading(
+    "nf4 and fp4, with and without double quantisation; int8",
     _CODES
     | _ends(
       absmax="weight.absmax",
@@ -110,9 +143,14 @@ READ: Mapping[str, Reading] = {
     bitsandbytes.bitsandbytes,
   ),
   "MLX": Reading(
-    _CODES | _ends(scale="scales", biases="biases", second="global_scale"), mlx.mlx, mlx.mlx_module
+    "affine of 2, 3, 4, 5, 6, 8 bits, per module; MXFP4, MXFP8, NVFP4; embedding and head, too",
+    _CODES | _ends(scale="scales", biases="biases", second="global_scale"),
+    mlx.mlx,
+    mlx.mlx_module,
   ),
   "torchao": Reading(
-    _ends(codes="_weight_qdata", scale="_weight_scale", zeros="_weight_zero_point"), scaled.per_row
+    "int8 and FP8 per tensor and channel, in safetensors",
+    _ends(codes="_weight_qdata", scale="_weight_scale", zeros="_weight_zero_point"),
+    scaled.per_row,
   ),
 }

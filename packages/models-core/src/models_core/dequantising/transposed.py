@@ -63,7 +63,12 @@ def gptq(parts: Parts, said: Described) -> tuple[str, Columns]:
       f"its bits are {bits} in the configuration, expected one of {', '.join(map(str, _BITS))}"
     )
   form = said.get("checkpoint_format") or said.get("format") or "gptq"
-  if not isinstance(form, str) or form not in _STORED_ZEROS or said.get("pack_dtype", "int32") != "int32" or said.get("is_marlin_format"):
+  if (
+    not isinstance(form, str)
+    or form not in _STORED_ZEROS
+    or said.get("pack_dtype", "int32") != "int32"
+    or said.get("is_marlin_format")
+  ):
     raise ValueError(
       f"the weights are in GPTQ's format {form!r}, which is not read, only 'gptq' and 'gptq_v2'"
     )

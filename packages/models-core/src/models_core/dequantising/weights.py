@@ -169,7 +169,7 @@ class Columns:
     """Runs of inputs, counted from the first, and their groups: [G, 1] for whole groups, else [1, R]."""
     count, lowest = inputs.stop - inputs.start, inputs.start
     each = self.codes.per_word[0] if self.codes.axis == -2 else 1
-    if self.group_of is not None or self.group % each:
+    if self.group % each or not self._are_neighbours(groups, lowest):
       yield slice(0, count), groups[None]
       return
     head = min(-lowest % self.group, count)
@@ -177,6 +177,11 @@ class Columns:
     for start, stop, size in ((0, head, head), (head, body, self.group), (body, count, count - body)):
       if start < stop:
         yield slice(start, stop), groups[start:stop:size, None]
+
+  def _are_neighbours(self, groups: np.ndarray, lowest: int) -> bool:
+    """Whether inputs have the groups that they have where none is stored."""
+    usual = np.arange(lowest, lowest + len(groups)) // self.group
+    return self.group_of is None or np.array_equal(groups, usual - usual[0])
 
   def _decode(
     self, dtype: np.dtype, packed: np.ndarray, run: slice, scale: np.ndarray, zero: np.ndarray
