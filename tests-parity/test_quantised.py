@@ -27,10 +27,14 @@ def fp8(weight):
   """Blocks of 128 x 128, the last ones partial."""
   rows, columns = (-(-size // 128) for size in weight.shape)
   scale = torch.zeros(rows, columns)
-  spread = lambda grid: grid.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+  spread = lambda grid: grid.repeat_interleave(128, 0).repeat_interleave(128, 1)[
+    : weight.shape[0], : weight.shape[1]
+  ]
   for row in range(rows):
     for column in range(columns):
-      scale[row, column] = weight[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128].abs().max() / 448
+      scale[row, column] = (
+        weight[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128].abs().max() / 448
+      )
   codes = (weight / spread(scale)).to(torch.float8_e4m3fn)
   return {"weight": codes, "weight_scale_inv": scale}, codes.float() * spread(scale)
 
@@ -46,8 +50,12 @@ def gptq(weight):
   zero = (-low / scale.float()).round().clamp(1, 15).int()
   codes = (weight.T / scale.float()[owner] + zero[owner]).round().clamp(0, 15).int()
   shifts = torch.arange(0, 32, 4)
-  along_rows = (codes.reshape(-1, 8, outputs).long() << shifts[:, None]).sum(1).to(torch.uint32).view(torch.int32)
-  along_columns = ((zero - 1).reshape(groups, -1, 8).long() << shifts).sum(-1).to(torch.uint32).view(torch.int32)
+  along_rows = (
+    (codes.reshape(-1, 8, outputs).long() << shifts[:, None]).sum(1).to(torch.uint32).view(torch.int32)
+  )
+  along_columns = (
+    ((zero - 1).reshape(groups, -1, 8).long() << shifts).sum(-1).to(torch.uint32).view(torch.int32)
+  )
   stored = {"qweight": along_rows, "qzeros": along_columns, "scales": scale, "g_idx": owner.int()}
   return stored, ((codes - zero[owner]).float() * scale.float()[owner]).T.contiguous()
 

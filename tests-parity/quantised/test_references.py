@@ -66,7 +66,9 @@ def test_compressed_tensors(name, tmp_path):
   o, i = 92, 160
   if weights["strategy"] == "block":
     o, i = 256, 384  # the compressor takes whole blocks alone
-  grid = {"tensor": (1,), "channel": (o, 1), "block": (-(-o // 128), -(-i // 128)), "group": (o, i // 32)}[weights["strategy"]]
+  grid = {"tensor": (1,), "channel": (o, 1), "block": (-(-o // 128), -(-i // 128)), "group": (o, i // 32)}[
+    weights["strategy"]
+  ]
   scale = (random(*grid).abs() + 0.5) * 0.01
   scale = scale.to(torch.bfloat16).to(F32)
   state = {"weight": random(o, i) * 0.3, "weight_scale": scale}
@@ -112,7 +114,9 @@ def test_blocks_that_end_early(tmp_path):
   codes, scale = random(192, 160).to(torch.float8_e4m3fn), (random(2, 2).abs() + 0.1) * 0.01
   stored = {"weight": codes, "weight_scale_inv": scale}
   named = {f"{MODULE}.{end}": tensor for end, tensor in stored.items()}
-  made = converters.FP8BlockDequantizer(targets=["re:.*up_proj"], weight_block_size=(128, 128), dtype=F32).process(named)
+  made = converters.FP8BlockDequantizer(
+    targets=["re:.*up_proj"], weight_block_size=(128, 128), dtype=F32
+  ).process(named)
   said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
   check(ours(tmp_path, stored, said), made[f"{MODULE}.weight"])
 
@@ -178,11 +182,15 @@ def test_mlx_with_small_floats(mode, tmp_path):
 
 def test_awq_by_the_converter_of_compressed_tensors(tmp_path):
   converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
-  pack = pytest.importorskip("compressed_tensors.compressors").BaseCompressor.get_value_from_registry("pack-quantized")
+  pack = pytest.importorskip("compressed_tensors.compressors").BaseCompressor.get_value_from_registry(
+    "pack-quantized"
+  )
   quantization = pytest.importorskip("compressed_tensors.quantization")
   generator = torch.Generator().manual_seed(0)
   i, o, group = 256, 96, 128
-  words = lambda *shape: torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64, generator=generator).to(torch.int32)
+  words = lambda *shape: torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64, generator=generator).to(
+    torch.int32
+  )
   stored = {
     "qweight": words(i, o // 8),
     "qzeros": words(i // group, o // 8),
@@ -192,7 +200,11 @@ def test_awq_by_the_converter_of_compressed_tensors(tmp_path):
   named = converter.process({f"{MODULE}.{end}": tensor.clone() for end, tensor in stored.items()})
   local = {name.removeprefix(f"{MODULE}."): tensor for name, tensor in named.items()}
   local["weight_scale"] = local["weight_scale"].to(F32)
-  args = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group, symmetric=False)
-  expected = pack.decompress(local, quantization.QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+  args = quantization.QuantizationArgs(
+    num_bits=4, type="int", strategy="group", group_size=group, symmetric=False
+  )
+  expected = pack.decompress(local, quantization.QuantizationScheme(targets=["Linear"], weights=args))[
+    "weight"
+  ]
   said = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
   check(ours(tmp_path, stored, said), expected)

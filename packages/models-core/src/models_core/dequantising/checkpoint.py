@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -181,6 +181,29 @@ def dequantised(
   )
 
 
+def without_zero_biases(checkpoint: Checkpoint, needed: Collection[str]) -> Checkpoint:
+  """A checkpoint without biases of zeros, which AutoGPTQ writes beside every quantised weight.
+
+  Args:
+    checkpoint: as `dequantised` returns it.
+    needed: names of the tensors that a model needs.
+  """
+  if not isinstance(checkpoint, DequantisedCheckpoint):
+    return checkpoint
+  tensors = dict(checkpoint.tensors)
+  weights = [name for name, info in tensors.items() if info.packing is not None and name.endswith(".weight")]
+  spare = [bias for name in weights if (bias := f"{name.removesuffix('weight')}bias") in tensors]
+  for name in spare:
+    is_spare = name not in needed and tensors[name].stop - tensors[name].start <= _SMALL
+    if is_spare and not np.any(_read_small(checkpoint, tensors[name])):
+      del tensors[name]
+  count = len(checkpoint.tensors) - len(tensors)
+  if not count:
+    return checkpoint
+  note = f"{count} tensor{'s' * (count > 1)} not loaded: biases that the model does not have, all zero"
+  return dataclasses.replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
+
+
 def _groups(checkpoint: Checkpoint, reading: Reading) -> dict[str, Parts]:
   """The stored tensors of each weight that is not a plain one, by its name."""
   endings = sorted(reading.roles, key=len, reverse=True)
@@ -258,12 +281,14 @@ def _read_small(checkpoint: Checkpoint, info: TensorInfo) -> np.ndarray:
 
 def _left_out(tensors: dict[str, TensorInfo], is_ignored: Callable[[str], bool]) -> Iterator[str]:
   """Removes tensors that act on activations and caches, and says how many there were."""
-  for ending, why in IGNORED.items():
-    names = [name for name in tensors if name.endswith(ending) and not is_ignored(name)]
-    for name in names:
+  counts: collections.Counter[str] = collections.Counter()
+  for name in list(tensors):
+    why = next((why for ending, why in IGNORED.items() if name.endswith(ending)), None)
+    if why is not None and not is_ignored(name):
       del tensors[name]
-    if names:
-      yield f"{len(names)} tensor{'s' * (len(names) > 1)} not loaded: {why}"
+      counts[why] += 1
+  for why, count in counts.items():
+    yield f"{count} tensor{'s' * (count > 1)} not loaded: {why}"
 
 
 def _stated_dtype(raw: Mapping[str, Any]) -> np.dtype:

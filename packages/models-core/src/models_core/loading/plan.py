@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from models_core.dequantising import dequantised
+from models_core.dequantising import dequantised, without_zero_biases
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family
@@ -211,16 +211,22 @@ def plan_load(
   checkpoint = dequantised(
     checkpoint, dtype=dtype, raw=raw, is_ignored=lambda name: table.ignores(name) is not None
   )
+
+  def match(checkpoint: Checkpoint) -> Match:
+    return match_tensors(
+      {name: info.shape for name, info in checkpoint.tensors.items()},
+      {name: parameter.shape for name, parameter in model.parameters.items()},
+      table,
+      model.letters,
+      config=model.config,
+      layers=layers,
+      may_be_held=checkpoint.may_hold,
+    )
+
+  found = match(checkpoint)
+  if (lean := without_zero_biases(checkpoint, found.needed)) is not checkpoint:
+    checkpoint, found = lean, match(lean)
   tensors = checkpoint.tensors
-  found = match_tensors(
-    {name: info.shape for name, info in tensors.items()},
-    {name: parameter.shape for name, parameter in model.parameters.items()},
-    table,
-    model.letters,
-    config=model.config,
-    layers=layers,
-    may_be_held=checkpoint.may_hold,
-  )
   unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
   ignored = {name for name, _ in found.ignored}
   quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters, raw)
