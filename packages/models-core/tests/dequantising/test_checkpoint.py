@@ -13,6 +13,7 @@ from models_core.formats import LocalFiles, read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.loader import load_arrays
 from models_core.loading.plan import plan_load
+from models_core.safetensors_loader import load_and_create_model
 from models_core.saving.plan import plan_save
 from models_core.weights.table import Ignored, WeightTable
 
@@ -152,3 +153,11 @@ def test_a_base_holds_plain_tensors(checkpoint, rng):
   base = dequantised(checkpoint(one))
   (saved,) = plan_save({"w": np.zeros(SHAPE, written.BF16)}, TABLE, base=base)
   assert (saved.name, saved.shape) == ("m.w.weight", SHAPE)
+
+
+def test_a_mapping_of_names_gets_floats(checkpoint, toy, rng):
+  one = written.awq(rng, SHAPE)
+  make = lambda config, *, rngs: toy({"w": (SHAPE[::-1], P())}, rngs=rngs)
+  mapping = lambda config: {r"m\.(\w)\.weight": (r"\1", ((1, 0), None))}
+  model = load_and_create_model(checkpoint(one).files.path, make, None, mapping, dtype="float32")
+  np.testing.assert_array_equal(model.w.get_value(), one.value.T)

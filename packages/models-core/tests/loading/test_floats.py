@@ -91,7 +91,7 @@ def test_8_bit_floats_with_a_scale_need_a_statement_of_their_scheme(plan, files)
     "m.up_proj.weight_scale": np.ones((), np.float32),
     "m.up_proj.input_scale": np.ones((), np.float32),
   }
-  assert "which is not read here" in problem(plan, tensors)
+  assert "but no configuration says how" in problem(plan, tensors)
   assert plan(tensors, **files).casts() == {("FP8 per tensor", "bfloat16"): 1}
 
 

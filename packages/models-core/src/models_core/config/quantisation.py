@@ -189,5 +189,9 @@ def quantisation_problem(stated: Stated | None, marks: Iterable[str], narrow: Ma
     )
   scheme = scheme_of(marks)
   name = stated.name if stated is not None else scheme.name if scheme else "an unnamed method"
-  origin = "" if stated is None else f"{stated.place}; "
-  return f"the weights are quantised by {name} ({origin}{what}), which is not read here: {_REMEDY}"
+  if stated is None:
+    return (
+      f"the weights are quantised by {name} ({what}), but no configuration says how: add the config.json of the "
+      f"repository, or {_REMEDY}"
+    )
+  return f"the weights are quantised by {name} ({stated.place}; {what}), which is not read here: {_REMEDY}"
