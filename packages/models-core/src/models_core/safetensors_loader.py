@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from models_core.dequantising import DequantisedCheckpoint, dequantised
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError
 from models_core.formats import Checkpoint, Files, TensorInfo, as_files, read_safetensors
@@ -69,7 +70,7 @@ def load_and_create_model(
     TypeError: if `mesh` is neither a Mesh nor None, `dtype` is not a floating-point type, or `preprocess_fn` is given
       together with a weight table.
   """
-  checkpoint = read_safetensors(as_files(file_dir))
+  checkpoint: Checkpoint = read_safetensors(as_files(file_dir))
   model = abstract_model(model_class, config, mesh)
   mapping = key_mapping if isinstance(key_mapping, WeightTable) else key_mapping(config)
   dtype = as_dtype(dtype)
@@ -80,6 +81,7 @@ def load_and_create_model(
         "weight table instead"
       )
     return cast(M, load(plan_load(checkpoint, model, mapping, dtype=dtype)))
+  checkpoint = dequantised(checkpoint, dtype=dtype)
   mapped = _map_names(checkpoint, mapping)
   if preprocess_fn is None:
     return cast(M, load(_plan_parameters(checkpoint, model, mapped, dtype)))
@@ -119,6 +121,8 @@ def _map_names(checkpoint: Checkpoint, mapping: KeyMapping) -> list[_Mapped]:
   patterns = [(re.compile(pattern), target) for pattern, target in mapping.items()]
   mapped: dict[str, _Mapped] = {}
   problems = list(checkpoint.problems)
+  if isinstance(checkpoint, DequantisedCheckpoint):
+    problems += checkpoint.contradictions
   for info in checkpoint.tensors.values():
     found = [(match, target) for pattern, target in patterns if (match := pattern.fullmatch(info.name))]
     if len(found) != 1:

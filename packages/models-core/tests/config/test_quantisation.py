@@ -86,8 +86,8 @@ def test_the_sentences(stated):
     "m.0.weight_scale), which is not read here: load the unquantised repository or a GGUF file"
   )
   assert quantisation_problem(None, ["m.0.absmax"], {"m.0.weight": "uint8"}) == (
-    "the weights are quantised by bitsandbytes (m.0.absmax), which is not read here: load the unquantised repository "
-    "or a GGUF file"
+    "the weights are quantised by bitsandbytes (m.0.absmax), but no configuration says how: add the config.json of the "
+    "repository, or load the unquantised repository or a GGUF file"
   )
   assert quantisation_problem(None, [], {"m.0.weight": "int8", "m.1.weight": "int8"}).startswith(
     "2 tensors such as m.0.weight are int8, and no quantisation is known that says what these integers stand for"

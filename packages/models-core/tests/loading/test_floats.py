@@ -73,9 +73,9 @@ def test_packed_weights_are_one_problem(plan):
   assert problem(plan, packed).startswith(
     "the weights are quantised by bitsandbytes (m.up_proj.weight.absmax)"
   )
-  mlx = {"m.up_proj.weight": np.zeros((6, 1), np.uint32), "m.up_proj.scales": np.zeros((6, 1), np.float16)}
-  said = problem(plan, mlx, config={"quantization": {"bits": 4}})
-  assert said.startswith("the weights are quantised by MLX (config.json: quantization; m.up_proj.scales)")
+  hqq = {"m.up_proj.W_q": np.zeros((6, 2), np.uint8), "m.up_proj.scale": np.zeros((6, 1), np.float16)}
+  said = problem(plan, hqq, config={"quantization_config": {"quant_method": "hqq"}})
+  assert said.startswith("the weights are quantised by HQQ (config.json: quantization_config; m.up_proj.W_q)")
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,21 @@ def test_packed_weights_are_one_problem(plan):
     {"config": {"quantization_config": {"quant_method": "modelopt"}}},
   ],
 )
-def test_8_bit_floats_with_a_scale(plan, files):
+def test_8_bit_floats_with_a_scale_need_a_statement_of_their_scheme(plan, files):
   tensors = {
     "m.up_proj.weight": np.zeros((6, 4), ml_dtypes.float8_e4m3fn),
     "m.up_proj.weight_scale": np.ones((), np.float32),
     "m.up_proj.input_scale": np.ones((), np.float32),
   }
-  assert problem(plan, tensors, **files).startswith("the weights are quantised by NVIDIA ModelOpt (")
-  assert "which is not read here" in problem(plan, tensors)
+  assert "but no configuration says how" in problem(plan, tensors)
+  assert plan(tensors, **files).casts() == {("FP8 per tensor", "bfloat16"): 1}
 
 
 def test_8_bit_floats_without_a_scale_are_floats_unless_it_is_stated_that_they_are_not(plan):
   tensors = {"m.up_proj.weight": np.zeros((6, 4), ml_dtypes.float8_e4m3fn)}
   assert plan(tensors).notes() == []
   said = problem(plan, tensors, config={"quantization_config": {"quant_method": "fp8"}})
-  assert said.startswith(
-    "the weights are quantised by FP8 blocks (config.json: quantization_config; m.up_proj.weight"
-  )
+  assert said.startswith("m.up_proj.weight_scale_inv is missing, which m.up_proj.weight needs (config.json")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,20 @@ from .gguf import gguf_config
 from .headers import HEADER_CONFIGS
 from .keys import ConfigKeys, collect_notes
 from .presets import preset_rows
-from .quantisation import QUANTISATION_KEYS, Stated, is_mark, quantisation_problem, stated_quantisation
+from .quantisation import (
+  QUANTISATION_KEYS,
+  SCHEMES,
+  Stated,
+  is_mark,
+  quantisation_problem,
+  stated_quantisation,
+)
 from .rope import write_scaling
 
 __all__ = [
   "HEADER_CONFIGS",
   "QUANTISATION_KEYS",
+  "SCHEMES",
   "SIZES",
   "TYING_FIELDS",
   "VOCABULARY_FIELDS",

@@ -89,11 +89,13 @@ class Stated:
     place: file and key of the statement.
     method: as the statement calls it; None if it names none.
     scheme: of the method; None if it is not known.
+    described: the statement itself; empty if it is a name alone.
   """
 
   place: str
   method: str | None
   scheme: Scheme | None
+  described: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -128,7 +130,8 @@ def stated_quantisation(files: Files, raw: Mapping[str, Any] | None = None) -> S
       if found := level if key is None else level.get(key):
         method = _method(name, key, found, whole)
         place = name if key is None else f"{name}: {prefix}{key}"
-        return Stated(place, method, next((one for one in SCHEMES if method in one.methods), None))
+        scheme = next((one for one in SCHEMES if method in one.methods), None)
+        return Stated(place, method, scheme, found if isinstance(found, Mapping) else {})
   return None
 
 
@@ -186,5 +189,9 @@ def quantisation_problem(stated: Stated | None, marks: Iterable[str], narrow: Ma
     )
   scheme = scheme_of(marks)
   name = stated.name if stated is not None else scheme.name if scheme else "an unnamed method"
-  origin = "" if stated is None else f"{stated.place}; "
-  return f"the weights are quantised by {name} ({origin}{what}), which is not read here: {_REMEDY}"
+  if stated is None:
+    return (
+      f"the weights are quantised by {name} ({what}), but no configuration says how: add the config.json of the "
+      f"repository, or {_REMEDY}"
+    )
+  return f"the weights are quantised by {name} ({stated.place}; {what}), which is not read here: {_REMEDY}"

@@ -1,5 +1,5 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in
+from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in, open_file
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
 from .kinds import strangeness
@@ -20,7 +20,7 @@ from .safetensors import (
 )
 from .safetensors_files import INDEX, SINGLE
 from .selection import checkpoint_folders, is_part, open_folder, select
-from .tensors import Codec, Index, TensorInfo, bounds_of, cells_of
+from .tensors import Codec, Index, Packing, ReadBox, TensorInfo, bounds_of, cells_of
 
 __all__ = [
   "ALIGNMENT",
@@ -43,7 +43,9 @@ __all__ = [
   "Index",
   "LocalFiles",
   "OnBytes",
+  "Packing",
   "RangeFiles",
+  "ReadBox",
   "RunReader",
   "SafetensorsCheckpoint",
   "TensorInfo",
@@ -59,6 +61,7 @@ __all__ = [
   "formats_in",
   "is_part",
   "names_in",
+  "open_file",
   "open_folder",
   "read_gguf",
   "read_json",

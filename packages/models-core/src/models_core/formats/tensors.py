@@ -31,6 +31,26 @@ class Codec:
   decode: Callable[[np.ndarray], np.ndarray]
 
 
+# Reads one box of a stored tensor; the array is valid until the thread's next call.
+ReadBox = Callable[["TensorInfo", Index], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Packing:
+  """How several stored tensors make one, such as the codes and the scales of a quantised weight.
+
+  Attributes:
+    name: of the encoding, such as "FP8 128x128".
+    parts: the stored tensors.
+    decode: reads the parts of a box of the tensor that they make, and decodes them; the array is the caller's own.
+      Raises ValueError with a sentence that names the stored tensor if its numbers are impossible.
+  """
+
+  name: str
+  parts: tuple[TensorInfo, ...]
+  decode: Callable[[ReadBox, Index], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
   """A tensor of a checkpoint, as its header describes it.
@@ -44,6 +64,7 @@ class TensorInfo:
     stop: `start` plus the tensor's size in bytes; for a tensor that is stored in cells, its decoded size.
     codec: of a quantised tensor; None where the bytes are the elements themselves.
     cell: shape of the cells that the tensor is stored in; None where its elements are contiguous in the file.
+    packing: of a tensor that several stored ones make; `file`, `start` and `stop` are those of the first then.
   """
 
   name: str
@@ -54,6 +75,17 @@ class TensorInfo:
   stop: int
   codec: Codec | None = None
   cell: tuple[int, ...] | None = None
+  packing: Packing | None = None
+
+  @property
+  def stored(self) -> tuple[TensorInfo, ...]:
+    """The stored tensors that make this one: itself, if it is one of them."""
+    return (self,) if self.packing is None else self.packing.parts
+
+  @property
+  def encoding(self) -> str | None:
+    """What a quantised tensor's encoding is called; None where the bytes are the elements themselves."""
+    return self.codec.name if self.codec else self.packing.name if self.packing else None
 
   @property
   def everything(self) -> Index:

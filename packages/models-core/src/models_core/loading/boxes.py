@@ -273,10 +273,7 @@ def _steps(factoring: Factoring, info: TensorInfo, spans: Sequence[range], most:
   steps = [len(span) for span in spans]
   units = [1] * len(factoring.axes)
   if info.cell is not None:
-    units = [
-      cell // axis.inner if cell % axis.inner == 0 and axis.base % cell == 0 else axis.lead
-      for cell, axis in zip(info.cell, factoring.axes, strict=True)
-    ]
+    units = [_unit(cell, axis) for cell, axis in zip(info.cell, factoring.axes, strict=True)]
   nbytes = math.prod(axis.inner for axis in factoring.axes) * info.dtype.itemsize
   for smallest in (units, [1] * len(units)):
     for position, unit in enumerate(smallest):
@@ -285,6 +282,13 @@ def _steps(factoring: Factoring, info: TensorInfo, spans: Sequence[range], most:
         return steps
       steps[position] = min(steps[position], max(unit, most // max(1, rest) // unit * unit))
   return steps
+
+
+def _unit(cell: int, axis: _Axis) -> int:
+  """The fewest steps along an axis that are whole cells; all of them if no fewer are."""
+  if axis.base % cell or (cell % axis.inner and axis.inner % cell):
+    return axis.lead
+  return max(1, cell // axis.inner)
 
 
 def _meet(

@@ -94,7 +94,8 @@ def _buffers(count: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np
 def _run_of(planned: PlannedParameter, reader: TensorReader) -> int | None:
   """The element of a tensor from which on a file holds a parameter contiguously, in the loaded dtype; None if none does."""
   piece = planned.pieces[0]
-  if reader.runs is None or len(planned.pieces) > 1 or reader.tensors[piece.tensor].dtype != planned.dtype:
+  info = reader.tensors[piece.tensor]
+  if reader.runs is None or info.cell is not None or len(planned.pieces) > 1 or info.dtype != planned.dtype:
     return None
   return piece.run
 
@@ -134,7 +135,7 @@ def tasks(
       if (share := _streamed(piece, info, shape, targets, reader)) is not None:
         streamed.setdefault(piece.tensor, []).append(share)
         continue
-      if (run := piece.run) is None or reader.runs is None:
+      if (run := piece.run) is None or reader.runs is None or info.cell is not None:
         boxed.setdefault(piece.tensor, []).append(_box_tasks(piece, info, shape, targets, reader))
         continue
       if not shape:  # a scalar is one row of one element

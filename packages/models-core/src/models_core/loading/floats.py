@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models_core.config import is_mark, quantisation_problem, stated_quantisation
+from models_core.dequantising import DequantisedCheckpoint
 from models_core.formats import Checkpoint
 from models_core.loading.abstract import AbstractParameter
 
@@ -19,7 +20,7 @@ def check_floats(
   ignored: Collection[str],
   parameters: Mapping[str, AbstractParameter],
   raw: Mapping[str, Any] | None = None,
-) -> tuple[str | None, str | None]:
+) -> tuple[tuple[str, ...], str | None]:
   """Checks that the tensors of a checkpoint are plain numbers, or are encoded as their format defines.
 
   Args:
@@ -30,12 +31,14 @@ def check_floats(
     raw: the checkpoint's config.json, if it has been read.
 
   Returns:
-    The problem, if weights are quantised; and the note, if the configuration says so of plain ones.
+    The problems of quantised weights; and the note, if the configuration says so of plain ones.
   """
+  if isinstance(checkpoint, DequantisedCheckpoint):
+    return checkpoint.contradictions, None
   narrow: dict[str, str] = {}
   eighths: dict[str, str] = {}
   for name, info in checkpoint.tensors.items():
-    if info.codec is not None or name not in needed or not _is_float(parameters[needed[name]].dtype):
+    if info.encoding is not None or name not in needed or not _is_float(parameters[needed[name]].dtype):
       continue
     if not _is_float(info.dtype):
       narrow[name] = info.dtype.name
@@ -46,18 +49,18 @@ def check_floats(
   ]
   stated = stated_quantisation(checkpoint.files, raw)
   if marks or narrow:
-    return quantisation_problem(stated, marks, narrow), None
+    return (quantisation_problem(stated, marks, narrow),), None
   if stated is None:
-    return None, None
+    return (), None
   if eighths:
-    return quantisation_problem(stated, marks, eighths), None
+    return (quantisation_problem(stated, marks, eighths),), None
   if stated.scheme is not None and stated.scheme.on_floats:
-    return (
+    problem = (
       f"{stated}, which computes in a way of its own even with plain weights, and is not implemented: load a model that "
-      "was not trained for it",
-      None,
+      "was not trained for it"
     )
-  return None, f"{stated}, but all weights are plain floating-point numbers: it is not read"
+    return (problem,), None
+  return (), f"{stated}, but all weights are plain floating-point numbers: it is not read"
 
 
 def _is_float(dtype: np.dtype) -> bool:

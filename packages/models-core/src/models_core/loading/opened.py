@@ -153,8 +153,9 @@ class OpenedPlan:
 
 def _fingerprint(checkpoint: Checkpoint) -> bytes:
   """A hash of the headers, by which processes notice that they see different versions of a checkpoint."""
-  tensors = checkpoint.tensors.values()
-  said = [f"{t.name} {t.dtype} {t.shape} {t.file} {t.start} {t.stop}" for t in tensors]
+  whole = checkpoint.tensors.values()
+  tensors = [*whole, *(part for info in whole for part in info.stored)]
+  said = [f"{t.name} {t.dtype} {t.shape} {t.file} {t.start} {t.stop} {t.encoding}" for t in tensors]
   return hashlib.sha256("\n".join(said).encode()).digest()
 
 

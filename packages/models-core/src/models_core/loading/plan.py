@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from models_core.dequantising import dequantised, without_zero_biases
 from models_core.dtypes import common_dtype
 from models_core.errors import CheckpointError
 from models_core.family import Family
@@ -94,9 +95,8 @@ class LoadPlan:
     """Names of the files that hold a tensor of the plan, sorted."""
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
     names |= {name for tie in self.ties for name in (tie.tensor, tie.twin)}
-    return tuple(
-      sorted({self.checkpoint.tensors[name].file for name in names}.union(self.checkpoint.shared_files))
-    )
+    held = {part.file for name in names for part in self.checkpoint.tensors[name].stored}
+    return tuple(sorted(held.union(self.checkpoint.shared_files)))
 
   @property
   def files_of_process(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class LoadPlan:
     """The number of bytes that are read from the checkpoint's files."""
     tensors = self.checkpoint.tensors
     names = {piece.tensor for planned in self.parameters for piece in planned.pieces}
-    return sum(tensors[name].stop - tensors[name].start for name in names)
+    return sum(part.stop - part.start for name in names for part in tensors[name].stored)
 
   def bytes_per_device(self) -> dict[jax.Device, int]:
     """The number of bytes that each device of the mesh will hold. A plan for an AbstractMesh has no devices."""
@@ -142,9 +142,21 @@ class LoadPlan:
       (_stored(tensors[piece.tensor]), planned.dtype.name)
       for planned in self.parameters
       for piece in planned.pieces
-      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].codec
+      if tensors[piece.tensor].dtype != planned.dtype or tensors[piece.tensor].encoding
     )
     return dict(changes)
+
+  def _encoded(self) -> dict[str, str]:
+    """By encoding, the stored and the loaded size of the tensors, for messages."""
+    tensors = self.checkpoint.tensors
+    stored: dict[str, int] = collections.defaultdict(int)
+    loaded: dict[str, int] = collections.defaultdict(int)
+    used = {piece.tensor: planned.dtype for planned in self.parameters for piece in planned.pieces}
+    for info, dtype in ((tensors[name], dtype) for name, dtype in used.items()):
+      if info.encoding is not None:
+        stored[info.encoding] += sum(part.stop - part.start for part in info.stored)
+        loaded[info.encoding] += math.prod(info.shape) * dtype.itemsize
+    return {name: f", {_size(stored[name])} -> {_size(loaded[name])}" for name in stored}
 
   def replicated(self) -> list[str]:
     """Notes on the axes that are replicated because the mesh cannot hold their declared sharding."""
@@ -162,7 +174,11 @@ class LoadPlan:
       f"{_count(len(self.files), 'file')} of {self.checkpoint.files.path}"
     ]
     lines += [f"{_count(n, 'device')}, each holding {_size(nbytes)}" for nbytes, n in self.shares().items()]
-    lines += [f"{_count(n, 'tensor')}: {stored} -> {loaded}" for (stored, loaded), n in self.casts().items()]
+    encoded = self._encoded()
+    lines += [
+      f"{_count(n, 'tensor')}: {stored} -> {loaded}{encoded.get(stored, '')}"
+      for (stored, loaded), n in self.casts().items()
+    ]
     lines += [f"{tie.tensor} must equal {tie.twin}" for tie in self.ties]
     return "\n".join(lines + self.notes())
 
@@ -172,7 +188,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _stored(info: TensorInfo) -> str:
-  return info.codec.name if info.codec else info.dtype.name
+  return info.encoding or info.dtype.name
 
 
 def _size(nbytes: int) -> str:
@@ -202,24 +218,33 @@ def plan_load(
     CheckpointError: with all missing, unexpected, duplicate and mis-shaped tensors.
     TypeError: if the table does not have exactly one row for a parameter, or `dtype` is not a floating-point type.
   """
-  tensors = checkpoint.tensors
-  table = table.spelled_as(tensors)
-  found = match_tensors(
-    {name: info.shape for name, info in tensors.items()},
-    {name: parameter.shape for name, parameter in model.parameters.items()},
-    table,
-    model.letters,
-    config=model.config,
-    layers=layers,
-    may_be_held=checkpoint.may_hold,
+  table = table.spelled_as(checkpoint.tensors)
+  checkpoint = dequantised(
+    checkpoint, dtype=dtype, raw=raw, is_ignored=lambda name: table.ignores(name) is not None
   )
+
+  def match(checkpoint: Checkpoint) -> Match:
+    return match_tensors(
+      {name: info.shape for name, info in checkpoint.tensors.items()},
+      {name: parameter.shape for name, parameter in model.parameters.items()},
+      table,
+      model.letters,
+      config=model.config,
+      layers=layers,
+      may_be_held=checkpoint.may_hold,
+    )
+
+  found = match(checkpoint)
+  if (lean := without_zero_biases(checkpoint, found.needed)) is not checkpoint:
+    checkpoint, found = lean, match(lean)
+  tensors = checkpoint.tensors
   unequal = [problem for tie in found.ties if (problem := mis_shaped(tie, tensors, model.config)) is not None]
   ignored = {name for name, _ in found.ignored}
   quantised, note = check_floats(checkpoint, found.needed, ignored, model.parameters, raw)
-  amiss = misnamed(tensors, table) if found.problems else None
+  amiss = misnamed(tensors, table) if found.problems and not quantised else None
   # That weights are quantised, or names have another prefix, explains whatever else does not fit.
-  one = quantised or amiss
-  if problems := [*checkpoint.problems, *([one] if one else [*found.problems, *unequal])]:
+  explained = quantised or ((amiss,) if amiss else ())
+  if problems := [*checkpoint.problems, *(explained or (*found.problems, *unequal))]:
     raise CheckpointError(checkpoint.files.path, shorten(problems))
   planned = [
     PlannedParameter(

@@ -91,7 +91,8 @@ def files_of_process(
     names |= {
       piece.tensor for piece in way.pieces if any(_touches(piece, index or (), shape) for index in indices)
     }
-  return tuple(sorted({tensors[name].file for name in names}.union(checkpoint.shared_files)))
+  held = {part.file for name in names for part in tensors[name].stored}
+  return tuple(sorted(held.union(checkpoint.shared_files)))
 
 
 def _touches(piece: Piece, index: Index, shape: tuple[int, ...]) -> bool:

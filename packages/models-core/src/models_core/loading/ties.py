@@ -52,7 +52,7 @@ def are_equal(reader: TensorReader, tie: Tied, dtype: np.dtype | None, part: int
     parts: number of parts that the comparison is divided into, such as one for each process.
   """
   a, b = reader.tensors[tie.tensor], reader.tensors[tie.twin]
-  if (a.file, a.start, a.stop) == (b.file, b.start, b.stop) and a.cell is None:
+  if (a.file, a.start, a.stop) == (b.file, b.start, b.stop) and a.cell is b.cell is None:
     return True  # One tensor under two names.
   kinds = float_dtypes(a.dtype, b.dtype, dtype)
   for index in _rows(a, reader.chunk, part, parts):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from models_core.dequantising import dequantised
 from models_core.formats import Checkpoint, Files, Format, TensorReader, as_files
 from models_core.saving.plan import SavedTensor
 
@@ -28,7 +29,7 @@ class Base:
 
   @classmethod
   def of(cls, place: str | os.PathLike | Files, format: Format) -> Base:
-    """The base at a path. Headers are read if it holds a checkpoint in the given format.
+    """The base at a path. Headers are read if it holds a checkpoint in the given format; quantised weights are plain ones.
 
     Args:
       place: path of a directory or file, or files.
@@ -38,7 +39,7 @@ class Base:
       CheckpointError: if the path does not exist, or its headers are broken.
     """
     files = as_files(place)
-    return cls(files, format.read(files) if format.is_in(files) else None)
+    return cls(files, dequantised(format.read(files)) if format.is_in(files) else None)
 
   def in_format(self, format: Format) -> Checkpoint | None:
     """The checkpoint if it is in this format, otherwise None: tensors are copied only between files of one format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from models_core.saving.plan import SavedFile, SavedTensor, Shaped
 from models_core.saving.target import Draft, Target, draft_of
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -188,6 +191,8 @@ def config_text(
   former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
   former.pop(WEIGHTS_KEY, None)
   # What is written is plain: a statement that the base was quantised would no longer be true.
+  if base is not None and any(former.get(key) for key in QUANTISATION_KEYS):
+    _log.warning("%s is quantised; what is saved is not, and takes more room", base.path)
   former = {key: value for key, value in former.items() if key not in QUANTISATION_KEYS}
   if isinstance(text := former.get("text_config"), Mapping):
     former["text_config"] = {key: value for key, value in text.items() if key not in QUANTISATION_KEYS}

@@ -21,6 +21,8 @@ from models_qwen.qwen3.model import ModelConfig, Qwen3
 
 L, M = "layers.{i}", "model.layers.{i}"
 X = f"{M}.mlp.experts"
+# MLX' name of all experts of a layer.
+MLX = f"{M}.mlp.switch_mlp"
 
 HUGGINGFACE = WeightTable(
   # ours                               checkpoint                                layout: checkpoint -> ours
@@ -38,11 +40,14 @@ HUGGINGFACE = WeightTable(
   (f"{L}.mlp.down_proj.w",             f"{M}.mlp.down_proj.weight",              "d f"),
   (f"{L}.mlp.router.w",                f"{M}.mlp.gate.weight",                   "e d"),
   (f"{L}.mlp.experts.gate_proj",       [Form(f"{X}.{{e}}.gate_proj.weight",      "f d -> e f d"),
-                                        Form(f"{X}.gate_up_proj",                "e (0/2 f) d -> e f d")]),
+                                        Form(f"{X}.gate_up_proj",                "e (0/2 f) d -> e f d"),
+                                        Form(f"{MLX}.gate_proj.weight",          "e f d")]),
   (f"{L}.mlp.experts.up_proj",         [Form(f"{X}.{{e}}.up_proj.weight",        "f d -> e f d"),
-                                        Form(f"{X}.gate_up_proj",                "e (1/2 f) d -> e f d")]),
+                                        Form(f"{X}.gate_up_proj",                "e (1/2 f) d -> e f d"),
+                                        Form(f"{MLX}.up_proj.weight",            "e f d")]),
   (f"{L}.mlp.experts.down_proj",       [Form(f"{X}.{{e}}.down_proj.weight",      "d f -> e d f"),
-                                        Form(f"{X}.down_proj",                   "e d f")]),
+                                        Form(f"{X}.down_proj",                   "e d f"),
+                                        Form(f"{MLX}.down_proj.weight",          "e d f")]),
   ("final_norm.w",                     "model.norm.weight",                      "d"),
   ("lm_head.w",                        "lm_head.weight",                         "v d"),
   ignored=[Ignored(f"{M}.self_attn.rotary_emb.inv_freq", "the RoPE frequencies follow from the configuration")],
