@@ -131,9 +131,9 @@ class CausalLM(SamplerMappings, nnx.Module):
     """Computes, for each token, the logits of the token that follows it.
 
     On a mesh with Explicit axes the result is sharded along B and T as the tokens are; without a cache, tokens that have
-    no sharding take that of B in `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of plain operations, top_k,
-    slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and `top_k` of this package take
-    them.
+    no sharding take that of B in `act_btd`. Logits are sharded along V only if the ShardingConfig has an `act_btv`: of
+    plain operations, top_k, slices and take_along_axis refuse such logits, while `cross_entropy`, `log_probs` and
+    `top_k` of this package take them.
 
     All arrays may be nested lists, too.
 
