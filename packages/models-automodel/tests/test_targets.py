@@ -166,7 +166,7 @@ def test_the_command_converts_into_a_store(store, base, capsys):
   assert main(["convert", str(base), store.address]) == 1
   assert "exists and is not empty" in capsys.readouterr().err
   assert main(["convert", str(base), "hf://org/name"]) == 1
-  assert "hf://org/name cannot be written: there is no source for addresses hf://" in capsys.readouterr().err
+  assert "hf://org/name cannot be written in place: save to a directory, then `models_automodel.upload` it" in capsys.readouterr().err
 
 
 def test_a_model_is_kept_in_a_store(store, base, monkeypatch):
@@ -288,7 +288,7 @@ def read_only_source(monkeypatch):
 
 FILE = "file"
 PLACES = [
-  ("hf://org/name", "there is no source for addresses hf://; save to a directory, or to gs:// or s3://"),
+  ("hf://org/name", "cannot be written in place: save to a directory, then `models_automodel.upload` it"),
   ("az://container/x", "there is no source for addresses az://"),
   ("http://host/x", "there is no source for addresses http://"),
   ("GS://bucket/x", "there is no source for addresses GS://"),

@@ -38,6 +38,8 @@ from models_core.formats import (
 
 _CONFIG = "config.json"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# No scheme stores codes in these.
+_PLAIN = {_BFLOAT16, *map(np.dtype, (np.float16, np.float32, np.float64))}
 # Bytes of a tensor that may be read for a plan, such as the JSON of bitsandbytes.
 _SMALL = 1 << 16
 # Small tensors that are read concurrently, since each takes a request if the files are in a store.
@@ -145,6 +147,8 @@ def dequantised(
     The checkpoint itself if its weights are plain, or in a scheme that is not read.
   """
   if checkpoint.format is not SAFETENSORS or isinstance(checkpoint, DequantisedCheckpoint):
+    return checkpoint
+  if all(info.dtype in _PLAIN for info in checkpoint.tensors.values()):
     return checkpoint
   if raw is None and _CONFIG in checkpoint.files.names():
     raw = read_json(checkpoint.files, _CONFIG)
