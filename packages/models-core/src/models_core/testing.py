@@ -47,6 +47,8 @@ from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 # Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
+# A scan computes the same in other fusions, which round differently.
+SCANNED = 1e-5
 
 # All tests use the same B sequences of T tokens, from the first 32 tokens of the vocabulary.
 B, T = 2, 7
@@ -669,10 +671,10 @@ class FamilyContract:
       part = np.s_[:, start:stop]
       expected, theirs = _call(unrolled, TOKENS[part], POSITIONS[part], theirs)
       logits, ours = _call(scanned, TOKENS[part], POSITIONS[part], ours)
-      assert_close(logits, expected, 2e-6)
+      assert_close(logits, expected, SCANNED)
     assert bool(jax.tree.structure(ours) == jax.tree.structure(theirs))  # type: ignore[operator]
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      assert_close(one, other, 2e-6)
+      assert_close(one, other, SCANNED)
       assert one.sharding == other.sharding
 
   def test_stacked_layers_have_the_same_gradients(self, pair: tuple[Any, Any]) -> None:
@@ -682,7 +684,7 @@ class FamilyContract:
     assert list(shapes) == list(expected)
     largest = max(float(jnp.abs(array).max()) for array in expected.values())
     for name, array in expected.items():
-      assert np.abs(np.asarray(get(name)) - np.asarray(array)).max() <= 2e-6 * largest, name
+      assert np.abs(np.asarray(get(name)) - np.asarray(array)).max() <= SCANNED * largest, name
 
   def test_stacked_layers_are_the_same_files_and_have_the_same_digest(
     self, pair: tuple[Any, Any], tmp_path: pathlib.Path
