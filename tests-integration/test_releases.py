@@ -177,8 +177,8 @@ class TestRenameInCore:
       )
     clone.edit(
       "packages/models-core/src/models_core/layers/__init__.pyi",
-      "divide_heads\n",
-      "divide_heads, split_heads\n",
+      "  divide_heads,\n",
+      "  divide_heads,\n  split_heads,\n",
     )
     clone.edit(
       "packages/models-core/src/models_core/layers/__init__.pyi",
