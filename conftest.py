@@ -15,3 +15,5 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and (0, 9
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # The command would keep programs in the cache of whoever runs the tests.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# On a CPU that simulates devices, programs with collectives that run at once may wait for one another for good.
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
