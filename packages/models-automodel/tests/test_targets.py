@@ -166,7 +166,10 @@ def test_the_command_converts_into_a_store(store, base, capsys):
   assert main(["convert", str(base), store.address]) == 1
   assert "exists and is not empty" in capsys.readouterr().err
   assert main(["convert", str(base), "hf://org/name"]) == 1
-  assert "hf://org/name cannot be written in place: save to a directory, then `models_automodel.upload` it" in capsys.readouterr().err
+  assert (
+    "hf://org/name cannot be written in place: save to a directory, then `models_automodel.upload` it"
+    in capsys.readouterr().err
+  )
 
 
 def test_a_model_is_kept_in_a_store(store, base, monkeypatch):
