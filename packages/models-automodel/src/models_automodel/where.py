@@ -65,8 +65,7 @@ class Where:
   """Where a checkpoint lies, and how its source is asked for the files.
 
   Attributes:
-    model_id: a repository id on the hub or its address, such as "hf://org/repo@revision", a Kaggle handle, an address in
-      an object store, or a local path.
+    model_id: a repository id on the hub, a Kaggle handle, an address in an object store, or a local path.
     source: name of the source: a value of ModelSource, or a source that another package announces.
     path: a local path, or an address in the source, to load instead of `model_id`.
     revision: branch, tag or commit.
@@ -89,28 +88,6 @@ class Where:
   subfolder: str | None = None
   variant: str | None = None
 
-  def __post_init__(self) -> None:
-    """Resolves an address `hf://org/repo@revision/folder`, in which huggingface_hub and others name places of the hub.
-
-    Raises:
-      ModelNameError: it is an address of something else than a model, or states another revision.
-    """
-    for name in ("model_id", "path"):
-      place = getattr(self, name)
-      if isinstance(place, str) and place.startswith(_HUB):
-        found = _ADDRESS.fullmatch(place)
-        if found is None:
-          raise ModelNameError(
-            f"{place} names no model: write hf://org/repo, hf://org/repo@revision or hf://org/repo/folder"
-          )
-        if found["revision"] and self.revision not in (None, found["revision"]):
-          raise ModelNameError(f"{place} and revision={self.revision!r} are two revisions: state one")
-        # Frozen: these are the only fields that an address states.
-        object.__setattr__(self, "model_id", found["repository"] + (found["inner"] or ""))
-        object.__setattr__(self, "path", None)
-        object.__setattr__(self, "source", ModelSource.HUGGINGFACE.value)
-        object.__setattr__(self, "revision", found["revision"] or self.revision)
-
   @classmethod
   def of(
     cls,
@@ -126,13 +103,24 @@ class Where:
     subfolder: str | None = None,
     variant: str | None = None,
   ) -> Where:
-    """Makes a Where of arguments of `AutoModel.from_pretrained`. A `pathlib.Path` is always local."""
+    """Makes a Where of arguments of `AutoModel.from_pretrained`. A `pathlib.Path` is always local.
+
+    An address `hf://org/repo@revision/folder`, by which huggingface_hub and others name places of the hub, is taken apart.
+
+    Raises:
+      ModelNameError: if an address names no model, or another revision than `revision`.
+    """
     if model_path is None and not isinstance(model_id, str):
       model_path = model_id
+    name, path = os.fspath(model_id), None if model_path is None else os.fspath(model_path)
+    source = model_source.value if isinstance(model_source, ModelSource) else model_source
+    if (address := name if path is None else path).startswith(_HUB):
+      name, revision = _of_address(address, revision)
+      path, source = None, ModelSource.HUGGINGFACE.value
     return cls(
-      os.fspath(model_id),
-      model_source.value if isinstance(model_source, ModelSource) else model_source,
-      None if model_path is None else os.fspath(model_path),
+      name,
+      source,
+      path,
       revision,
       token,
       model_download_path,
@@ -254,3 +242,19 @@ def _of_hub(place: str, quantisation: str | None) -> _Place:
     quantisation=quantisation,
     is_doubtful=bool(rest) and os.path.isdir(organisation),
   )
+
+
+def _of_address(address: str, revision: str | None) -> tuple[str, str | None]:
+  """The model id and the revision of "hf://org/repo@revision/folder".
+
+  Raises:
+    ModelNameError: if the address names no model, or another revision.
+  """
+  found = _ADDRESS.fullmatch(address)
+  if found is None:
+    raise ModelNameError(
+      f"{address} names no model: write hf://org/repo, hf://org/repo@revision or hf://org/repo/folder"
+    )
+  if found["revision"] and revision not in (None, found["revision"]):
+    raise ModelNameError(f"{address} and revision={revision!r} are two revisions: state one")
+  return found["repository"] + (found["inner"] or ""), found["revision"] or revision

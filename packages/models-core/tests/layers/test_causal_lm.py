@@ -1,7 +1,6 @@
 """The calling convention and the way through the layers, on models of attention alone."""
 
 import inspect
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.errors import CacheError
-from models_core.layers.causal_lm import CausalLM, _period
+from models_core.layers.causal_lm import CallOptions, CausalLM
 from models_core.layers.logits import mean_cross_entropy
 from models_core.layers.mesh import call_auto, find_mesh, shard, spec_of
 from models_core.layers.remat import RematConfig
@@ -197,21 +196,6 @@ def test_the_smallest_input_is_one(single):
   assert single.num_embed == V
 
 
-@pytest.mark.parametrize(
-  ("windows", "period"),
-  [
-    ((None,), 1),
-    ((None, None, None), 1),
-    ((2, None, 2, None), 2),
-    ((2, 2, None, 2, 2), 3),
-    ((None, None, 2), 3),
-    ((2, 3, 2, 2), 3),
-  ],
-)
-def test_a_unit_is_the_shortest_run_of_layers_whose_windows_repeat(windows, period):
-  assert _period(windows) == period
-
-
 WINDOWS = (2, 2, None, 2, 2)
 
 
@@ -222,18 +206,6 @@ def test_each_layer_gets_the_mask_and_rope_of_its_window():
     mask = visible_keys(positions, window=window)
     x, _ = layer(x, positions, rotary(H, 10.0 if window is None else 100.0), None, mask)
   close(run(model, TOKENS, POSITIONS)[0], np.asarray(model.embedder.decode(model.final_norm(x))))
-
-
-def test_layers_run_unit_by_unit(monkeypatch):
-  ran, run_unit = [], Model._run_unit
-
-  def record(self, layers, *args):
-    ran.append([(list(self.layers).index(layer), window) for layer, window, _ in layers])
-    return run_unit(self, layers, *args)
-
-  monkeypatch.setattr(Model, "_run_unit", record)
-  make(None, Config(windows=WINDOWS))(TOKENS, POSITIONS)
-  assert ran == [[(0, 2), (1, 2), (2, None)], [(3, 2), (4, 2)]]
 
 
 def test_rings_of_some_layers_change_nothing(mesh):
@@ -320,9 +292,6 @@ def test_arguments_that_do_not_fit_are_named():
     model.init_cache(2, 8.0)
 
 
-def test_all_overloads_of_a_call_take_what_it_takes():
-  taken = set(inspect.signature(CausalLM.__call__).parameters)
-  assert all(
-    set(inspect.signature(one).parameters) == taken for one in typing.get_overloads(CausalLM.__call__)
-  )
-  assert len(typing.get_overloads(CausalLM.__call__)) == 4
+def test_types_know_all_keyword_arguments_of_a_call():
+  taken = inspect.signature(CausalLM.__call__).parameters.values()
+  assert set(CallOptions.__annotations__) == {one.name for one in taken if one.kind is one.KEYWORD_ONLY}

@@ -72,11 +72,11 @@ def where_of(options: argparse.Namespace) -> Where:
   """The place that the options name."""
   from models_automodel.where import Where
 
-  return Where(
+  return Where.of(
     options.model,
-    options.source,
+    model_source=options.source,
     revision=options.revision,
-    download_path=options.download_path,
+    model_download_path=options.download_path,
     **selectors_of(options),
   )
 

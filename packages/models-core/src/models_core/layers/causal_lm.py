@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,25 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from numpy.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
-from models_core.layers.cache import Cache, LayerCache, pick, recorded, recording
+from models_core.layers.cache import Cache
+from models_core.layers.layer_runs import LayerInputs, run_layers
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
-from models_core.layers.scan import scan, units
 from models_core.layers.visibility import VisibleKeys, visible_keys
 from models_core.sharding import axis_names
+
+
+class CallOptions(TypedDict, total=False):
+  """The keyword arguments of a call, as types; the docstring of `CausalLM.__call__` says what each is for."""
+
+  inputs_embeds: ArrayLike | None
+  segment_ids: ArrayLike | None
+  output_hidden_states: bool
+  output_router_logits: bool
+  skip_lm_head: bool
+  decode_only_last_token: bool
 
 
 class CausalLM(SamplerMappings, nnx.Module):
@@ -54,6 +65,7 @@ class CausalLM(SamplerMappings, nnx.Module):
   def _logits(self, hidden: jax.Array) -> jax.Array:
     """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V]."""
 
+  # A call with a cache returns one, for type checkers.
   @overload
   def __call__(
     self,
@@ -61,13 +73,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     positions: ArrayLike | None,
     cache: Cache,
     attention_mask: ArrayLike | None = None,
-    *,
-    inputs_embeds: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    output_hidden_states: bool = False,
-    output_router_logits: bool = False,
-    skip_lm_head: bool = False,
-    decode_only_last_token: bool = False,
+    **options: Unpack[CallOptions],
   ) -> tuple[jax.Array, Cache]: ...
   @overload
   def __call__(
@@ -77,12 +83,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     *,
     cache: Cache,
     attention_mask: ArrayLike | None = None,
-    inputs_embeds: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    output_hidden_states: bool = False,
-    output_router_logits: bool = False,
-    skip_lm_head: bool = False,
-    decode_only_last_token: bool = False,
+    **options: Unpack[CallOptions],
   ) -> tuple[jax.Array, Cache]: ...
   @overload
   def __call__(
@@ -91,13 +92,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     positions: ArrayLike | None = None,
     cache: None = None,
     attention_mask: ArrayLike | None = None,
-    *,
-    inputs_embeds: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    output_hidden_states: bool = False,
-    output_router_logits: bool = False,
-    skip_lm_head: bool = False,
-    decode_only_last_token: bool = False,
+    **options: Unpack[CallOptions],
   ) -> tuple[jax.Array, None]: ...
   @overload
   def __call__(
@@ -106,13 +101,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     positions: ArrayLike | None = None,
     cache: Cache | None = None,
     attention_mask: ArrayLike | None = None,
-    *,
-    inputs_embeds: ArrayLike | None = None,
-    segment_ids: ArrayLike | None = None,
-    output_hidden_states: bool = False,
-    output_router_logits: bool = False,
-    skip_lm_head: bool = False,
-    decode_only_last_token: bool = False,
+    **options: Unpack[CallOptions],
   ) -> tuple[jax.Array, Cache | None]: ...
   def __call__(
     self,
@@ -271,8 +260,8 @@ class CausalLM(SamplerMappings, nnx.Module):
     caches = [None if cache is None else cache[name] for name in names]
     x = self._embed(inputs) if inputs.ndim == 2 else inputs
     x = shard(x, self.config.shd_config.spec("act_btd", "b t d"))
-    run = self._run_stacks if isinstance(self.layers, Mapping) else self._run_layers
-    x, new_caches = run(x, positions, caches, by_window)
+    inputs_of_layers = LayerInputs(positions, windows, by_window, self.config.remat_config)
+    x, new_caches = run_layers(self.layers, x, caches, inputs_of_layers)
     x = self.final_norm(x)
     if cache is None:
       return x, None
@@ -280,82 +269,6 @@ class CausalLM(SamplerMappings, nnx.Module):
       overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache[name]["k"].shape[1]
       x = jnp.where(overflow[:, :, None], jnp.nan, x)
     return x, dict(zip(names, new_caches, strict=True))
-
-  def _run_layers(
-    self,
-    x: jax.Array,
-    positions: jax.Array,
-    caches: Sequence[LayerCache | None],
-    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
-  ) -> tuple[jax.Array, list[Any]]:
-    """Runs a list of layers one by one; arguments and result as for `_run_unit`, with a cache for each layer."""
-    members: Any = (self.layers, self.windows(), caches)
-    layers = list(zip(*members, strict=True))
-    size, new_caches = _period(self.windows()), list[Any]()
-    for start in range(0, len(layers), size):
-      x, extended = self._run_unit(layers[start : start + size], x, positions, by_window)
-      new_caches += extended
-    return x, new_caches
-
-  def _run_stacks(
-    self,
-    x: jax.Array,
-    positions: jax.Array,
-    caches: Sequence[LayerCache | None],
-    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
-  ) -> tuple[jax.Array, list[Any]]:
-    """Runs stacked layers, each unit by one scan; arguments and result as for `_run_layers`.
-
-    In the scan each layer sees a copy of its cache. What it appends is appended to the cache itself afterwards.
-    """
-    windows, new_caches = self.windows(), list(caches)
-    for unit in units(self.layers):
-      held = [(windows[own.start], [caches[i] for i in own]) for own in unit.layers]
-
-      def run(layers: Sequence[Any], x: jax.Array, at: Any, held: Any = held) -> tuple[jax.Array, Any]:
-        own = [None if several[0] is None else recording(pick(several, at)) for _, several in held]
-        members = [
-          (layer, window, cache) for layer, (window, _), cache in zip(layers, held, own, strict=True)
-        ]
-        x, extended = self._run_unit(members, x, positions, by_window)
-        return x, [None if cache is None else recorded(cache) for cache in extended]
-
-      if not unit.is_scanned:
-        members = [(layer, w, one) for layer, (w, (one,)) in zip(unit.modules, held, strict=True)]
-        x, (new_caches[unit.layers[0].start],) = self._run_unit(members, x, positions, by_window)
-        continue
-      x, new = scan(run, unit.modules, x, jnp.arange(len(unit.layers[0]), dtype=jnp.int32))
-      for own, appended in zip(unit.layers, new, strict=True):
-        for at, i in enumerate(own):
-          if (cache := caches[i]) is not None:
-            part = jax.tree.map(lambda array, at=at: array[at], appended)
-            new_caches[i] = cache_lib.extended(cache, part, positions)
-    return x, new_caches
-
-  def _run_unit(
-    self,
-    layers: Sequence[tuple[Callable[..., Any], int | None, LayerCache | None]],
-    x: jax.Array,
-    positions: jax.Array,
-    by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]],
-  ) -> tuple[jax.Array, list[LayerCache | None]]:
-    """Runs one unit of layers: those after which the pattern of sliding windows repeats.
-
-    Args:
-      layers: of the unit, each with its window and its cache.
-      x: [B, T, D], input of the first layer.
-      positions: int [B, T].
-      by_window: RoPE and visible keys of each window.
-
-    Returns:
-      Output of the last layer [B, T, D], and the layers' caches with T more slots in use.
-    """
-    extended = []
-    for layer, window, cache in layers:
-      rotary, visible = by_window[window]
-      x, cache = self.config.remat_config.layer(layer)(x, positions, rotary, cache, visible)
-      extended.append(cache)
-    return x, extended
 
   def _call(self, run: Callable[..., Any], out_specs: Any, *args: Any) -> Any:
     """Calls `run(self, *args)` on a mesh with Auto or Explicit axes, or without a mesh."""
@@ -471,9 +384,3 @@ def _checked_inputs(
         f"{'' if embeds is None else ' without D'}"
       )
   return inputs, positions, segment_ids
-
-
-def _period(windows: Sequence[int | None]) -> int:
-  """Number of layers after which the pattern of windows repeats; the last repetition may be incomplete."""
-  repeats = lambda size: all(window == windows[i % size] for i, window in enumerate(windows))
-  return next(size for size in range(1, len(windows) + 1) if repeats(size))
