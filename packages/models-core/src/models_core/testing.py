@@ -47,7 +47,7 @@ from models_core.weights import WeightTable, letter_sizes, pieces, put_back
 
 # Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
-# A scan computes the same in other fusions, which round differently.
+# A scan computes the same in other fusions, which round differently; so does a mesh, by up to 6e-6 in gradients.
 SCANNED = 1e-5
 
 # All tests use the same B sequences of T tokens, from the first 32 tokens of the vocabulary.
