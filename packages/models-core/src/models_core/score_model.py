@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from models_core.family import Family
 from models_core.formats import Checkpoint
-from models_core.layers import Cache, CausalLM, Head
+from models_core.layers import Cache, CausalLM, Head, value_of
 from models_core.weights import Ignored, WeightTable
 
 # The head's tensor in files of Hugging Face, and under the parameter's own name, also as a variable.
@@ -53,7 +53,7 @@ class ScoreModel(nnx.Module):
       delattr(self.model, _LM_HEAD)
     # Replicated: it is hardly larger than a norm.
     self.score = Head(num_scores, model.config.embed_dim, PartitionSpec(None, None), rngs=rngs)
-    _put_beside(self.score.w, model.embedder.input_embedding.get_value())
+    _put_beside(self.score.w, value_of(model.embedder.input_embedding))
 
   @property
   def config(self) -> Any:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from models_core.config import VOCABULARY_FIELDS, field_of
 from models_core.errors import ModelsError
-from models_core.layers import CausalLM, on_auto_axes
+from models_core.layers import CausalLM, on_auto_axes, value_of
 from models_core.quantised import Quantised
 from models_core.sharding import axis_names, fit
 
@@ -98,7 +98,7 @@ def _variables(lm: CausalLM) -> Iterator[nnx.Param]:
     if module is None:
       continue
     variable = getattr(module, name)
-    if Quantised.of(variable.get_value()) is not None:
+    if Quantised.of(value_of(variable)) is not None:
       raise ModelsError(f"{name} is quantised: change the vocabulary before the model is quantised")
     if hasattr(module, f"{name}_lora_a"):
       raise ModelsError(
@@ -134,7 +134,7 @@ def _sharding(variable: nnx.Param, shape: tuple[int, ...]) -> Sharding:
 
 def _parts(lm: CausalLM) -> int:
   """Into how many parts the ShardingConfig divides the vocabulary on the model's mesh."""
-  sharding = lm.embedder.input_embedding.get_value().sharding
+  sharding = value_of(lm.embedder.input_embedding).sharding
   if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
     return 1
   shd, sizes = lm.config.shd_config, dict(sharding.mesh.shape)

@@ -1,5 +1,6 @@
 """The calling convention and the way through the layers, on models of attention alone."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -290,6 +291,25 @@ def test_arguments_that_do_not_fit_are_named():
     model(TOKENS, POSITIONS, model.init_cache(3, 8))
   with pytest.raises(ValueError, match=r"cache_size is 8\.0, expected a positive whole number"):
     model.init_cache(2, 8.0)
+
+
+@nnx.register_data_type
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Replaced:
+  """As qwix replaces a parameter: an object that is no variable."""
+
+  value: nnx.Param
+
+  def __getitem__(self, key):
+    return self.value[key]
+
+
+def test_a_library_may_put_its_own_object_in_the_place_of_the_embedding(model, plain):
+  model.embedder.input_embedding = Replaced(model.embedder.input_embedding)
+  close(model(TOKENS, POSITIONS)[0], plain)
+  assert model.num_embed == V
+  assert model.init_cache(2, 4)["layer_0"]["k"].dtype == jnp.float32
 
 
 def test_types_know_all_keyword_arguments_of_a_call():

@@ -19,7 +19,7 @@ from .mesh import explicit_axes, find_mesh, on_auto_axes, shard
 from .mlp import GatedMLP, gelu_tanh, silu
 from .moe import Experts
 from .norm import OffsetRMSNorm, RMSNorm
-from .parameters import INITIALIZERS, SCALE, abstract_state, dotted, parameter, shapes_only
+from .parameters import INITIALIZERS, SCALE, abstract_state, dotted, parameter, shapes_only, value_of
 from .remat import RematConfig
 from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
@@ -81,5 +81,6 @@ __all__ = [
   "stack_layers",
   "take_layer",
   "top_k",
+  "value_of",
   "visible_keys",
 ]

@@ -17,6 +17,7 @@ from models_core.layers import cache as cache_lib
 from models_core.layers.cache import Cache
 from models_core.layers.layer_runs import LayerInputs, run_layers
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
+from models_core.layers.parameters import value_of
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
@@ -275,7 +276,7 @@ class CausalLM(SamplerMappings, nnx.Module):
     return call_module(run, out_specs, self, self._weight(), *args)
 
   def _weight(self) -> jax.Array:
-    return self.embedder.input_embedding.get_value()
+    return value_of(self.embedder.input_embedding)
 
   def _mesh(self) -> Mesh | AbstractMesh | None:
     return find_mesh(self._weight())

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from models_core.dtypes import common_dtype
-from models_core.layers.parameters import along_last, parameter
+from models_core.layers.parameters import along_last, parameter, value_of
 from models_core.quantised import Quantised
 
 
@@ -149,7 +149,7 @@ class Head(nnx.Module):
   @property
   def in_features(self) -> int:
     """D, by the name that `nnx.Linear` has for it: trainers ask for it to put another head in place of this one."""
-    return self.w.get_value().shape[1]
+    return value_of(self.w).shape[1]
 
 
 def head_logits(x: jax.Array, w: jax.Array) -> jax.Array:

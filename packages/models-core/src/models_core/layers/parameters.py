@@ -70,6 +70,11 @@ def parameter(
   return nnx.Param(value, out_sharding=spec, eager_sharding=False, heads=tuple(heads), init=init)
 
 
+def value_of(parameter: Any) -> Any:
+  """The value of a parameter: an array, a shape, or that of what a library put in the parameter's place, as qwix does."""
+  return parameter.get_value() if isinstance(parameter, nnx.Variable) else parameter[...]
+
+
 def abstract_state(make: Callable[..., nnx.Module]) -> tuple[Any, Any]:
   """The structure of a module, and its state with a `jax.ShapeDtypeStruct` for each array. Nothing is allocated.
 
