@@ -202,7 +202,7 @@ def test_cache(source, name, chunks, ring, placement, tokens, assert_parity):
   logits, cache = chunked(model, placement, tokens, positions_of(tokens), CHUNKS[chunks], ring)
   assert_parity(logits, theirs.logits(tokens), what=f"{name} {'ring' if ring else 'whole'}")
   windows = model.windows() if ring else [None] * len(cache)
-  assert [layer["k"].shape[1] for layer in cache.values()] == [window or 49 for window in windows]
+  assert [layer["k"].shape[-1] for layer in cache.values()] == [window or 49 for window in windows]
 
 
 @pytest.mark.parametrize("placement", ["one-jit", "auto-jit"], indirect=True)

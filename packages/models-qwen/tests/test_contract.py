@@ -92,7 +92,7 @@ def test_windows_are_those_of_the_layers_and_rings_have_as_many_slots(contract, 
   model = contract.make(config)
   assert model.windows() == windows
   cache = model.init_cache(2, 16, ring=True)
-  assert [layer["k"].shape[1] for layer in cache.values()] == [window or 16 for window in windows]
+  assert [layer["k"].shape[-1] for layer in cache.values()] == [window or 16 for window in windows]
 
 
 # First value of parameters that draw from nnx.Rngs(0), which depends on the order in which all parameters draw.

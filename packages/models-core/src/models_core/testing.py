@@ -564,7 +564,7 @@ class FamilyContract:
         part = None if mask is None else mask[:, start:stop]
         logits, cache = _call(tested, tokens[:, start:stop], layout[:, start:stop], cache, part)
         parts.append(logits)
-      sizes = [layer["k"].shape[1] for layer in cache.values()]
+      sizes = [layer["k"].shape[-1] for layer in cache.values()]
       assert sizes == [min(window or total + 20, total + 20) for window in tested.windows()]
       for row in range(B):
         assert_close(np.concatenate(parts, axis=1)[row, real[row]], expected[row])

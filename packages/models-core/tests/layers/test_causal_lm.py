@@ -82,7 +82,7 @@ def test_decoding_token_by_token_gives_the_logits_of_one_pass(model, mesh, plain
     found.append(np.asarray(logits))
   close(np.concatenate(found, axis=1), plain)
   np.testing.assert_array_equal(cache["layer_0"]["end_index"], [T, T])
-  assert cache["layer_0"]["k"].sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", None, "tp")), 4)
+  assert cache["layer_0"]["k"].sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp", "tp")), 4)
 
 
 def test_hidden_states_and_the_head_apart_give_the_logits(single, plain):
@@ -217,7 +217,7 @@ def test_rings_of_some_layers_change_nothing(mesh):
     logits, cache = run(model, TOKENS[:, start:stop], POSITIONS[:, start:stop], cache)
     found.append(np.asarray(logits))
   close(np.concatenate(found, axis=1), np.asarray(expected))
-  assert [layer["k"].shape[1] for layer in cache.values()] == [2, 2, 9, 2, 2]
+  assert [layer["k"].shape[-1] for layer in cache.values()] == [2, 2, 9, 2, 2]
 
 
 class Doubled(nnx.Module):

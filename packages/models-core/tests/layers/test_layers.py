@@ -361,8 +361,8 @@ class TestCache:
     layer = empty(2, 4, kv_heads=3, head_dim=8, dtype=jnp.bfloat16)
     shapes = {name: (array.shape, array.dtype.name) for name, array in layer.items()}
     assert shapes == {
-      "k": ((2, 4, 3, 8), "bfloat16"),
-      "v": ((2, 4, 3, 8), "bfloat16"),
+      "k": ((2, 3, 8, 4), "bfloat16"),
+      "v": ((2, 3, 8, 4), "bfloat16"),
       "end_index": ((2,), "int32"),
       "positions": ((2, 4), "int32"),
     }
@@ -374,13 +374,13 @@ class TestCache:
     k, v = (rng.normal(size=(2, 3, 1, 2)).astype(np.float32) for _ in range(2))
     positions = np.array([[4, 5, 6], [0, 1, 2]], np.int32)
     new, keys, values = extend_cache(layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions))
-    np.testing.assert_array_equal(keys, new["k"])
-    np.testing.assert_array_equal(values, new["v"])
-    for name, value in (("k", k), ("v", v), ("positions", positions)):
-      np.testing.assert_array_equal(new[name][0, :3], value[0])
-      np.testing.assert_array_equal(new[name][1, 2:], value[1])
-      np.testing.assert_array_equal(new[name][0, 3:], layer[name][0, 3:])
-      np.testing.assert_array_equal(new[name][1, :2], layer[name][1, :2])
+    np.testing.assert_array_equal(keys, new["k"].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(values, new["v"].transpose(0, 3, 1, 2))
+    for name, value in (("k", k.transpose(0, 2, 3, 1)), ("v", v.transpose(0, 2, 3, 1)), ("positions", positions)):
+      np.testing.assert_array_equal(new[name][0, ..., :3], value[0])
+      np.testing.assert_array_equal(new[name][1, ..., 2:], value[1])
+      np.testing.assert_array_equal(new[name][0, ..., 3:], layer[name][0, ..., 3:])
+      np.testing.assert_array_equal(new[name][1, ..., :2], layer[name][1, ..., :2])
     np.testing.assert_array_equal(new["end_index"], [3, 5])
     assert layer["k"].sum() == 0
 
@@ -390,7 +390,7 @@ class TestCache:
       kv = jnp.full((1, 3, 1, 2), start + 1.0)
       full = layer | {"end_index": jnp.asarray([start])}
       new, _, _ = extend_cache(full, kv, kv, jnp.zeros((1, 3), jnp.int32))
-      written = np.asarray(new["k"])[0, :, 0, 0] != 0
+      written = np.asarray(new["k"])[0, 0, 0] != 0
       np.testing.assert_array_equal(written, [start == 0, start <= 1])
 
   def test_keys_take_the_caches_dtype(self):
@@ -414,14 +414,14 @@ class TestCache:
 
   @pytest.mark.parametrize(
     ("kv_heads", "batch", "spec"),
-    [(2, 2, P("fsdp", None, "tp", None)), (3, 2, P("fsdp")), (2, 1, P(None, None, "tp"))],
+    [(2, 2, P("fsdp", "tp", None, None)), (3, 2, P("fsdp")), (2, 1, P(None, "tp"))],
   )
   @pytest.mark.parametrize("under", ["eager", "jit"])
   def test_a_cache_lies_where_its_axes_divide(self, kv_heads, batch, spec, under, mesh):
     def make(like):
       where = mesh if under == "eager" else jax.typeof(like).sharding.mesh
       return cache_lib.init_layer(
-        batch, 4, kv_heads, 8, jnp.float32, mesh=where, spec=P("fsdp", None, "tp", None)
+        batch, 4, kv_heads, 8, jnp.float32, mesh=where, spec=P("fsdp", "tp", None, None)
       ), +like
 
     like = jax.device_put(np.zeros(4, np.float32), jax.sharding.NamedSharding(mesh, P()))

@@ -60,7 +60,7 @@ def test_a_ring_gives_the_numbers_of_a_whole_cache(chunks, mask):
   expected, whole = run(layer(), [T], mask)
   actual, ring = run(layer(WINDOW), chunks, mask)
   np.testing.assert_allclose(actual[POSITIONS >= 0], expected[POSITIONS >= 0], rtol=1e-5, atol=1e-6)
-  assert ring["k"].shape == (B, WINDOW, K, H)
+  assert ring["k"].shape == (B, K, H, WINDOW)
   np.testing.assert_array_equal(ring["end_index"], whole["end_index"])
 
 
@@ -72,7 +72,7 @@ def test_a_ring_holds_the_newest_tokens_and_no_padding(chunks):
     order = np.argsort(ring["slots"][row])
     np.testing.assert_array_equal(ring["slots"][row][order], newest)
     np.testing.assert_array_equal(ring["positions"][row][order], POSITIONS[row, newest])
-    np.testing.assert_array_equal(ring["k"][row][order], KEYS[row, newest])
+    np.testing.assert_array_equal(ring["k"][row][..., order], KEYS[row, newest].transpose(1, 2, 0))
 
 
 def test_left_padding_may_have_positions_where_a_mask_hides_it():
@@ -107,13 +107,25 @@ def test_room_is_that_of_the_layers_that_keep_all():
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("new", [1, 3])
-def test_writing_to_a_sharded_cache_sends_nothing_between_devices(meshes, window, new):
+@pytest.mark.parametrize("told", [True, False], ids=["spec", "no spec"])
+def test_writing_to_a_sharded_cache_sends_nothing_between_devices(meshes, window, new, told):
   mesh = meshes("auto", (2, 2), ("fsdp", "tp"))
   spec = PartitionSpec("fsdp", None, "tp", None)
-  sharded = init_layer(4, SIZE, 2, H, np.float32, mesh=mesh, spec=spec, window=window)
+  sharded = init_layer(4, SIZE, 2, H, np.float32, mesh=mesh, spec=PartitionSpec("fsdp", "tp"), window=window)
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(
     shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec[: len(shape)]))
   )
   k, positions = struct((4, new, 2, H), np.float32), struct((4, new), np.int32)
-  lowered = jax.jit(lambda *args: extend_cache(*args)[0]).lower(sharded, k, k, positions)
-  assert not Program(lowered.compile().as_text()).collectives
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    run = jax.jit(lambda *args: extend_cache(*args, spec if told else None)[0])
+    compiled = run.lower(sharded, k, k, positions).compile()
+  assert not Program(compiled.as_text()).collectives
+  whole = init_layer(4, SIZE, 2, H, np.float32, mesh=None, spec=PartitionSpec(), window=window)
+  keys = np.random.default_rng(0).normal(size=k.shape).astype(np.float32)
+  at = np.tile(np.arange(new, dtype=np.int32), (4, 1))
+  used = {"end_index": np.array([0, 7, SIZE - 1, SIZE], np.int32)}
+  on = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec[: x.ndim])))
+  actual = compiled(sharded | {"end_index": on(used["end_index"])}, on(keys), on(keys), on(at))
+  expected, _, _ = extend_cache(whole | used, keys, keys, at)
+  for name in expected:
+    np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)

@@ -226,9 +226,20 @@ def _attend(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None
 ) -> jax.Array:
   """Attention of q [B, T, K, N // K, H] to k and v [B, S, K, H], all of one dtype -> [B, T, K, N // K, H]."""
-  products = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-  weights = _softmax(products, mask[:, None, None], scale, soft_cap, v.dtype)
-  return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+  B, T, K, G, H = q.shape
+  # A KV cache lies as [B, K, H, S], which these products read as it lies: keys as the second factor, values as the first.
+  k, v = (x.transpose(0, 2, 3, 1) for x in (k, v))
+  rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+  products = _read(rows, k, (3, 2)).reshape(B, K, G, T, -1)
+  weights = _softmax(products, mask[:, None, None], scale, soft_cap, v.dtype).reshape(B, K, G * T, -1)
+  out = _read(v, weights, (3, 3)).astype(q.dtype)
+  return out.reshape(B, K, H, G, T).transpose(0, 4, 1, 3, 2)
+
+
+def _read(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+  """The products of matrices x and y, both [B, K, ., .], over an axis of each: float32 [B, K, ., .]."""
+  numbers = (((axes[0],), (axes[1],)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(x, y, numbers, preferred_element_type=jnp.float32)
 
 
 # Where the products are kept, what lies between them and the weights is not: it is cheap to recompute.

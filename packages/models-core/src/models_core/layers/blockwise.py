@@ -76,10 +76,12 @@ def attend_blockwise(
   blocks = block_sizes(B * N, T, k.shape[1], platform_of(q))
   missing = -T % blocks[0]
   q = q.reshape(B, T, k.shape[2], -1, H)
+  # As a KV cache lies, [B, K, H, S]: a block of keys is cut out of it, and not out of a copy.
+  k, v = (x.transpose(0, 2, 3, 1) for x in (k, v))
   if missing:
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
   out, sees = _attend(q, k, v, pad_queries(visible, blocks[0]), scale, soft_cap, blocks)
-  mean = jnp.mean(v, axis=1, dtype=jnp.float32).astype(v.dtype)
+  mean = jnp.mean(v, axis=3, dtype=jnp.float32).astype(v.dtype)
   out = jnp.where(sees[:, :, None, None, None], out, mean[:, None, :, None, :])
   return out[:, :T].reshape(B, T, N, H)
 
@@ -94,7 +96,9 @@ def _attend(
   soft_cap: float | None,
   blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention, 0 for a query that sees no key; and whether a query sees one, bool [B, T]."""
+  """Attention of q [B, T, K, G, H] to k and v [B, K, H, S], 0 for a query that sees no key; and whether a query sees one,
+  bool [B, T].
+  """
   return _forward(q, k, v, visible, scale, soft_cap, blocks)[0]
 
 
@@ -123,7 +127,7 @@ def _forward(
       new = jnp.maximum(greatest, jnp.max(logits, axis=-1))
       weights = jnp.exp(logits - new[..., None])
       shrink = jnp.exp(greatest - new)
-      new_acc = _product("bkrs,bskh->bkrh", weights.astype(v.dtype), values)
+      new_acc = _product("bkrs,bkhs->bkrh", weights.astype(v.dtype), values)
       return new, total * shrink + jnp.sum(weights, axis=-1), acc * shrink[..., None] + new_acc
 
     size = (B, K, G * blocks[0])
@@ -167,14 +171,14 @@ def _backward(
       keys, values = _cut(k, j, blocks[1]), _cut(v, j, blocks[1])
       logits, slope = _logits(queries, keys, _seen(visible, i, j, blocks), scale, soft_cap)
       weights = jnp.exp(logits - log[..., None])
-      d_values = _product("bkrs,bkrh->bskh", weights.astype(v.dtype), d_result)
-      d_weights = _product("bkrh,bskh->bkrs", d_result, values)
+      d_values = _product("bkrs,bkrh->bkhs", weights.astype(v.dtype), d_result)
+      d_weights = _product("bkrh,bkhs->bkrs", d_result, values)
       d_logits = weights * (d_weights - inner[..., None])
       if slope is not None:
         d_logits *= slope
       d_logits = (d_logits * scale).astype(q.dtype)
-      d_queries += _product("bkrs,bskh->bkrh", d_logits, keys)
-      d_keys = _product("bkrs,bkrh->bskh", d_logits, queries)
+      d_queries += _product("bkrs,bkhs->bkrh", d_logits, keys)
+      d_keys = _product("bkrs,bkrh->bkhs", d_logits, queries)
       return d_queries, _add(dk, d_keys, j, blocks[1]), _add(dv, d_values, j, blocks[1])
 
     state = zeros(queries.shape), dk, dv
@@ -198,12 +202,12 @@ def _logits(
 
   Args:
     queries: [B, K, G * queries, H].
-    keys: [B, keys, K, H].
+    keys: [B, K, H, keys].
     seen: bool [B, queries, keys].
     scale: factor of the logits.
     soft_cap: bounds the logits, or None, for which the derivative is None.
   """
-  logits, slope = _product("bkrh,bskh->bkrs", queries, keys) * scale, None
+  logits, slope = _product("bkrh,bkhs->bkrs", queries, keys) * scale, None
   if soft_cap is not None:
     tanh = jnp.tanh(logits / soft_cap)
     logits, slope = tanh * soft_cap, 1 - tanh**2
@@ -239,14 +243,14 @@ def _place(S: int, j: jax.Array, keys: int) -> tuple[jax.Array, int]:
 
 
 def _cut(x: jax.Array, j: jax.Array, keys: int) -> jax.Array:
-  """Block j of keys or values [B, S, K, H]."""
-  return lax.dynamic_slice_in_dim(x, *_place(x.shape[1], j, keys), axis=1)
+  """Block j of keys or values [B, K, H, S]."""
+  return lax.dynamic_slice_in_dim(x, *_place(x.shape[3], j, keys), axis=3)
 
 
 def _add(x: jax.Array, new: jax.Array, j: jax.Array, keys: int) -> jax.Array:
-  """Adds to block j of an array [B, S, K, H]."""
-  start, _ = _place(x.shape[1], j, keys)
-  return lax.dynamic_update_slice_in_dim(x, _cut(x, j, keys) + new, start, 1)
+  """Adds to block j of an array [B, K, H, S]."""
+  start, _ = _place(x.shape[3], j, keys)
+  return lax.dynamic_update_slice_in_dim(x, _cut(x, j, keys) + new, start, 3)
 
 
 def _rows(x: jax.Array, i: jax.Array, queries: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The KV cache: a dictionary of arrays for each layer.
 
-`{"layer_0": {"k": [B, S, K, H], "v": [B, S, K, H], "end_index": [B], "positions": [B, S]}, ...}`. Each row fills its
-slots from the left; `end_index` counts the slots in use. `positions` holds the position of each key in its sequence,
+`{"layer_0": {"k": [B, K, H, S], "v": [B, K, H, S], "end_index": [B], "positions": [B, S]}, ...}`. The slots are the
+last axis, so that both products of attention read keys and values as they lie. Each row fills its slots from the left; `end_index` counts the slots in use. `positions` holds the position of each key in its sequence,
 negative for padding and for empty slots. A cache that other code made may lack `positions`: a key's slot then counts
 as its position.
 
@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from models_core.errors import CacheError
+from models_core.layers.cache_writes import write_slots
 from models_core.sharding import fit
 
 LayerCache = dict[str, jax.Array]
@@ -47,17 +48,17 @@ def init_layer(
     head_dim: H.
     dtype: of keys and values.
     mesh: of the model's parameters, or None.
-    spec: mesh axes of keys and values [B, S, K, H].
+    spec: mesh axes of keys and values [B, K, H, S].
     window: sliding window in tokens: the layer becomes a ring of as many slots if cache_size is larger. None keeps all
       tokens.
   """
   size = cache_size if window is None else min(window, cache_size)
-  kv, row = (batch_size, size, num_kv_heads, head_dim), spec[:2]
+  kv, row = (batch_size, num_kv_heads, head_dim, size), spec[:1]
   arrays = {
     "k": (kv, spec, dtype, 0),
     "v": (kv, spec, dtype, 0),
-    "end_index": (kv[:1], row[:1], jnp.int32, 0),
-    "positions": (kv[:2], row, jnp.int32, -1),
+    "end_index": ((batch_size,), row, jnp.int32, 0),
+    "positions": ((batch_size, size), row, jnp.int32, -1),
   }
   if size < cache_size:
     arrays["slots"] = arrays["positions"]
@@ -81,17 +82,23 @@ def _full(
   return jax.lax.with_sharding_constraint(jnp.full(shape, value, dtype), NamedSharding(mesh, spec))
 
 
-def check_rows(cache: Cache, rows: int) -> None:
-  """Checks that the cache has as many rows as the call's tokens.
+def check_shapes(cache: Cache, rows: int, num_kv_heads: int, head_dim: int) -> None:
+  """Checks that the cache has as many rows as the call's tokens, and the heads of the model.
 
   Raises:
     CacheError: if it does not.
   """
   for name, layer in cache.items():
-    if layer["k"].shape[0] != rows:
+    shape = layer["k"].shape
+    if shape[0] != rows:
       raise CacheError(
-        f"{name}: the cache has {layer['k'].shape[0]} rows, but tokens have {rows}: make the cache with "
+        f"{name}: the cache has {shape[0]} rows, but tokens have {rows}: make the cache with "
         f"init_cache(batch_size={rows}, ...)"
+      )
+    if shape[1:3] != (num_kv_heads, head_dim):
+      raise CacheError(
+        f"{name}: keys have shape {shape}, expected [B={rows}, K={num_kv_heads}, H={head_dim}, S]: make the cache with "
+        "init_cache"
       )
 
 
@@ -107,7 +114,7 @@ def check_room(cache: Cache, new_tokens: int) -> None:
   name = limiting_layer(cache)
   if name is None:
     return
-  size, end = cache[name]["k"].shape[1], cache[name]["end_index"]
+  size, end = num_slots(cache[name]), cache[name]["end_index"]
   if isinstance(end, jax.core.Tracer):
     used, row = 0, 0
   else:
@@ -132,6 +139,11 @@ def is_ring(layer: LayerCache) -> bool:
   return "slots" in layer
 
 
+def num_slots(layer: LayerCache) -> int:
+  """S, or R for a ring."""
+  return layer["k"].shape[-1]
+
+
 def slots(layer: LayerCache, new_tokens: int) -> jax.Array:
   """Slots [B, T] that the next T tokens take in a cache that keeps all tokens."""
   return layer["end_index"][:, None] + jnp.arange(new_tokens, dtype=jnp.int32)[None]
@@ -145,7 +157,11 @@ def next_positions(cache: Cache | None, rows: int, new_tokens: int) -> jax.Array
 
 
 def extend_cache(
-  layer: LayerCache | None, k: jax.Array, v: jax.Array, positions: jax.Array
+  layer: LayerCache | None,
+  k: jax.Array,
+  v: jax.Array,
+  positions: jax.Array,
+  spec: PartitionSpec | None = None,
 ) -> tuple[LayerCache | None, jax.Array, jax.Array]:
   """Appends keys and values to a layer's cache, and returns all keys and values that the new tokens attend to.
 
@@ -156,6 +172,7 @@ def extend_cache(
     k: [B, T, K, H], of the new tokens.
     v: [B, T, K, H], of the new tokens.
     positions: int [B, T], of the new tokens.
+    spec: mesh axes of k and v. With it a TPU writes to a sharded cache in place; with None it copies the cache.
 
   Returns:
     The cache with T more slots in use, and keys and values [B, S, K, H] in the order of `places`. For several new
@@ -165,13 +182,16 @@ def extend_cache(
   if layer is None:
     return None, k, v
   T = k.shape[1]
-  new = layer | _write(layer, positions, {"k": k, "v": v, "positions": positions})
+  own_k, own_v = (x.transpose(0, 2, 3, 1) for x in (k, v))
+  new = layer | _write(layer, positions, {"k": own_k, "v": own_v, "positions": positions}, spec)
   new["end_index"] = layer["end_index"] + jnp.int32(T)
   if "new_k" in layer:
     new |= {"new_k": k, "new_v": v}
+  keys, values = new["k"], new["v"]
   if _joins(layer, T):
-    return new, _joined(layer, "k", k), _joined(layer, "v", v)
-  return new, new["k"], new["v"]
+    keys, values = _joined(layer, "k", own_k), _joined(layer, "v", own_v)
+  # The compiler drops this order again: attention reads the arrays as they lie.
+  return new, keys.transpose(0, 3, 1, 2), values.transpose(0, 3, 1, 2)
 
 
 def recording(layer: LayerCache) -> LayerCache:
@@ -185,9 +205,11 @@ def recorded(layer: LayerCache) -> LayerCache:
   return {name: layer[name] for name in ("new_k", "new_v")}
 
 
-def extended(layer: LayerCache, new: LayerCache, positions: jax.Array) -> LayerCache:
-  """Appends to a cache what was `recorded` for tokens at positions [B, T]."""
-  cache, _, _ = extend_cache(layer, new["new_k"], new["new_v"], positions)
+def extended(
+  layer: LayerCache, new: LayerCache, positions: jax.Array, spec: PartitionSpec | None
+) -> LayerCache:
+  """Appends to a cache what was `recorded` for tokens at positions [B, T]; `spec` is as for `extend_cache`."""
+  cache, _, _ = extend_cache(layer, new["new_k"], new["new_v"], positions, spec)
   assert cache is not None
   return cache
 
@@ -210,8 +232,8 @@ def places(layer: LayerCache, positions: jax.Array) -> tuple[jax.Array, jax.Arra
   B, T = positions.shape
   if _joins(layer, T):
     return _joined(layer, "slots", slots(layer, T)), _joined(layer, "positions", positions)
-  written = _write(layer, positions, {"positions": positions})
-  S = layer["k"].shape[1]
+  written = _write(layer, positions, {"positions": positions}, None)
+  S = num_slots(layer)
   every = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
   return written.get("slots", every), written.get("positions")
 
@@ -225,18 +247,29 @@ def _joins(layer: LayerCache, new_tokens: int) -> bool:
 
 
 def _joined(layer: LayerCache, name: str, new: jax.Array) -> jax.Array:
-  return jnp.concatenate([layer[name], new.astype(layer[name].dtype)], axis=1)
+  return jnp.concatenate([layer[name], new.astype(layer[name].dtype)], axis=-1)
 
 
-def _write(layer: LayerCache, positions: jax.Array, new: dict[str, jax.Array]) -> LayerCache:
-  """Writes arrays of new tokens, at positions [B, T], to their slots; returns those arrays that the layer has."""
-  index = slots(layer, positions.shape[1])
+def _write(
+  layer: LayerCache, positions: jax.Array, new: dict[str, jax.Array], spec: PartitionSpec | None
+) -> LayerCache:
+  """Writes arrays of new tokens, at positions [B, T], to their slots; returns those arrays that the layer has.
+
+  Args:
+    layer: cache of the layer.
+    positions: int [B, T].
+    new: arrays [B, ..., T].
+    spec: mesh axes of tokens [B, T, K, H], or None.
+  """
+  T = positions.shape[1]
+  index = slots(layer, T)
   if is_ring(layer):
     new = new | {"slots": index}
     index = _ring_slots(layer["slots"], positions)
-  # Row by row: written with an index for the rows, too, the new tokens of all devices would be gathered.
-  write = jax.vmap(lambda old, index, new: old.at[index].set(new.astype(old.dtype), mode="drop"))
-  return {name: write(layer[name], index, value) for name, value in new.items() if name in layer}
+  old = {name: layer[name] for name in new if name in layer}
+  rows, _, heads = ([*spec, None, None, None] if spec else [None] * 3)[:3]
+  kv = None if spec is None else PartitionSpec(rows, heads)
+  return write_slots(old, new, index, kv, consecutive=T == 1 or not is_ring(layer))
 
 
 def _ring_slots(held: jax.Array, positions: jax.Array) -> jax.Array:

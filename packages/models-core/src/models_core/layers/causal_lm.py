@@ -157,7 +157,8 @@ class CausalLM(SamplerMappings, nnx.Module):
     inputs, positions, segment_ids = _checked_inputs(tokens, inputs_embeds, positions, segment_ids)
     attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
     if cache is not None:
-      cache_lib.check_rows(cache, inputs.shape[0])
+      config = self.config
+      cache_lib.check_shapes(cache, inputs.shape[0], config.num_kv_heads, config.head_dim)
       cache_lib.check_room(cache, inputs.shape[1])
     batch = self._batch_spec(inputs, cache)
     result = batch if skip_lm_head else self._logits_spec(inputs, cache)
@@ -260,14 +261,16 @@ class CausalLM(SamplerMappings, nnx.Module):
     names = [f"layer_{i}" for i in range(len(windows))]
     caches = [None if cache is None else cache[name] for name in names]
     x = self._embed(inputs) if inputs.ndim == 2 else inputs
-    x = shard(x, self.config.shd_config.spec("act_btd", "b t d"))
-    inputs_of_layers = LayerInputs(positions, windows, by_window, self.config.remat_config)
+    shd = self.config.shd_config
+    x = shard(x, shd.spec("act_btd", "b t d"))
+    spec = shd.spec("act_btnh", "b t k h")
+    inputs_of_layers = LayerInputs(positions, windows, by_window, self.config.remat_config, spec)
     x, new_caches = run_layers(self.layers, x, caches, inputs_of_layers)
     x = self.final_norm(x)
     if cache is None:
       return x, None
     if (name := cache_lib.limiting_layer(cache)) is not None:
-      overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache[name]["k"].shape[1]
+      overflow = cache_lib.slots(cache[name], x.shape[1]) >= cache_lib.num_slots(cache[name])
       x = jnp.where(overflow[:, :, None], jnp.nan, x)
     return x, dict(zip(names, new_caches, strict=True))
 
@@ -334,7 +337,7 @@ class CausalLM(SamplerMappings, nnx.Module):
         config.head_dim,
         dtype or self._weight().dtype,
         mesh=mesh,
-        spec=config.shd_config.spec("act_btnh", "b s k h"),
+        spec=config.shd_config.spec("act_btnh", "b k h s"),
         window=window if ring else None,
       )
       for i, window in enumerate(self.windows())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from models_core.layers.cache import LayerCache, extended, pick, recorded, recording
 from models_core.layers.remat import RematConfig
@@ -26,12 +27,14 @@ class LayerInputs(NamedTuple):
     windows: sliding window of each layer in tokens, or None.
     by_window: RoPE and visible keys of each window.
     remat: what the backward pass recomputes.
+    spec: mesh axes of keys and values [B, T, K, H].
   """
 
   positions: jax.Array
   windows: Sequence[int | None]
   by_window: Mapping[int | None, tuple[Rotary, VisibleKeys]]
   remat: RematConfig
+  spec: PartitionSpec
 
 
 def run_layers(
@@ -91,5 +94,5 @@ def _run_stacks(
       for at, i in enumerate(own):
         if (cache := caches[i]) is not None:
           part = jax.tree.map(lambda array, at=at: array[at], appended)
-          new_caches[i] = extended(cache, part, inputs.positions)
+          new_caches[i] = extended(cache, part, inputs.positions, inputs.spec)
   return x, new_caches

@@ -161,7 +161,7 @@ class Attention(nnx.Module):
     q = shard(rotate(split_heads(self.q_proj(x), self.num_heads), positions, rotary), act_btnh)
     k = shard(rotate(split_heads(self.k_proj(x), self.num_kv_heads), positions, rotary), act_btnh)
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
-    cache, k, v = extend_cache(cache, k, v, positions)
+    cache, k, v = extend_cache(cache, k, v, positions, act_btnh)
     out = attend(
       q,
       k,

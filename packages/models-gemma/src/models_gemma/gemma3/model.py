@@ -154,7 +154,7 @@ class Attention(nnx.Module):
       rotate(self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads)), positions, rotary), act_btnh
     )
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
-    cache, k, v = extend_cache(cache, k, v, positions)
+    cache, k, v = extend_cache(cache, k, v, positions, act_btnh)
     kind = self.config.attn_implementation
     out = attend(
       q, k, v, visible, scale=self.config.query_pre_attn_scalar**-0.5, implementation=kind, spec=act_btnh
