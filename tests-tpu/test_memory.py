@@ -1,6 +1,7 @@
 """Temporaries of Llama 3.2 1B in bfloat16 on one device, by the compiler's account: nothing is run."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class Account:
   def __init__(self, devices, model, config, **fields):
     # Unrolled layers take long to compile: two of them need what a layer needs.
     scans = "scan_layers" in {field.name for field in dataclasses.fields(config)}
-    fields |= {"scan_layers": True} if scans else {"num_layers": 2}
+    fields = ({"scan_layers": True} if scans else {"num_layers": 2}) | fields
     self.mesh = Mesh(np.array(devices[:1]).reshape(1, 1), ("fsdp", "tp"))
     self.model = abstract_model(model, dataclasses.replace(config, **fields), self.mesh)
     self.parameters = {
@@ -68,6 +69,43 @@ def test_prefill(account, T, bound, kind):
 def test_gradient(account, kind):
   llama = account(remat_config=RematConfig.DECODER, attn_implementation=kind)
   assert llama.temporaries(jax.grad(llama.loss_without_head), llama.tokens(8192)) <= 2.5 * GB
+
+
+def test_a_training_step(account):
+  llama = account(remat_config=RematConfig.DECODER)
+
+  def loss(parameters, tokens):
+    model = llama.model.fill(parameters)
+    hidden, _ = model(tokens, skip_lm_head=True)
+    return model.mean_cross_entropy(hidden[:, :-1], tokens[:, 1:])
+
+  def step(parameters, tokens):
+    value, gradients = jax.value_and_grad(loss)(parameters, tokens)
+    return value, jax.tree.map(lambda p, g: p - (1e-3 * g).astype(p.dtype), parameters, gradients)
+
+  tokens = llama.tokens(8192)
+  without_head = llama.temporaries(jax.grad(llama.loss_without_head), tokens)
+  assert llama.temporaries(jax.grad(loss), tokens) <= without_head + 0.5 * GB
+  # The gradients are kept until they are applied.
+  nbytes = sum(2 * math.prod(p.shape) for p in llama.parameters.values())
+  assert llama.temporaries(step, tokens, donate_argnums=0) <= without_head + nbytes + 0.5 * GB
+
+
+def test_a_step_of_decoding_copies_no_cache(account):
+  llama = account(scan_layers=False, num_layers=2)
+
+  def step(parameters, tokens, cache):
+    return llama.model.fill(parameters)(tokens, None, cache, skip_lm_head=True)
+
+  def temporaries(rows, slots):
+    cache = jax.eval_shape(
+      lambda parameters: llama.model.fill(parameters).init_cache(rows, slots), llama.parameters
+    )
+    tokens = llama.place(jax.ShapeDtypeStruct((rows, 1), jnp.int32))
+    return llama.temporaries(step, tokens, llama.place(cache), donate_argnums=2)
+
+  # Products of 8 rows and 32 heads with as many more keys, in float32 and as weights.
+  assert temporaries(8, 16384) - temporaries(8, 1024) <= 8 * 32 * (16384 - 1024) * (4 + 2)
 
 
 def test_a_chunk_of_a_long_cache(account):

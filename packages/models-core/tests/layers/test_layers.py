@@ -376,7 +376,11 @@ class TestCache:
     new, keys, values = extend_cache(layer, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions))
     np.testing.assert_array_equal(keys, new["k"].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(values, new["v"].transpose(0, 3, 1, 2))
-    for name, value in (("k", k.transpose(0, 2, 3, 1)), ("v", v.transpose(0, 2, 3, 1)), ("positions", positions)):
+    for name, value in (
+      ("k", k.transpose(0, 2, 3, 1)),
+      ("v", v.transpose(0, 2, 3, 1)),
+      ("positions", positions),
+    ):
       np.testing.assert_array_equal(new[name][0, ..., :3], value[0])
       np.testing.assert_array_equal(new[name][1, ..., 2:], value[1])
       np.testing.assert_array_equal(new[name][0, ..., 3:], layer[name][0, ..., 3:])

@@ -105,7 +105,7 @@ def _replaced(array: jax.Array, new: jax.Array, index: jax.Array, b: jax.Array) 
   first = index[b, 0]
   start = jnp.minimum(first, array.shape[-1] - T)
   missing = first - start
-  at = (b, *(0,) * (array.ndim - 2), start)
+  at: tuple[Any, ...] = (b, *(0,) * (array.ndim - 2), start)
   tokens = lax.dynamic_slice_in_dim(new, b, 1, 0)
   if T > 1:
     tokens = jnp.roll(tokens, missing, axis=-1)

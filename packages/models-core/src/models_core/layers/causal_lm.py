@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
 from models_core.layers.cache import Cache
+from models_core.layers.chunked_loss import chunk_length, mean_loss_in_chunks
 from models_core.layers.layer_runs import LayerInputs, run_layers
 from models_core.layers.mesh import call_module, find_mesh, fit_explicit, shard, spec_of
 from models_core.layers.parameters import value_of
@@ -212,6 +213,55 @@ class CausalLM(SamplerMappings, nnx.Module):
     For losses that compute the logits of a few tokens at a time.
     """
     return self._call(lambda model, hidden: model._sharded_logits(hidden), self._logits_spec(hidden), hidden)
+
+  def mean_cross_entropy(
+    self,
+    hidden: jax.Array,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    chunk: int | None = None,
+  ) -> jax.Array:
+    """`models_core.layers.mean_cross_entropy` of the logits of hidden states, a few tokens at a time.
+
+    The logits [B, T, V] of a long sequence take more memory than the model: those of 8,192 tokens and a vocabulary of
+    128,256 take 4.2 GB, and their gradient as much again. A chunk's logits are computed twice, for the loss and for its
+    gradient. The gradient of the head's weight is summed over the chunks in the weight's dtype.
+
+        hidden, _ = model(tokens, skip_lm_head=True)
+        loss = model.mean_cross_entropy(hidden[:, :-1], tokens[:, 1:])
+
+    Args:
+      hidden: [B, T, D], of a call with `skip_lm_head=True`.
+      targets: int [B, T], from 0 to V - 1; where the weight is 0, any integer.
+      weights: bool or numbers [B, T]. None weights all tokens equally.
+      chunk: tokens of each row whose logits are there at once. None takes as many as have about 128 MiB of logits.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      TypeError: if targets are not integers.
+      ValueError: if targets or weights are not [B, T], or chunk is less than 1.
+    """
+    targets = jnp.asarray(targets)
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+    for name, x in (("targets", targets), ("weights", weights)):
+      if x.shape != hidden.shape[:2]:
+        raise ValueError(
+          f"{name} have shape {x.shape}, expected {hidden.shape[:2]}, [B, T] of the hidden states"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+      raise TypeError(f"targets are {targets.dtype}, expected integers")
+    if chunk is None:
+      chunk = chunk_length(hidden.shape[0], self.num_embed)
+    elif chunk < 1:
+      raise ValueError(f"chunk is {chunk}, expected at least 1 token")
+
+    def run(model: CausalLM, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+      return mean_loss_in_chunks(model._sharded_logits, hidden, targets, weights, chunk)
+
+    return self._call(run, PartitionSpec(), hidden, targets, weights)
 
   def _sharded_logits(self, hidden: jax.Array) -> jax.Array:
     logits, shd = self._logits(hidden), self.config.shd_config
