@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from models_core.layers.attention_case import AttentionCase
 from models_core.layers.mesh import platform_of
@@ -118,7 +117,7 @@ def _forward(
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     out, sums = carry
-    queries = _rows(q, i, blocks[0])
+    queries = _rows(out, i, blocks[0])
 
     def step(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       greatest, total, acc = state
@@ -141,7 +140,8 @@ def _forward(
       lax.dynamic_update_slice_in_dim(sums, logs, i * blocks[0], 3),
     )
 
-  carry = zeros(q.shape, q.dtype), zeros((B, K, G, T))
+  # A block of results takes the place of its queries. Zeros in their place would be there for all layers from the start.
+  carry = _as_varying((q, k, v, visible), q), zeros((B, K, G, T))
   out, sums = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
   # Of a query that sees no key, the greatest product is the lowest number.
   return (out, sums[:, 0, 0] > _LOWEST / 2), (q, k, v, visible, out, sums)
@@ -161,7 +161,7 @@ def _backward(
 
   def rows(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     dq, dk, dv = carry
-    queries, result, d_result = (_rows(x, i, blocks[0]) for x in (q, out, d_out))
+    queries, result, d_result = (_rows(x, i, blocks[0]) for x in (dq, out, d_out))
     # The sum over keys of weight times its gradient equals this sum over the head's dimensions.
     inner = jnp.sum(result.astype(jnp.float32) * d_result.astype(jnp.float32), axis=-1)
     log = lax.dynamic_slice_in_dim(sums, i * blocks[0], blocks[0], 3).reshape(B, K, -1)
@@ -186,7 +186,8 @@ def _backward(
     d_queries = _split(d_queries.astype(q.dtype), G)
     return lax.dynamic_update_slice_in_dim(dq, d_queries, i * blocks[0], 1), dk, dv
 
-  carry = zeros(q.shape, q.dtype), zeros(k.shape), zeros(v.shape)
+  # A block of gradients takes the place of its queries.
+  carry = _as_varying((kept, d_out), q), zeros(k.shape), zeros(v.shape)
   dq, dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -216,10 +217,15 @@ def _logits(
   return jnp.where(seen[:, None, None], split, -jnp.inf).reshape(B, K, R, S), slope
 
 
-def _zeros(inputs: Any, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-  """Zeros that a loop carries: inside shard_map, they may differ along the mesh axes along which an input does."""
+def _zeros(inputs: Any, shape: tuple[int, ...]) -> jax.Array:
+  """Zeros in float32 that a loop carries."""
+  return _as_varying(inputs, jnp.zeros(shape, jnp.float32))
+
+
+def _as_varying(inputs: Any, array: jax.Array) -> jax.Array:
+  """An array that a loop carries: inside shard_map, it may differ along the mesh axes along which an input does."""
   axes = {axis for leaf in jax.tree.leaves(inputs) for axis in _varying_axes(jax.typeof(leaf))}
-  array = jnp.zeros(shape, dtype)
+  axes -= _varying_axes(jax.typeof(array))
   return lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
 
 

@@ -1,4 +1,4 @@
-"""Stacked layers of published sizes, by the compiler's account: traced and compiled, but not made."""
+"""Models of published sizes, by the compiler's account: traced and compiled, but not made."""
 
 import dataclasses
 import math
@@ -14,12 +14,16 @@ from models_llama.llama3.model import Llama3, ModelConfig
 T, GB = 8192, 1e9
 
 
-def compiled(function, **config):
-  """The account of a program of Llama 3.2 1B's shape in float32, all of whose layers are stacked."""
-  config = dataclasses.replace(ModelConfig.llama3p2_1b(), scan_layers=True, **config)
-  model = abstract_model(Llama3, config)
-  parameters = {name: jax.ShapeDtypeStruct(p.shape, "float32") for name, p in model.parameters.items()}
-  tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+def abstract(dtype="float32", **config):
+  """Llama 3.2 1B without weights, and its parameters as shapes."""
+  model = abstract_model(Llama3, dataclasses.replace(ModelConfig.llama3p2_1b(), **config))
+  return model, {name: jax.ShapeDtypeStruct(p.shape, dtype) for name, p in model.parameters.items()}
+
+
+def compiled(function, dtype="float32", tokens=T, **config):
+  """The account of a program of Llama 3.2 1B's shape, all of whose layers are stacked unless `config` says otherwise."""
+  model, parameters = abstract(dtype, **{"scan_layers": True} | config)
+  tokens = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
   def hidden(parameters, tokens):
     return model.fill(parameters)(tokens, skip_lm_head=True)[0]
@@ -30,6 +34,29 @@ def compiled(function, **config):
 def test_a_prefill_has_the_temporaries_of_one_layer():
   account = compiled(lambda hidden: hidden)
   assert account.temp_size_in_bytes <= 1.2 * GB
+
+
+@pytest.mark.parametrize(("tokens", "bound"), [(8192, 1.5), (32768, 6)])
+def test_a_prefill_of_bfloat16_converts_no_weight(tokens, bound):
+  account = compiled(lambda hidden: hidden, "bfloat16", tokens, scan_layers=False)
+  assert account.temp_size_in_bytes <= bound * GB
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 1), ("float32", 1024), ("bfloat16", 1)])
+def test_a_cache_is_read_and_written_in_place(dtype, tokens):
+  model, parameters = abstract(dtype, num_layers=4)
+
+  def temporaries(slots):
+    call = lambda parameters, tokens, cache: model.fill(parameters)(tokens, None, cache, skip_lm_head=True)
+    cache = jax.eval_shape(lambda parameters: model.fill(parameters).init_cache(1, slots), parameters)
+    new = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    account = jax.jit(call, donate_argnums=2).lower(parameters, new, cache).compile().memory_analysis()
+    return account.temp_size_in_bytes, cache["layer_0"]["k"]
+
+  (short, _), (long, keys) = temporaries(1024), temporaries(16384)
+  nbytes = keys.size * keys.dtype.itemsize
+  # XLA's CPU backend writes a bfloat16 array anew; keys and values of one layer are there at once.
+  assert long - short <= (0.15 if dtype == "float32" else 2) * nbytes
 
 
 def test_a_gradient_keeps_the_inputs_of_the_layers_and_the_activations_of_one():
