@@ -53,6 +53,10 @@ def sampling_arguments() -> argparse.ArgumentParser:
     )
   parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
   parser.add_argument(
+    "--cache-dir",
+    help="directory that keeps the loaded weights as they lie on the devices, for a faster start next time",
+  )
+  parser.add_argument(
     "--no-memory-check", action="store_true", help="load even if the model seems not to fit into memory"
   )
   return parser
@@ -105,6 +109,7 @@ def model_of(options: argparse.Namespace, tokens_of: Callable[[TextSettings], in
     tokens_of,
     dtype=options.dtype,
     ignore_config_keys=options.ignore_config_key,
+    cache_dir=options.cache_dir,
   )
 
 
