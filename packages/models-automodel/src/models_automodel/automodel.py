@@ -360,10 +360,10 @@ class Prepared:
 
   def _structure(self) -> AbstractModel:
     """The model without its arrays."""
-    if self.adapter is None:
-      return self.plan.model
-    assert self.plan.family is not None
-    return merged_model(self.plan.config, self.adapter, self.plan.family, self.mesh)
+    plan, adapter = self.plan, self.adapter
+    if adapter is None or plan.family is None or adapter.keeps_shapes:
+      return plan.model
+    return merged_model(plan.config, adapter, plan.family, self.mesh)
 
 
 def prepare(
