@@ -3,10 +3,12 @@
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +242,23 @@ def test_what_was_not_used_for_longest_makes_room(toys, tmp_path):
   toys.load(also=b"5")
   assert toys.made == 6
   assert (tmp_path / "cache" / "my notes" / "text").exists()
+
+
+def test_a_disk_that_fills_up_bounds_the_cache(toys, notes, monkeypatch):
+  toys.write(0)
+  toys.load(also=b"0")
+  toys.load(also=b"1")
+  size = sum(file.stat().st_size for file in toys.entries[0].iterdir())
+  # A part of an entry fits, then nothing: each time, one entry makes room.
+  for free, made in ((size // 2, 3), (0, 4)):
+    monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+    toys.load(also=b"%d" % made)
+    assert (toys.made, len(toys.entries), notes()) == (made, 2, [])
+  for entry in toys.entries:
+    shutil.rmtree(entry)
+  toys.load(also=b"5")
+  (note,) = notes()
+  assert note.endswith("bytes are needed on the disk, and 0 are free or held by other entries")
 
 
 def test_what_is_larger_than_the_limit(toys, notes):

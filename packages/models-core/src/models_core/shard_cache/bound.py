@@ -9,6 +9,7 @@ import shutil
 
 from models_core.errors import SaveError
 from models_core.saving import recover
+from models_core.shard_cache.identity import NotKeptError
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 # What a save of an entry that was killed leaves behind.
@@ -31,19 +32,31 @@ def make_room(directory: str, nbytes: int, limit: int) -> None:
 
   Args:
     directory: of the cache.
-    nbytes: of the new entry, at most `limit`.
-    limit: bytes that all entries may have.
+    nbytes: of the new entry.
+    limit: bytes that all entries may have, if the disk has room for them.
+
+  Raises:
+    NotKeptError: if the entry would not fit alone; no entry is removed then.
+    OSError: if there is no such directory.
   """
-  with contextlib.suppress(OSError):
-    for name in os.listdir(directory):
-      if left := _LEFT.fullmatch(name):
-        # Another process may be writing it.
-        with contextlib.suppress(SaveError):
-          recover(os.path.join(directory, left[1]))
+  for name in os.listdir(directory):
+    if left := _LEFT.fullmatch(name):
+      # Another process may be writing it.
+      with contextlib.suppress(SaveError):
+        recover(os.path.join(directory, left[1]))
+  if nbytes > limit:
+    raise NotKeptError(
+      f"the shards of this process are {nbytes:,} bytes, and max_cache_size is {limit:,}: raise it"
+    )
   entries = _entries(directory)
   held = sum(size for _, size, _ in entries)
+  room = held + shutil.disk_usage(directory).free
+  if nbytes > room:
+    raise NotKeptError(
+      f"{nbytes:,} bytes are needed on the disk, and {room:,} are free or held by other entries"
+    )
   for _, size, path in sorted(entries):
-    if held + nbytes <= limit:
+    if held + nbytes <= min(limit, room):
       return
     remove(path)
     held -= size
