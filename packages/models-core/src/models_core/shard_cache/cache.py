@@ -121,10 +121,8 @@ class ShardCache:
       if _shapes(arrays) == _shapes(model.parameters):
         return arrays
       reason = "it holds other parameters"
-    except CheckpointError as error:
-      reason = "; ".join(error.problems)
-    except OSError as error:
-      reason = str(error)
+    except Exception as error:
+      reason = _said(error)
     self._note(f"an entry is broken, and is made anew: {reason}")
     remove(entry)
     return None
@@ -150,11 +148,17 @@ class ShardCache:
     """Notes why a load is not kept, in the place of an error."""
     try:
       yield
-    except (NotKeptError, CheckpointError, OSError, TypeError) as error:
-      self._note(f"the load is not kept: {error}")
+    except Exception as error:
+      self._note(f"the load is not kept: {_said(error)}")
 
   def _note(self, what: str) -> None:
     _log.warning("cache_dir %s: %s", self.directory, what)
+
+
+def _said(error: Exception) -> str:
+  if isinstance(error, CheckpointError):
+    return "; ".join(error.problems)
+  return str(error) if isinstance(error, NotKeptError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _shapes(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -96,7 +96,7 @@ def key_of(plan: LoadPlan, versions: Versions, also: bytes = b"") -> str:
   """
   checkpoint, mesh = plan.checkpoint, plan.mesh
   said = [
-    importlib.metadata.version("models-core"),
+    _version(),
     repr((versions, also, dict(plan.model.letters), jax.process_index())),
     repr(None if mesh is None else (dict(mesh.shape), [(d.platform, d.id) for d in mesh.devices.flat])),
   ]
@@ -106,6 +106,14 @@ def key_of(plan: LoadPlan, versions: Versions, also: bytes = b"") -> str:
     ]
   said += [_said(planned) for planned in plan.parameters]
   return hashlib.blake2b("\n".join(said).encode(), digest_size=16).hexdigest()
+
+
+def _version() -> str:
+  """The version of this package: another one may load other numbers."""
+  try:
+    return importlib.metadata.version("models-core")
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"  # sources on the path, which nothing has installed
 
 
 def _said(planned: PlannedParameter) -> str:
