@@ -43,6 +43,7 @@ REFERENCE = {
   "models_core.loading": "Loading",
   "models_core.saving": "Saving",
   "models_core.adapters": "Adapters",
+  "models_core.shard_cache": "Shard cache",
   "models_core.rollout": "Rollout",
   "models_core.formats": "Formats",
   "models_core.config": "Configuration",

@@ -22,6 +22,8 @@ def main(task: dict) -> dict:
   mesh = jax.make_mesh(shape, names)
   if task["auto"]:
     mesh = jax.sharding.Mesh(mesh.devices, names)
+  if task["cache"]:
+    return _load_twice(task, mesh)
   counts: list[int] = []
   try:
     plan = AutoModel.plan(task["path"], mesh)
@@ -52,6 +54,35 @@ def main(task: dict) -> dict:
     "merged": str(_merge(model, task)) if task["merge"] else None,
     "handed": _hand_over(model, plan, mesh) if task["hand"] else None,
   }
+
+
+def _load_twice(task, mesh):
+  """Loads through a cache, twice; then once more, after one process has lost its entry."""
+  import pathlib
+  import shutil
+
+  from jax.experimental import multihost_utils
+
+  from models_automodel import AutoModel, automodel
+  from models_core.digest import digest
+
+  counts, digests, read = [0], [], automodel.load_arrays
+
+  def counted(plan, **options):
+    counts[-1] += 1
+    return read(plan, **options)
+
+  automodel.load_arrays = counted
+  cache = pathlib.Path(task["cache"], str(task["process"]))
+  for _ in range(3):
+    model, _ = AutoModel.from_pretrained(task["path"], mesh, dtype="float32", cache_dir=cache, progress=False)
+    digests.append(str(digest(model)))
+    counts.append(0)
+    if len(digests) == 2 and task["process"] == 1:
+      shutil.rmtree(cache)
+    multihost_utils.sync_global_devices(f"loaded {len(digests)}")
+  held = sum(file.stat().st_size for file in cache.glob("*/shards.safetensors"))
+  return {"counts": counts[:-1], "digests": digests, "held": held}
 
 
 def _call(model, mesh):

@@ -47,7 +47,9 @@ def checkpoint(tmp_path_factory):
   return directory
 
 
-def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, merge=None, hand=False):
+def run(
+  paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, merge=None, hand=False, cache=None
+):
   """Starts a process for each path. Returns their reports."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -57,7 +59,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, m
     task = {
       "port": port, "process": process, "processes": len(paths), "devices": devices,
       "mesh": [mesh, names], "auto": auto, "path": str(path), "verify": verify, "call": call,
-      "merge": merge and str(merge), "hand": hand,
+      "merge": merge and str(merge), "hand": hand, "cache": cache and str(cache),
     }  # fmt: skip
     command = [sys.executable, str(WORKER), json.dumps(task)]
     workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -82,6 +84,7 @@ def run(paths, mesh, names, *, devices=1, auto=False, verify=True, call=False, m
     (4, 1, (2, 2), ("fsdp", "tp"), True),
     (2, 4, (2, 4), ("fsdp", "tp"), False),
     (2, 2, (4, 1), ("other", "tp"), False),
+    (4, 1, (4, 1), ("other", "tp"), False),  # replicated
   ],
 )
 def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, names, auto, tmp_path):
@@ -144,6 +147,16 @@ def test_a_process_needs_the_files_of_its_own_experts_alone(tmp_path):
     ["first.safetensors", "rest.safetensors"],
     ["rest.safetensors", "second.safetensors"],
   ]
+
+
+def test_each_process_keeps_its_shards_and_all_of_them_use_the_cache_or_none(checkpoint, tmp_path):
+  reports = run([checkpoint] * 2, (2, 2), ("fsdp", "tp"), devices=2, cache=tmp_path)
+  expected = str(digest(checkpoint, dtype="float32", progress=False))
+  assert [r["digests"] for r in reports] == [[expected] * 3] * 2
+  assert [r["counts"] for r in reports] == [[1, 0, 1]] * 2
+  stored = (checkpoint / "model.safetensors").stat().st_size
+  # As float32, half of the parameters each, besides those that are replicated and the headers.
+  assert all(r["held"] < 1.1 * stored for r in reports)
 
 
 def test_where_one_process_fails_all_fail(checkpoint, tmp_path):

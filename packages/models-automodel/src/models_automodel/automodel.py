@@ -26,20 +26,24 @@ from models_automodel.revision import agree_on_revision
 from models_automodel.targets import check_place, files_at, open_target
 from models_automodel.text import with_tokenizer
 from models_automodel.where import ModelSource, Where
-from models_core.adapters import Adapter, load_peft_adapter
+from models_core.adapters import Adapter, fingerprint_of, load_peft_adapter, merged_model
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError, ConfigError, ModelsError
 from models_core.family import Family
 from models_core.formats import SAFETENSORS, Files, RangeFiles
 from models_core.layers import CausalLM
-from models_core.loading import LoadPlan, abstract_model, load, plan_load
+from models_core.loading import AbstractModel, LoadPlan, abstract_model, load_arrays, log_notes, plan_load
 from models_core.processes import together
 from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
+from models_core.shard_cache import ShardCache
 from models_core.sharding import check_mesh, check_mesh_of_plan
 from models_core.weights import letter_sizes
 
 _log = logging.getLogger(__name__)
+
+# Default of `max_cache_size`.
+MAX_CACHE_SIZE = "100GB"
 
 
 class AutoModel:
@@ -61,6 +65,8 @@ class AutoModel:
     subfolder: str | None = None,
     variant: str | None = None,
     intermediate_ckpt_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    max_cache_size: int | str = MAX_CACHE_SIZE,
     rng_seed: int | None = None,
     **kwargs: Unpack[Keywords],
   ) -> tuple[CausalLM, str]:
@@ -84,6 +90,10 @@ class AutoModel:
       variant: of the weights, as in `model.fp16.safetensors`.
       intermediate_ckpt_dir: directory, or address in an object store, that keeps the loaded model as safetensors. The
         first call writes it; later calls load it instead of the source. It is never overwritten.
+      cache_dir: directory of this machine that keeps the parameters as they lie on this process's devices. A later call of
+        the same checkpoint, mesh, sharding, dtype and adapter puts them there from it. It has no effect where the
+        checkpoint's own files can be used as they are; a note says so.
+      max_cache_size: bytes that `cache_dir` may hold, as a number or like "100GB". What was not used for longest makes room.
       rng_seed: has no effect, because nothing in a pretrained model is random.
       **kwargs: one of the following, or a field of the model's configuration.
         dtype: of the floating-point parameters, such as "bfloat16"; None keeps each as it is stored.
@@ -106,12 +116,14 @@ class AutoModel:
         `intermediate_ckpt_dir` holds anything but the result of this call, or several processes use it.
       MissingFamilyError: if the architecture's package is not installed.
       ModelNameError: if the model is unknown or not supported.
-      SaveError: if `intermediate_ckpt_dir` cannot be written; before anything is loaded, unless its disk fills up.
+      SaveError: if `intermediate_ckpt_dir` cannot be written; before anything is loaded, unless its disk fills up; if
+        `cache_dir` is an address. A cache that cannot be written is noted.
       ShardingError: with `strict_sharding`, if the mesh cannot shard an axis.
       SourceFilesError: if the source cannot provide the files.
       TypeError: if a keyword argument is none of these, or a value has the wrong type.
-      ValueError: if `layers` is not `range(n)` for an n up to the number of layers.
+      ValueError: if `layers` is not `range(n)` for an n up to the number of layers, or `max_cache_size` is not a size.
     """
+    cached: dict[str, Any] = {"cache_dir": cache_dir, "max_cache_size": max_cache_size}
     where = as_where(
       model_id,
       model_source=model_source,
@@ -129,9 +141,9 @@ class AutoModel:
       kept, origin = intermediate.place_of(intermediate_ckpt_dir), intermediate.origin_of(where, kwargs)
       if intermediate.is_kept(kept, origin):
         known = Where(path_of(kept), ModelSource.LOCAL.value, progress=where.progress)
-        return cls.from_pretrained(known, mesh, **kwargs)
+        return cls.from_pretrained(known, mesh, **cached, **kwargs)
       check_place(kept)
-    prepared = prepare(where, mesh, **kwargs)
+    prepared = prepare(where, mesh, **cached, **kwargs)
     model = prepared.load()
     if intermediate_ckpt_dir is not None:
       intermediate.keep(kept, model, _family_of_model(model, model.config), model.config, origin)
@@ -229,7 +241,7 @@ class AutoModel:
   ) -> LoadPlan:
     """Plans what `from_pretrained` would do. Reads only the configuration and the headers.
 
-    Takes the arguments of `from_pretrained`, except `intermediate_ckpt_dir` and `rng_seed`, and raises the same errors.
+    Takes the arguments of `from_pretrained`, except those of its two caches and `rng_seed`, and raises the same errors.
     The mesh may be a `jax.sharding.AbstractMesh`, which needs no devices; such a plan cannot be loaded.
     """
     check_mesh_of_plan(mesh)
@@ -309,12 +321,16 @@ class Prepared:
     adapter: that is merged into the base, or None.
     mesh: of the model, or None.
     progress: whether progress bars are shown on a terminal.
+    cache: of loaded parameters, or None.
+    ignored: keys of config.json that were left out.
   """
 
   plan: LoadPlan
   adapter: Adapter | None
   mesh: Mesh | None
   progress: bool
+  cache: ShardCache | None = None
+  ignored: tuple[str, ...] = ()
 
   def load(self) -> Any:
     """Fetches the files, and loads the model.
@@ -328,23 +344,49 @@ class Prepared:
         if not isinstance(files, RangeFiles):
           wanted = self.plan.files_of_process
           files.fetch([name for name in files.names() if name in wanted or is_companion(name)])
-      with weights_bar(self.progress) as bar:
-        bar.reset(self.plan.stored_nbytes)
-        model: Any = load(self.plan, on_bytes=bar.update)
+      log_notes(self.plan)
+      if self.cache is None or (self.adapter is None and not self.cache.helps(self.plan)):
+        return self._made()
+      also = repr(self.ignored).encode() if self.ignored else b""
+      also += b"" if self.adapter is None else fingerprint_of(self.adapter)
+      return self.cache.load(self.plan, self._structure(), self._made, also=also)
+
+  def _made(self) -> Any:
+    """The model, read from its files and merged with the adapter."""
+    with weights_bar(self.progress) as bar:
+      bar.reset(self.plan.stored_nbytes)
+      model: Any = self.plan.model.fill(load_arrays(self.plan, on_bytes=bar.update))
     return model if self.adapter is None else merge_adapter(model, self.adapter)
 
+  def _structure(self) -> AbstractModel:
+    """The model without its arrays."""
+    plan, adapter = self.plan, self.adapter
+    if adapter is None or plan.family is None or adapter.keeps_shapes:
+      return plan.model
+    return merged_model(plan.config, adapter, plan.family, self.mesh)
 
-def prepare(where: Where, mesh: Mesh | None, **kwargs: Any) -> Prepared:
+
+def prepare(
+  where: Where,
+  mesh: Mesh | None,
+  *,
+  cache_dir: str | os.PathLike | None = None,
+  max_cache_size: int | str = MAX_CACHE_SIZE,
+  **kwargs: Any,
+) -> Prepared:
   """Does all of `AutoModel.from_pretrained` that needs no weights, but for those of an adapter.
 
   Raises:
     CheckpointError: if an adapter's base is not stated or cannot be found.
     ConfigError: if only some layers of an adapter's base are asked for.
     ModelsError: as `AutoModel.plan`.
+    ValueError: if `max_cache_size` is not a size.
   """
   check_mesh(mesh)
+  cache = None if cache_dir is None else ShardCache.of(cache_dir, max_cache_size)
+  ignored = tuple(sorted(kwargs.get("ignore_config_keys", ())))
   with contextlib.suppress(AdapterFoundError):
-    return Prepared(AutoModel.plan(where, mesh, **kwargs), None, mesh, where.progress)
+    return Prepared(AutoModel.plan(where, mesh, **kwargs), None, mesh, where.progress, cache, ignored)
   where = agree_on_revision(mesh, where, functools.partial(_open, where))
   with together(mesh):
     files = _open(where)
@@ -359,7 +401,7 @@ def prepare(where: Where, mesh: Mesh | None, **kwargs: Any) -> Prepared:
   with together(mesh), source_errors():
     adapter = load_peft_adapter(files, plan.family, plan.config)
   _log.warning("%s: a LoRA adapter, merged into its base %s", files.path, plan.checkpoint.files.path)
-  return Prepared(plan, adapter, mesh, where.progress)
+  return Prepared(plan, adapter, mesh, where.progress, cache, ignored)
 
 
 def _family_of_model(model: Any, config: Any) -> Family:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,6 +22,7 @@ def load_text_model(
   mesh: Mesh | None = None,
   *,
   before_weights: Callable[[LoadPlan, TextSettings], Any] | None = None,
+  first_call: Callable[[TextSettings], Mapping[str, Any]] | None = None,
   **kwargs: Any,
 ) -> TextModel:
   """Loads a pretrained model with its tokenizer, for texts and conversations.
@@ -29,6 +32,8 @@ def load_text_model(
     mesh: as `AutoModel.from_pretrained` takes it.
     before_weights: is called when all but the weights is read, with what will be loaded and what the checkpoint says
       about texts; an error of its own ends the call before any weights are read.
+    first_call: returns the arguments of the first call of `TextModel.stream`, its prompt as "prompt". What this call runs
+      is compiled while the weights are read, so that it takes the time of the longer one of the two, not of both.
     **kwargs: all others of `AutoModel.from_pretrained`, but `intermediate_ckpt_dir`.
 
   Raises:
@@ -41,4 +46,24 @@ def load_text_model(
   settings = TextSettings.read(prepared.plan.checkpoint)
   if before_weights is not None:
     before_weights(prepared.plan, settings)
-  return TextModel(prepared.load(), settings)
+  with _compiling(prepared.plan, settings, first_call):
+    model = prepared.load()
+  return TextModel(model, settings)
+
+
+@contextlib.contextmanager
+def _compiling(
+  plan: LoadPlan, settings: TextSettings, first_call: Callable[[TextSettings], Mapping[str, Any]] | None
+) -> Iterator[None]:
+  """Compiles what a first call runs, in a thread, until the end of the block and beyond it if that takes longer."""
+  if first_call is None:
+    yield
+    return
+  arguments = dict(first_call(settings))
+  prompt = arguments.pop("prompt")
+  thread = concurrent.futures.ThreadPoolExecutor(1, "compile")
+  compiling = thread.submit(settings.compile, plan, prompt, **arguments)
+  thread.shutdown(wait=False)
+  yield
+  # What fails here fails in the call itself, too, where the caller sees it.
+  compiling.exception()

@@ -185,7 +185,7 @@ REFUSED = {
 def test_a_wrong_prompt_is_refused_before_weights_are_read(
   directory, arguments, message, capsys, monkeypatch
 ):
-  monkeypatch.setattr("models_automodel.automodel.load", None)
+  monkeypatch.setattr("models_automodel.automodel.load_arrays", None)
   assert main(["generate", directory, *arguments]) == 1
   assert message in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import jax
 import pytest
 
 from models_automodel import load_text_model
@@ -177,3 +178,37 @@ def test_what_is_not_implemented_is_noted_and_what_is_wrong_refused(directory, t
   file.write_text(json.dumps({"do_sample": True, "top_p": 3}))
   with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 3, expected more than 0"):
     load_text_model(tmp_path / "copy", progress=False)
+
+
+@pytest.fixture
+def compilations():
+  """The programs that were compiled since the fixture was called."""
+  found = []
+
+  def note(name, seconds, **more):
+    if "backend_compile" in name:
+      found.append(more)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2)])
+def test_a_first_call_is_compiled_while_weights_are_read(shape, directory, compilations):
+  mesh = None if shape is None else jax.make_mesh(shape, ("fsdp", "tp"))
+  call = {"prompt": [{"role": "user", "content": "w3"}], "max_new_tokens": 11, "stop": ["w9"]}
+  options = {"dtype": "bfloat16", "progress": False}
+  model = load_text_model(directory, mesh, first_call=lambda settings: call, **options)
+  del compilations[:]
+  prompt = call.pop("prompt")
+  text = model.generate(prompt, **call)
+  assert compilations == []
+  assert text == load_text_model(directory, mesh, **options).generate(prompt, **call)
+
+
+def test_a_first_call_that_fails_fails_when_it_is_made(directory):
+  call = {"prompt": "w1 " * 200}
+  model = load_text_model(directory, first_call=lambda settings: call, progress=False)
+  with pytest.raises(ConfigError, match="the model's context is 100"):
+    model.generate(**call)

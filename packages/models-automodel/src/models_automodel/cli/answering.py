@@ -53,6 +53,10 @@ def sampling_arguments() -> argparse.ArgumentParser:
     )
   parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
   parser.add_argument(
+    "--cache-dir",
+    help="directory that keeps the loaded weights as they lie on the devices, for a faster start next time",
+  )
+  parser.add_argument(
     "--no-memory-check", action="store_true", help="load even if the model seems not to fit into memory"
   )
   return parser
@@ -64,17 +68,28 @@ def sampling_of(options: argparse.Namespace, settings: TextSettings) -> Sampling
   Raises:
     ConfigError: if a number is outside its range.
   """
-  given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
-  sampling = dataclasses.replace(settings.sampling, **given)
-  filters = [name for name in ("top_k", "top_p", "min_p") if name in given]
+  return dataclasses.replace(settings.sampling, **_given(options))
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+  return {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+
+
+def _note_filters(options: argparse.Namespace, sampling: Sampling) -> None:
+  """Says which options have no effect."""
+  filters = [name for name in ("top_k", "top_p", "min_p") if name in _given(options)]
   if sampling.temperature == 0 and filters:
     names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
     print_error(f"{names}: no effect at temperature 0, which always takes the most likely token")
-  return sampling
 
 
 def load_model(
-  options: argparse.Namespace, where: Any, mesh: Any, tokens_of: Callable[[TextSettings], int], **kwargs: Any
+  options: argparse.Namespace,
+  where: Any,
+  mesh: Any,
+  prompt_of: Callable[[TextSettings], Prompt],
+  tokens_of: Callable[[TextSettings], int],
+  **kwargs: Any,
 ) -> TextModel:
   """Loads a model with its tokenizer.
 
@@ -82,29 +97,48 @@ def load_model(
     options: of the command.
     where: the place of the checkpoint.
     mesh: of the model, or None.
+    prompt_of: the first prompt, or one like it, which is compiled for while the weights are read.
     tokens_of: checks the prompt, and returns how many tokens the KV cache needs, before any weights are read.
     **kwargs: of `load_text_model`.
   """
   from models_automodel.text_models import load_text_model
 
   def check(plan: LoadPlan, settings: TextSettings) -> None:
-    sampling_of(options, settings)
+    _note_filters(options, sampling_of(options, settings))
     tokens = tokens_of(settings)
     if not options.no_memory_check:
       check_memory(plan, tokens)
 
-  return load_text_model(where, mesh, before_weights=check, **kwargs)
+  def first_call(settings: TextSettings) -> dict[str, Any]:
+    return {"prompt": prompt_of(settings), **asked(options, settings)}
+
+  return load_text_model(where, mesh, before_weights=check, first_call=first_call, **kwargs)
 
 
-def model_of(options: argparse.Namespace, tokens_of: Callable[[TextSettings], int]) -> TextModel:
+def asked(options: argparse.Namespace, settings: TextSettings) -> dict[str, Any]:
+  """What the options ask of each call of `TextModel.stream`."""
+  return {
+    "max_new_tokens": options.max_new_tokens,
+    "stop": options.stop,
+    "sampling": sampling_of(options, settings),
+  }
+
+
+def model_of(
+  options: argparse.Namespace,
+  prompt_of: Callable[[TextSettings], Prompt],
+  tokens_of: Callable[[TextSettings], int],
+) -> TextModel:
   """Loads the model that the options name."""
   return load_model(
     options,
     where_of(options),
     make_mesh(options.mesh),
+    prompt_of,
     tokens_of,
     dtype=options.dtype,
     ignore_config_keys=options.ignore_config_key,
+    cache_dir=options.cache_dir,
   )
 
 
@@ -117,12 +151,7 @@ class Answer:
     self._tokens, self._first = 0, 0.0
     self._start = time.perf_counter()
     self._texts = model.stream(
-      prompt,
-      max_new_tokens=options.max_new_tokens,
-      stop=options.stop,
-      sampling=sampling_of(options, model.settings),
-      seed=options.seed,
-      on_tokens=self._count,
+      prompt, seed=options.seed, on_tokens=self._count, **asked(options, model.settings)
     )
 
   def _count(self, tokens: int) -> None:

@@ -39,8 +39,9 @@ def _chat(options: argparse.Namespace) -> None:
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401
 
-  model = model_of(options, _tokens)
   messages = _beginning(options.system)
+  greeting = [*messages, {"role": "user", "content": "Hello!"}]
+  model = model_of(options, lambda settings: greeting, _tokens)
   if sys.stdin.isatty():
     print_error("Each line is a message; /help lists commands, Ctrl-D ends.")
   while (line := _line()) is not None:

@@ -42,7 +42,7 @@ def _generate(options: argparse.Namespace) -> None:
     limit, _ = settings.check([ids], options.max_new_tokens, options.stop)
     return len(ids) + limit
 
-  model = model_of(options, tokens_of)
+  model = model_of(options, lambda settings: _prompt(settings, text, options), tokens_of)
   answer = Answer(model, _prompt(model.settings, text, options), options)
   if options.json:
     answer.print_json()
@@ -81,10 +81,12 @@ def _quickstart(options: argparse.Namespace) -> None:
   print("SmolLM2-135M-Instruct, a Llama, on 8 devices of this CPU: fsdp=2, tp=4")
   defaults = sampling_arguments().parse_args(["--max-new-tokens", "60"])
   start = time.perf_counter()
-  model = load_model(defaults, path, make_mesh({"fsdp": 2, "tp": 4}), lambda settings: 256, dtype="float32")
+  prompt = [{"role": "user", "content": options.question}]
+  mesh = make_mesh({"fsdp": 2, "tp": 4})
+  model = load_model(defaults, path, mesh, lambda settings: prompt, lambda settings: 256, dtype="float32")
   print(f"loaded {path} in {time.perf_counter() - start:.1f} s")
   print(f"\n> {options.question}")
-  Answer(model, [{"role": "user", "content": options.question}], defaults).print()
+  Answer(model, prompt, defaults).print()
 
 
 def packaged_model() -> str:

@@ -12,6 +12,7 @@ from models_automodel.text.tokenizer import Tokenizer, load_tokenizer
 from models_core.errors import ConfigError
 from models_core.formats import Checkpoint
 from models_core.generation import GREEDY, Sampling, Scored, Stop, Stream, check_prompts, score, stream
+from models_core.loading import LoadPlan
 
 # New tokens of an answer for which no limit is given, at most.
 _NEW_TOKENS = 256
@@ -65,6 +66,46 @@ class TextSettings:
       return self.tokenizer.encode(prompt)
     return (
       [int(i) for i in cast(Sequence[int], prompt)] if plain else self.tokenizer.chat(prompt, **variables)
+    )
+
+  def compile(
+    self,
+    plan: LoadPlan,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    **variables: Any,
+  ) -> None:
+    """Compiles what `TextModel.stream` with the same arguments runs, for the model that a plan loads.
+
+    Raises:
+      ConfigError: as `TextModel.stream`.
+    """
+    ids = self.encode(prompt, **variables)
+    limit, stops = self.check([ids], max_new_tokens, stop)
+    self.run(plan.shapes(), [ids], limit, stops, sampling).compile()
+
+  def run(
+    self,
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: StopTexts,
+    sampling: Sampling | None,
+    seed: int = 0,
+    **options: Any,
+  ) -> Stream:
+    """The stream of a model's new tokens for encoded prompts. Takes other options of `models_core.generation.stream`."""
+    return stream(
+      model,
+      ids,
+      max_new_tokens=max_new_tokens,
+      sampling=self.sampling if sampling is None else sampling,
+      stop=Stop(ids=self.tokenizer.stop_ids | stops.ids),
+      seeds=seed,
+      **options,
     )
 
   def check(
@@ -155,7 +196,7 @@ class TextModel:
     """
     ids = self.settings.encode(prompt, **variables)
     limit, stops = self.settings.check([ids], max_new_tokens, stop)
-    pieces = self._run([ids], limit, stops, sampling, seed, interval=interval)
+    pieces = self.settings.run(self.model, [ids], limit, stops, sampling, seed, interval=interval)
 
     def arriving() -> Iterator[int]:
       for piece in pieces:
@@ -191,7 +232,8 @@ class TextModel:
     """
     ids = [self.settings.encode(prompt, **variables) for prompt in prompts]
     limit, stops = self.settings.check(ids, max_new_tokens, stop)
-    pieces = self._run(ids, limit, stops, sampling, seed, num_samples=num_samples, interval=32)
+    options = {"num_samples": num_samples, "interval": 32}
+    pieces = self.settings.run(self.model, ids, limit, stops, sampling, seed, **options)
     rows: list[list[int]] = [[] for _ in range(len(ids) * num_samples)]
     for piece in pieces:
       for i, (row, new) in enumerate(zip(rows, piece.tokens, strict=True)):
@@ -210,22 +252,3 @@ class TextModel:
     before = [self.settings.encode(prompt) for prompt in prompts]
     after = [self.tokenizer.encode(text, add_special_tokens=False) for text in continuations]
     return score(self.model, before, after, context=self.settings.context)
-
-  def _run(
-    self,
-    ids: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stops: StopTexts,
-    sampling: Sampling | None,
-    seed: int,
-    **options: Any,
-  ) -> Stream:
-    return stream(
-      self.model,
-      ids,
-      max_new_tokens=max_new_tokens,
-      sampling=self.settings.sampling if sampling is None else sampling,
-      stop=Stop(ids=self.tokenizer.stop_ids | stops.ids),
-      seeds=seed,
-      **options,
-    )

@@ -1,5 +1,14 @@
+from .fingerprint import fingerprint_of
 from .lora import Adapter, Factors, Roles, Rows, adapter_of, check_factors, lora_rules, set_adapter
-from .merging import merge_adapter, merge_into, merge_lora, merge_parameter, save_lora_merged, save_merged
+from .merging import (
+  merge_adapter,
+  merge_into,
+  merge_lora,
+  merge_parameter,
+  merged_model,
+  save_lora_merged,
+  save_merged,
+)
 from .orbax_tree import factor_names, load_orbax_adapter
 from .patterns import match_modules, unmatched
 from .peft import load_peft_adapter
@@ -18,6 +27,7 @@ __all__ = [
   "adapter_of",
   "check_factors",
   "factor_names",
+  "fingerprint_of",
   "load_orbax_adapter",
   "load_peft_adapter",
   "lora_rules",
@@ -27,6 +37,7 @@ __all__ = [
   "merge_lora",
   "merge_parameter",
   "merged_config",
+  "merged_model",
   "read_peft_config",
   "save_lora_merged",
   "save_merged",

@@ -100,6 +100,11 @@ class Adapter:
     return tuple(dict.fromkeys([*self.factors, *self.whole, *self.rows, *self.shifts]))
 
   @property
+  def keeps_shapes(self) -> bool:
+    """Whether a model has the same configuration after the adapter was merged into it."""
+    return self.vocab_size is None and not self.unties
+
+  @property
   def alphas(self) -> dict[str, float]:
     """LoRA's scale alpha of each parameter that has factors, by name."""
     return {

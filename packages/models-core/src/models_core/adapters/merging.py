@@ -25,7 +25,7 @@ from models_core.errors import AdapterError
 from models_core.family import Family
 from models_core.formats import as_files, read_safetensors
 from models_core.layers import by_layer, dotted, stack_layers
-from models_core.loading import abstract_model, plan_load
+from models_core.loading import AbstractModel, abstract_model, plan_load
 from models_core.saving import Base, save_parameters_to_safetensors, whole
 from models_core.sharding import fit
 from models_core.stacks import layer_names, layers_of, without_stacks
@@ -198,13 +198,27 @@ def merge_into(model: nnx.Module, adapter: Adapter, family: Family) -> nnx.Modul
   for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
     if not isinstance(variable, nnx.LoRAParam):
       arrays[dotted(path)] = variable.get_value()
-  config = merged_config(model.config, adapter, family)  # type: ignore[attr-defined]
   merged = merge_adapter(arrays, adapter, family.huggingface)
   meshes = (array.sharding.mesh for array in arrays.values() if isinstance(array.sharding, NamedSharding))
   mesh = next((mesh for mesh in meshes if isinstance(mesh, Mesh)), None)
-  abstract = abstract_model(family.model_class, config, mesh)
+  abstract = merged_model(model.config, adapter, family, mesh)  # type: ignore[attr-defined]
   _check_whole(merged, {name: p.shape for name, p in abstract.parameters.items()})
   return abstract.fill(merged)
+
+
+def merged_model(config: Any, adapter: Adapter, family: Family, mesh: Mesh | None) -> AbstractModel:
+  """The structure of the model that `merge_into` returns.
+
+  Args:
+    config: of the model that the adapter is merged into.
+    adapter: an adapter of the model's architecture.
+    family: family of the model.
+    mesh: of the model, or None.
+
+  Raises:
+    AdapterError: if the adapter does not fit.
+  """
+  return abstract_model(family.model_class, merged_config(config, adapter, family), mesh)
 
 
 def _check_whole(merged: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -109,7 +110,6 @@ class _Reading:
     self.is_tied = bool(self.head) and self.embedding in self.shapes and self.head not in self.shapes
     if self.is_tied:
       self.shapes[self.head] = self.shapes[self.embedding]
-    self.vocabulary = vocabulary_parameters(family, config) | ({self.head} if self.is_tied else set())
     self.left, self.body = _with_body(_read_arrays(files), self.table)
     # Factors of tensors that hold the matrices of several parameters, such as gate and up.
     self.fused: dict[str, np.ndarray] = {}
@@ -117,6 +117,12 @@ class _Reading:
     self.found: dict[str, Matrices] = {}
     self.mis_shaped: list[str] = []
     self.problems: list[str] = []
+
+  @functools.cached_property
+  def vocabulary(self) -> frozenset[str]:
+    """Names of the parameters whose first axis is that of the vocabulary; the first use builds a model of another size."""
+    own = vocabulary_parameters(self.family, self.config, self.shapes)
+    return own | ({self.head} if self.is_tied else set())
 
   def adapter(self) -> Adapter:
     """Reads everything.
@@ -218,12 +224,11 @@ class _Reading:
 
   def _vocab_size(self, whole: Mapping[str, np.ndarray]) -> int | None:
     """The size of the vocabulary, if the adapter changes it; the shapes of the model's parameters change with it."""
-    sizes = {name: whole[name].shape[0] for name in self.shapes if name in self.vocabulary and name in whole}
-    old = {self.shapes[name][0] for name in self.vocabulary}
+    sizes = {name: whole[name].shape[0] for name in self.shapes if name in whole and name in self.vocabulary}
     if len(set(sizes.values())) > 1:
       stated = ", ".join(f"{name} {size}" for name, size in sizes.items())
       self.problems.append(f"it holds embeddings and heads of different vocabularies: {stated} rows")
-    if not sizes or set(sizes.values()) == old:
+    if not sizes or set(sizes.values()) == {self.shapes[name][0] for name in self.vocabulary}:
       return None
     size = next(iter(sizes.values()))
     for name in self.vocabulary:
@@ -435,13 +440,17 @@ class _Reading:
 
   def _usual_form(self, name: str) -> int:
     """Which form a parameter would have in this adapter: that of most parameters with as many forms."""
-    number = len(find_row(self.table, name)[0].forms)
-    votes: collections.Counter[int] = collections.Counter()
-    for found, matrices in self.found.items():
-      forms = find_row(self.table, found)[0].forms
-      if len(forms) == number:
-        votes[forms.index(matrices.form)] += 1
+    votes = self._votes[len(find_row(self.table, name)[0].forms)]
     return votes.most_common(1)[0][0] if votes else 0
+
+  @functools.cached_property
+  def _votes(self) -> Mapping[int, collections.Counter[int]]:
+    """How many parameters were found in which form, by the number of forms that they may have."""
+    votes: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    for name, matrices in self.found.items():
+      forms = find_row(self.table, name)[0].forms
+      votes[len(forms)][forms.index(matrices.form)] += 1
+    return votes
 
   def _usual_tensor(self, name: str, shape: tuple[int, ...]) -> str:
     """The name that a parameter's first tensor would have in this adapter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models_core.adapters.lora import Adapter
@@ -91,11 +91,12 @@ def with_head(table: WeightTable) -> WeightTable:
   return WeightTable(*table.rows, ("lm_head.w", forms), ignored=table.ignored, tied=table.tied)
 
 
-def vocabulary_parameters(family: Family, config: Any) -> frozenset[str]:
-  """Names of the parameters whose first axis is that of the vocabulary."""
+def vocabulary_parameters(
+  family: Family, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
+  """Names of the parameters whose first axis is that of the vocabulary, among those with the given shapes."""
   field = field_of(config, VOCABULARY_FIELDS)
   if field is None:
     return frozenset()
-  before = abstract_model(family.model_class, config).parameters
   after = abstract_model(family.model_class, resized(config, getattr(config, field) + 1)).parameters
-  return frozenset(name for name, p in after.items() if p.shape != before[name].shape)
+  return frozenset(name for name, p in after.items() if p.shape != shapes[name])

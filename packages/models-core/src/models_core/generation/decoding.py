@@ -104,7 +104,8 @@ def stream(
   Prompts may have any lengths. What they all begin with runs through the model once, if it is long enough.
 
   Args:
-    model: a `models_core.layers.CausalLM`, on any mesh or none, with LoRA factors, quantised or neither.
+    model: a `models_core.layers.CausalLM`, on any mesh or none, with LoRA factors, quantised or neither. One without
+      arrays, as `LoadPlan.shapes` returns it, is for `Stream.compile`.
     prompts: at least one token id for each.
     max_new_tokens: upper limit of the new tokens of a row.
     sampling: how tokens are chosen.
@@ -234,6 +235,18 @@ class Stream(Iterator[Piece]):
   def end(self, row: int) -> None:
     """Ends a row from outside, such as at a stop string. A piece that is being computed may still hold tokens of it."""
     self._ended[row] = True
+
+  def compile(self) -> None:
+    """Compiles what all pieces run, for a model that has a `jax.ShapeDtypeStruct` in the place of each array.
+
+    A stream of the loaded model with the same options then compiles nothing. This one cannot be iterated over.
+    """
+    if self._left:
+      self._begin()
+    # Only from the second time on, the rows come from the loop itself.
+    for _ in range(2):
+      if self._left:
+        self._decode()
 
   def __next__(self) -> Piece:
     """The next piece.

@@ -54,7 +54,7 @@ class Placed:
 
   @classmethod
   def of(cls, model: Any) -> Placed:
-    """Takes a model apart. Later changes of the model do not count.
+    """Takes a model apart. Later changes of the model do not count. One without arrays yet is a `Planned`.
 
     Raises:
       ConfigError: if it is no language model.
@@ -69,12 +69,42 @@ class Placed:
     if mesh is not None and mesh.axis_types != (auto := (AxisType.Auto,) * len(mesh.axis_names)):
       mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=auto)
       leaves = [_on(mesh, leaf) for leaf in leaves]
-    return cls(Structure(graph, tree), leaves, mesh, model.num_embed)
+    kind = Planned if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves) else cls
+    return kind(Structure(graph, tree), leaves, mesh, model.num_embed)
 
   def run(self, program: Callable[..., Any], *args: Any) -> Any:
     """Calls `program(leaves, *args)` with the mesh in context."""
     with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
       return program(self.leaves, *args)
+
+  def commit(self, tree: Any) -> Any:
+    """The same arrays, bound to the devices that hold them, as those that come from programs of the model are.
+
+    An array that nothing binds to a device would compile the programs that take it a second time.
+    """
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, tree))
+
+
+class Planned(Placed):
+  """A model that has a `jax.ShapeDtypeStruct` in the place of each array: what would run is compiled.
+
+  JAX finds what was compiled when the same programs are called with arrays of these shapes and shardings.
+  """
+
+  def run(self, program: Any, *args: Any) -> Any:
+    """Compiles `program(leaves, *args)`, and returns what it would, with a shape in the place of each array."""
+    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+      lowered = program.lower(self.leaves, *args)
+      compiled = lowered.compile()
+    return jax.tree.map(
+      lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+      lowered.out_info,
+      compiled.output_shardings,
+    )
+
+  def commit(self, tree: Any) -> Any:
+    """The same shapes."""
+    return tree
 
 
 def _mesh_of(leaf: Any) -> Mesh | None:
@@ -85,4 +115,7 @@ def _mesh_of(leaf: Any) -> Mesh | None:
 def _on(mesh: Mesh, leaf: Any) -> Any:
   if _mesh_of(leaf) is None:
     return leaf
-  return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+  sharding = NamedSharding(mesh, leaf.sharding.spec)
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.device_put(leaf, sharding)

@@ -88,7 +88,7 @@ def _run(
   start: int = 0,
 ) -> tuple[jax.Array, Cache]:
   if cache is None:
-    cache = placed.run(cache_program(placed.structure, len(rows), size, dtype))
+    cache = placed.commit(placed.run(cache_program(placed.structure, len(rows), size, dtype)))
   program = prefill_program(placed.structure, Places.of(cache))
   for tokens, positions in chunks(rows, start):
     hidden, cache = placed.run(program, tokens, positions, cache)

@@ -1,6 +1,6 @@
 from .abstract import AbstractModel, AbstractParameter, abstract_model
 from .compiling import Compiling
-from .loader import load, load_arrays
+from .loader import load, load_arrays, log_notes
 from .opened import OpenedPlan
 from .plan import LoadPlan, Match, loaded_dtype, match_tensors, plan_load, shorten
 from .planned import PlannedParameter
@@ -17,6 +17,7 @@ __all__ = [
   "load",
   "load_arrays",
   "loaded_dtype",
+  "log_notes",
   "match_tensors",
   "plan_load",
   "shorten",

@@ -29,9 +29,14 @@ def load(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> nnx.Module:
     CheckpointError: if a file changed since its header was read, or a stored tied head differs from the embedding.
     ProcessError: if another process failed or sees a different checkpoint.
   """
+  log_notes(plan)
+  return plan.model.fill(load_arrays(plan, on_bytes=on_bytes))
+
+
+def log_notes(plan: LoadPlan) -> None:
+  """Logs what a user of a plan's model may not expect."""
   if notes := plan.notes():
     _log.warning("\n".join([f"{plan.checkpoint.files.path}:", *notes]))
-  return plan.model.fill(load_arrays(plan, on_bytes=on_bytes))
 
 
 def load_arrays(plan: LoadPlan, *, on_bytes: OnBytes | None = None) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from models_core.dequantising import dequantised, without_zero_biases
@@ -73,6 +74,10 @@ class LoadPlan:
     check_mesh(self.mesh)
     return OpenedPlan(self.checkpoint, self.parameters, self.ties, on_bytes, self.model.config)
 
+  def shapes(self) -> nnx.Module:
+    """The model as it will be loaded, with a `jax.ShapeDtypeStruct` in the place of each array."""
+    return with_shapes(self.model, self.parameters)
+
   def compile(self, function: Callable[..., Any], *args: Any) -> Compiling:
     """Compiles `function(model, *args)` in a thread, while the caller loads the plan.
 
@@ -88,7 +93,7 @@ class LoadPlan:
       function: of the model and other arguments; one that is jitted keeps its options, such as donated arguments.
       *args: the other arguments, as arrays or as `jax.ShapeDtypeStruct`.
     """
-    return Compiling(function, with_shapes(self.model, self.parameters), *args)
+    return Compiling(function, self.shapes(), *args)
 
   @property
   def files(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from .host_arrays import whole
 from .orbax_saver import save_parameters_to_orbax
 from .parameters import flatten, save_parameters_to_safetensors
 from .plan import SavedFile, Shaped, parse_size, plan_save, plan_state
-from .safetensors_writer import file_bytes, write_files
+from .safetensors_writer import file_bytes, write_files, write_own_file
 from .target import Draft, Place, Target, check_target, path_of, put_files
 from .writers import WRITERS, Writer
 
@@ -38,5 +38,6 @@ __all__ = [
   "save_parameters_to_safetensors",
   "whole",
   "write_files",
+  "write_own_file",
   "write_texts",
 ]

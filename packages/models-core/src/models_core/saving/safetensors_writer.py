@@ -80,6 +80,21 @@ def write_files(
     raise failure
 
 
+def write_own_file(path: str, file: SavedFile, get: Callable[[str], Any]) -> None:
+  """Writes one file of arrays that this process holds, whatever other processes do. It is not flushed to the disk.
+
+  Args:
+    path: of the new file.
+    file: its tensors.
+    get: a parameter's name -> its array.
+
+  Raises:
+    OSError: if the file system refuses.
+  """
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    os.close(_write_file(path, file, with_arrays(file.tensors, get), pool, None, None))
+
+
 def stream_files(
   draft: Draft,
   files: Sequence[SavedFile],

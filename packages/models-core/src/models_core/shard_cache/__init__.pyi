@@ -1,0 +1,3 @@
+from .cache import ShardCache
+
+__all__ = ["ShardCache"]
