@@ -13,18 +13,6 @@ from models_automodel import cli
 from models_automodel.cli import main
 
 
-@pytest.fixture(scope="module")
-def directory(checkpoint):
-  """The tiny model with a tokenizer of its own."""
-  tokenizers = pytest.importorskip("tokenizers")
-  path, _ = checkpoint
-  vocabulary = {word: i for i, word in enumerate(["[UNK]", "up", "down", "left", "right", *"abcdefgh"])}
-  engine = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-  engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  engine.save(str(path / "tokenizer.json"))
-  return str(path)
-
-
 def run(*arguments, **options):
   """In a process of its own, since the command decides how many devices the CPU stands for."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
@@ -270,13 +258,6 @@ def test_no_traceback_for_a_full_disk_a_closed_pipe_and_an_ascii_terminal():
     text=True,
   )
   assert "caf?" in done.stdout, done.stderr
-
-
-def test_a_backend_that_is_not_there_is_one_line(directory):
-  done = run("generate", directory, "up", env={"JAX_PLATFORMS": "tpu,nonsense"})
-  assert done.returncode == 1
-  assert "Traceback" not in done.stderr
-  assert "backend" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="watches what the command imports")

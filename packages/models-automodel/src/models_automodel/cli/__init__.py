@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from models_automodel.cli import chat, convert, environment, generate, inspect, upload
+from models_automodel.cli import chat, completion, convert, environment, generate, inspect, upload
+from models_automodel.cli.messages import message_of
 from models_automodel.cli.output import print_error, print_flushed, replace_unprintable
 from models_automodel.cli.parser import Parser
 from models_automodel.interrupt import end
-from models_core.errors import ModelsError
 
 # Functions that add a command to the parser, in the order of --help.
 _COMMANDS = (
@@ -30,6 +30,7 @@ _COMMANDS = (
   inspect.add_verify,
   upload.add_upload,
   environment.add_env,
+  completion.add_completion,
   generate.add_quickstart,
 )
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except Exception as error:
-    message = _message(error)
+    message = message_of(error)
     if message is None or options.traceback:
       raise
     print_error(f"automodel {options.command}: {message}")
@@ -79,30 +80,14 @@ def keep_compiled_programs() -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def _message(error: Exception) -> str | None:
-  """The message of an error that a user can cause; None for all others, of which the traceback says more."""
-  # The messages of these hold the remedy.
-  if isinstance(error, (ModelsError, TypeError, ImportError)):
-    return str(error)
-  if isinstance(error, OSError):
-    what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    return (
-      f"the output cannot be written: {error.strerror}" if error.filename is None and error.strerror else what
-    )
-  # A backend that isn't there, or XLA's refusal of a program that does not fit into memory.
-  text = str(error).strip()
-  if isinstance(error, RuntimeError) and ("backend" in text or "RESOURCE_EXHAUSTED" in text):
-    return text.splitlines()[0]
-  return None
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = Parser(
     prog="automodel", description="Load, inspect and convert pretrained LLMs as sharded Flax NNX modules."
   )
   parser.add_argument("--version", action="version", version=importlib.metadata.version("models-automodel"))
   parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error")
-  commands = parser.add_subparsers(dest="command", required=True)
+  parser.set_defaults(root=parser)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   for add in _COMMANDS:
     add(commands)
   return parser

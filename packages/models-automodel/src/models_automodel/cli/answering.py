@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from models_automodel.cli.arguments import where_of
+from models_automodel.cli.arguments import token_count, where_of
 from models_automodel.cli.memory import check_memory
 from models_automodel.cli.mesh_argument import make_mesh
 from models_automodel.cli.output import print_error, print_json, status
@@ -35,7 +35,7 @@ def sampling_arguments() -> argparse.ArgumentParser:
   parser.add_argument("--system", help="system message that the conversation begins with")
   parser.add_argument(
     "--max-new-tokens",
-    type=int,
+    type=token_count,
     help="stop an answer after this many tokens (default: 256, or where the context ends)",
   )
   parser.add_argument(

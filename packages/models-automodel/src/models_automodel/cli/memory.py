@@ -19,6 +19,14 @@ def gib(nbytes: int) -> str:
   return f"{nbytes / 2**30:.2f} GiB"
 
 
+def readable(nbytes: int) -> str:
+  """Bytes in the largest unit of which they have one, such as "14.96 GiB" or "512.0 KiB"."""
+  for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    if nbytes >= 2**unit:
+      return f"{nbytes / 2**unit:.{2 if unit == 30 else 1}f} {name}"
+  return f"{nbytes} B"
+
+
 def free_host_bytes() -> int | None:
   """Bytes of memory that this machine can still give; None where the system does not say it."""
   try:
