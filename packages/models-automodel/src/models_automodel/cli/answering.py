@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from models_automodel.cli.arguments import token_count, where_of
-from models_automodel.cli.memory import check_memory
+from models_automodel.cli.fastest import by_speed
+from models_automodel.cli.memory import MemoryBoundError, check_memory
 from models_automodel.cli.mesh_argument import make_mesh
 from models_automodel.cli.output import print_error, print_json, status
 
@@ -78,22 +80,42 @@ def load_model(
 ) -> TextModel:
   """Loads a model with its tokenizer.
 
+  Without a dtype, it is loaded in the one that is fastest here of those that fit into memory.
+
   Args:
     options: of the command.
     where: the place of the checkpoint.
     mesh: of the model, or None.
     tokens_of: checks the prompt, and returns how many tokens the KV cache needs, before any weights are read.
     **kwargs: of `load_text_model`.
+
+  Raises:
+    MemoryBoundError: if the model does not fit.
   """
   from models_automodel.text_models import load_text_model
+
+  times = by_speed() if kwargs["dtype"] is None else {kwargs["dtype"]: 0.0}
 
   def check(plan: LoadPlan, settings: TextSettings) -> None:
     sampling_of(options, settings)
     tokens = tokens_of(settings)
     if not options.no_memory_check:
       check_memory(plan, tokens)
+    if len(times) > 1:
+      _say_dtype(str(plan.parameters[0].dtype), times)
 
-  return load_text_model(where, mesh, before_weights=check, **kwargs)
+  *faster, last = times
+  for dtype in faster:
+    with contextlib.suppress(MemoryBoundError):
+      return load_text_model(where, mesh, before_weights=check, **{**kwargs, "dtype": dtype})
+  return load_text_model(where, mesh, before_weights=check, **{**kwargs, "dtype": last})
+
+
+def _say_dtype(chosen: str, times: dict[str, float]) -> None:
+  fastest = next(iter(times))
+  why = "the fastest here" if chosen == fastest else f"since {fastest}, the fastest here, does not fit"
+  measured = ", ".join(f"{ms:.1f} ms in {dtype}" for dtype, ms in times.items())
+  print_error(f"dtype: {chosen}, {why} (a matrix-vector product takes {measured}); --dtype chooses another")
 
 
 def model_of(options: argparse.Namespace, tokens_of: Callable[[TextSettings], int]) -> TextModel:

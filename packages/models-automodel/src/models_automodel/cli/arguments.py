@@ -36,7 +36,11 @@ def model_arguments() -> argparse.ArgumentParser:
     help="directory that downloads are kept in (default: the source's cache; object stores are read in place)",
   )
   add_ignored_keys(parser)
-  parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the parameters (default: as stored)")
+  parser.add_argument(
+    "--dtype",
+    choices=_DTYPES,
+    help="dtype of the parameters (default: as stored; for generate and chat, the fastest here)",
+  )
   add_selectors(parser)
   return parser
 
