@@ -204,13 +204,14 @@ def talking(directory, tmp_path):
 def test_chat_keeps_the_conversation(talking, capsys, monkeypatch):
   lines = iter(["/help", "up", "", "down", "/nonsense", "/clear", "up", "/exit", "never"])
   monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-  seen = []
+  seen, sessions = [], []
   from models_automodel.cli import chat
 
   class Answer(chat.Answer):
-    def __init__(self, model, prompt, options):
+    def __init__(self, model, prompt, options, session):
       seen.append([message["content"] for message in prompt])
-      super().__init__(model, prompt, options)
+      sessions.append(session)
+      super().__init__(model, prompt, options, session)
 
   monkeypatch.setattr(chat, "Answer", Answer)
   assert main(["chat", talking, "--max-new-tokens", "3", "--system", "left"]) == 0
@@ -218,6 +219,7 @@ def test_chat_keeps_the_conversation(talking, capsys, monkeypatch):
   first, second, third = (line for line in out.splitlines()[4:])
   assert seen == [["left", "up"], ["left", "up", first, "down"], ["left", "up"]]
   assert third == first
+  assert len({id(session) for session in sessions}) == 1
   assert second
   assert "/clear" in out
   assert "/nonsense is no command" in err

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -62,6 +63,18 @@ def test_texts_and_conversations(model):
   assert model.generate_batch(prompts, max_new_tokens=20) == [
     model.generate(prompt, max_new_tokens=20) for prompt in prompts
   ]
+
+
+def test_turns_of_a_conversation_share_a_cache(model):
+  session, messages, rows = model.session(), [], []
+  for said in ("w3", "w4", "w5"):
+    messages = [*messages, {"role": "user", "content": f" {said} "}]
+    rows.append(model.tokenizer.chat(messages))
+    answer = model.generate(messages, max_new_tokens=6, session=session)
+    assert answer == model.generate(messages, max_new_tokens=6)
+    messages = [*messages, {"role": "assistant", "content": f" {answer} "}]
+  # The template frames the answers anew, but all that was asked before is there.
+  assert session.reused == len(os.path.commonprefix(rows[1:])) == len(rows[1])
 
 
 def test_stop_strings(model):

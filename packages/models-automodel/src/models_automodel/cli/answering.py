@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from models_automodel.cli.arguments import token_count, where_of
+from models_automodel.cli.compiling import working
 from models_automodel.cli.fastest import by_speed
 from models_automodel.cli.memory import MemoryBoundError, check_memory
 from models_automodel.cli.mesh_argument import make_mesh
-from models_automodel.cli.output import print_error, print_json, status
+from models_automodel.cli.output import print_error, print_json
 
 if TYPE_CHECKING:
   from models_automodel.text import Prompt, TextModel, TextSettings
-  from models_core.generation import Sampling
+  from models_core.generation import Sampling, Session
   from models_core.loading import LoadPlan
 
 # Field of Sampling -> type and help of the option.
@@ -133,8 +134,11 @@ def model_of(options: argparse.Namespace, tokens_of: Callable[[TextSettings], in
 class Answer:
   """An answer that is printed as it arrives, with its time."""
 
-  def __init__(self, model: TextModel, prompt: Prompt, options: argparse.Namespace):
+  def __init__(
+    self, model: TextModel, prompt: Prompt, options: argparse.Namespace, session: Session | None = None
+  ):
     """Takes what `TextModel.stream` needs."""
+    self._session = session
     self.text = ""
     self._tokens, self._first = 0, 0.0
     self._start = time.perf_counter()
@@ -144,6 +148,7 @@ class Answer:
       stop=options.stop,
       sampling=sampling_of(options, model.settings),
       seed=options.seed,
+      session=session,
       on_tokens=self._count,
     )
 
@@ -153,7 +158,7 @@ class Answer:
     self._tokens += tokens
 
   def _pieces(self) -> Iterator[str]:
-    with status("compiling ...") as clear:
+    with working("reading the prompt ...") as clear:
       for text in self._texts:
         clear()
         self.text += text
@@ -165,7 +170,13 @@ class Answer:
       print(text, end="", flush=True)
     print(flush=True)
     if sys.stderr.isatty():
-      print_error(f"\033[2m[{self._tokens} tokens, {self.rate():.1f} tokens/s after the first]\033[0m")
+      print_error(f"\033[2m[{self._numbers()}]\033[0m")
+
+  def _numbers(self) -> str:
+    reused = 0 if self._session is None else self._session.reused
+    kept = f"; {reused} tokens of the conversation from the KV cache" if reused else ""
+    waited = f"{self._first - self._start:.1f} s to the first" if self._tokens else ""
+    return f"{self._tokens} tokens, {waited}, {self.rate():.1f} tokens/s after it{kept}"
 
   def print_json(self) -> None:
     """Prints a line of JSON for each piece of text, and one with the numbers."""

@@ -43,20 +43,18 @@ def replace_unprintable() -> None:
       reconfigure(errors="replace")
 
 
-@contextlib.contextmanager
-def status(text: str) -> Any:
-  """Shows a line on a terminal while a block runs, and removes it; yields a function that does so earlier."""
-  shown = sys.stderr.isatty()
+class StatusLine:
+  """A line of stderr that changes in place. What is not a terminal does not show it."""
 
-  def clear() -> None:
-    nonlocal shown
-    if shown:
-      print("\r\033[K", end="", file=sys.stderr, flush=True)
-      shown = False
+  def __init__(self) -> None:
+    self._is_terminal = sys.stderr.isatty()
 
-  if shown:
-    print(text, end="", file=sys.stderr, flush=True)
-  try:
-    yield clear
-  finally:
-    clear()
+  def show(self, text: str) -> None:
+    """Shows a text in place of the one before; "" removes it."""
+    if self._is_terminal:
+      with contextlib.suppress(OSError):
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+  def clear(self) -> None:
+    """Removes the line."""
+    self.show("")
