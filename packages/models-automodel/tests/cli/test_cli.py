@@ -235,33 +235,6 @@ def test_a_slip_is_answered_with_what_may_be_meant(arguments, meant, capsys):
   assert meant in capsys.readouterr().err
 
 
-def test_no_traceback_for_a_full_disk_a_closed_pipe_and_an_ascii_terminal():
-  with open("/dev/full", "w") as full:
-    done = subprocess.run(
-      [sys.executable, "-m", "models_automodel", "list"], stdout=full, stderr=subprocess.PIPE, text=True
-    )
-  assert (done.returncode, done.stderr) == (
-    1,
-    "automodel list: the output cannot be written: No space left on device\n",
-  )
-  reading, writing = os.pipe()
-  os.close(reading)
-  done = subprocess.run(
-    [sys.executable, "-m", "models_automodel", "list"], stdout=writing, stderr=subprocess.PIPE, text=True
-  )
-  os.close(writing)
-  assert (done.returncode, done.stderr) == (1, "")
-  code = "from models_automodel.cli import main; import models_naming; "
-  code += "models_naming.known_model_ids = lambda: {'llama3p1': ['caf\\u00e9']}; main(['list'])"
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    capture_output=True,
-    text=True,
-  )
-  assert "caf?" in done.stdout, done.stderr
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="watches what the command imports")
 def test_ctrl_c_is_one_line_and_status_130(directory):
   process = subprocess.Popen(

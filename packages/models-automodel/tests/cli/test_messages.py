@@ -72,7 +72,7 @@ def test_a_wrong_value_is_refused_at_once(arguments, message, capsys):
 
 
 def test_what_xla_cannot_allocate_is_one_line(directory, capsys):
-  arguments = ["generate", directory, "up down", "--max-new-tokens", "20000000000"]
+  arguments = ["generate", directory, "up down", "--max-new-tokens", "20000000000", "--dtype", "float32"]
   assert main([*arguments, "--no-memory-check"]) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith(

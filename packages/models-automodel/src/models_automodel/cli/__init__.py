@@ -13,8 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from models_automodel.cli import chat, completion, convert, environment, generate, inspect, upload
-from models_automodel.cli.messages import message_of
-from models_automodel.cli.output import print_error, print_flushed, replace_unprintable
+from models_automodel.cli.messages import is_of_output, message_of
+from models_automodel.cli.output import (
+  close_output,
+  open_missing_streams,
+  print_error,
+  replace_unprintable,
+)
 from models_automodel.cli.parser import Parser
 from models_automodel.interrupt import end
 
@@ -44,25 +49,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit status: 0, or 1 for an error, whose message is printed to stderr.
   """
+  open_missing_streams()
   replace_unprintable()
-  options = _parser().parse_args(arguments)
-  keep_compiled_programs()
+  options = argparse.Namespace(command=None, traceback=False)
   try:
+    try:
+      _parser().parse_args(arguments, options)
+    finally:
+      # --help and --version end here.
+      sys.stdout.flush()
+    keep_compiled_programs()
     options.run(options)
-    print_flushed()
+    sys.stdout.flush()
   except KeyboardInterrupt:
     if options.traceback:
       raise
     end()
   except BrokenPipeError:
-    # The reader of a pipe has closed it; without this, Python would report it again when it flushes at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # The reader of a pipe has closed it, and knows. Python would report it again when it flushes at exit.
+    close_output()
     return 1
   except Exception as error:
     message = message_of(error)
+    if is_of_output(error):
+      close_output()
     if message is None or options.traceback:
       raise
-    print_error(f"automodel {options.command}: {message}")
+    print_error(f"automodel {options.command}: {message}" if options.command else f"automodel: {message}")
     return 1
   return 0
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+from typing import TypeGuard
 
 from models_core.errors import ModelsError
 
+# Numbers of errors of a full, broken or closed device; those of connections are others.
+_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 # Options that have the name of a keyword argument.
 _SAME = "file|subfolder|variant|revision|dtype"
 # What Python's callers read, and what users of the command read.
@@ -32,14 +36,19 @@ def spoken(message: str) -> str:
   return message
 
 
+def is_of_output(error: Exception) -> TypeGuard[OSError]:
+  """Whether standard output cannot be written: such an error names no file."""
+  return isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT
+
+
 def message_of(error: Exception) -> str | None:
   """The message of an error that a user can cause; None for all others, of which the traceback says more."""
   # The messages of these hold the remedy.
   if isinstance(error, (ModelsError, TypeError, ImportError)):
     return spoken(str(error))
+  if is_of_output(error):
+    return f"the output cannot be written: {error.strerror}"
   if isinstance(error, OSError):
-    if error.filename is None and error.strerror:
-      return f"the output cannot be written: {error.strerror}"
     return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in (text := str(error)):
     line = text.strip().splitlines()[0].rpartition("RESOURCE_EXHAUSTED: ")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -19,21 +20,23 @@ def print_json(value: Any) -> None:
   print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
-def print_flushed() -> None:
-  """Writes what has been printed, so that an error of a full disk is one of the command and not of its end."""
-  try:
-    sys.stdout.flush()
-  except OSError:
-    # Python would report it again at exit.
-    with contextlib.suppress(OSError):
-      sys.stdout.close()
-    raise
+def close_output() -> None:
+  """Closes standard output without a word of what could not be written, which Python would report again at exit."""
+  with contextlib.suppress(OSError):
+    sys.stdout.close()
 
 
 def print_error(message: str) -> None:
   """Prints a message to stderr; without a stderr, nothing."""
   with contextlib.suppress(OSError):
     print(message, file=sys.stderr, flush=True)
+
+
+def open_missing_streams() -> None:
+  """Opens the null device in place of standard streams that are closed, which Python shows as None."""
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def replace_unprintable() -> None:
