@@ -252,3 +252,16 @@ def test_ctrl_c_is_one_line_and_status_130(directory):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130
   assert err.strip() == "automodel: interrupted"
+
+
+def test_a_terminal_says_what_takes_time(directory, monkeypatch, capsys):
+  """In a process whose programs are not compiled yet, with a stderr that is a terminal."""
+  jax.clear_caches()
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  assert main(["generate", directory, "up down left", "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+  _, err = capsys.readouterr()
+  clear = "\r\033[K"
+  assert f"{clear}reading the prompt ...{clear}compiling ...{clear}reading the prompt ..." in err
+  *_, line = err.replace(clear, "\n").splitlines()
+  assert line.startswith("\033[2m[5 tokens: ")
+  assert " s to the first, then " in line

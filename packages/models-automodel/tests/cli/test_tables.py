@@ -63,6 +63,10 @@ def test_experts_are_drawn_along_their_first_axis():
   assert [word for word in drawn.split() if word.isdigit()] == ["0", "2", "1", "3"]
 
 
+def test_a_parameter_without_axes_is_whole():
+  assert "0 1" in rendered(drawing(split(mesh(tp=2))))
+
+
 def test_a_large_mesh_is_cut_short():
   drawn = rendered(drawing(split(mesh(fsdp=100_000), ("fsdp",))))
   assert "..." in drawn

@@ -115,8 +115,8 @@ def load_model(
 def _say_dtype(chosen: str, times: dict[str, float]) -> None:
   fastest = next(iter(times))
   why = "the fastest here" if chosen == fastest else f"since {fastest}, the fastest here, does not fit"
-  measured = ", ".join(f"{ms:.1f} ms in {dtype}" for dtype, ms in times.items())
-  print_error(f"dtype: {chosen}, {why} (a matrix-vector product takes {measured}); --dtype chooses another")
+  measured = ", ".join(f"{dtype} {ms:.1f} ms" for dtype, ms in times.items())
+  print_error(f"dtype: {chosen}, {why} ({measured} a product); --dtype chooses another")
 
 
 def model_of(options: argparse.Namespace, tokens_of: Callable[[TextSettings], int]) -> TextModel:
@@ -174,9 +174,11 @@ class Answer:
 
   def _numbers(self) -> str:
     reused = 0 if self._session is None else self._session.reused
-    kept = f"; {reused} tokens of the conversation from the KV cache" if reused else ""
-    waited = f"{self._first - self._start:.1f} s to the first" if self._tokens else ""
-    return f"{self._tokens} tokens, {waited}, {self.rate():.1f} tokens/s after it{kept}"
+    kept = f"; {reused} tokens from the KV cache" if reused else ""
+    if not self._tokens:
+      return f"no token{kept}"
+    waited = self._first - self._start
+    return f"{self._tokens} tokens: {waited:.1f} s to the first, then {self.rate():.1f} tokens/s{kept}"
 
   def print_json(self) -> None:
     """Prints a line of JSON for each piece of text, and one with the numbers."""

@@ -124,33 +124,32 @@ def drawing(split: Split) -> Table:
   from rich.table import Table
   from rich.text import Text
 
-  parts = split.parts()
+  # A parameter without axes is one part, too.
+  parts = split.parts() or (1,)
   first = next((axis for axis, count in enumerate(parts) if count > 1), 0)
   lines = list(itertools.product(*((None,) if axis == first else range(n) for axis, n in enumerate(parts))))
-  grid = Table(box=box.SQUARE, show_header=False, show_lines=True, padding=(0, 1))
-  for row in _some(parts[first] if parts else 1):
-    cells = []
-    for column in _some(len(lines)):
-      if row is None or column is None:
-        cells.append(Text("..."))
-        continue
-      place = [row if index is None else index for index in lines[column]]
-      held = split.holders(place)
-      number = row * len(lines) + column
-      cells.append(Text(_numbers(held), f"black on {_COLOURS[number % len(_COLOURS)]}"))
-    grid.add_row(*cells)
+  cells = [[_label(split, lines, row, column) for column in _some(len(lines))] for row in _some(parts[first])]
+  width = max(len(label) for row in cells for label in row)
+  colours = itertools.cycle(_COLOURS)
+  grid = Table(box=box.SQUARE, show_header=False, show_lines=True, padding=0)
+  for row in cells:
+    grid.add_row(*(Text(f" {label:{width}} ", f"#000000 on {next(colours)}") for label in row))
   return grid
+
+
+def _label(split: Split, lines: Sequence[Sequence[int | None]], row: int | None, column: int | None) -> str:
+  """Numbers of the devices of a part: "0 4", or "0 1 2 3 ..." of many; "..." for parts that are left out."""
+  if row is None or column is None:
+    return "..."
+  place = [row if index is None else index for index in lines[column]]
+  held = split.holders(place[: len(split.axes)])
+  few = list(itertools.islice(held, _FEW + 1))
+  return " ".join(map(str, few[:_FEW])) + (" ..." if len(few) > _FEW else "")
 
 
 def _some(count: int) -> list[int | None]:
   """Indices up to a count; of many, the first ones, None, and the last."""
   return list(range(count)) if count <= _MOST else [*range(_MOST - 2), None, count - 1]
-
-
-def _numbers(held: Iterator[int]) -> str:
-  """Numbers of devices: "0 4", or "0 1 2 ..." of many."""
-  few = list(itertools.islice(held, _FEW + 1))
-  return " ".join(map(str, few[:_FEW])) + (" ..." if len(few) > _FEW else "")
 
 
 def of_memory(parameters: Mapping[str, Any], width: int = 40) -> list[RenderableType]:

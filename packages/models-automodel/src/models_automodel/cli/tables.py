@@ -84,7 +84,7 @@ def of_show(shown: Mapping[str, Any], shapes: Mapping[str, Sequence[Sequence[int
   whole, ring = shown["kv_cache_bytes"], shown["kv_cache_bytes_with_rings"]
   memory.add_row(f"KV cache of {shown['context']:,} tokens in bfloat16", readable(whole))
   if ring < whole:
-    memory.add_row("the same with ring=True, sliding layers in rings", readable(ring))
+    memory.add_row("the same, with sliding windows in rings", readable(ring))
   return [Columns([config]), parameters, memory]
 
 
