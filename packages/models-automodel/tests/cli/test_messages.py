@@ -71,6 +71,13 @@ def test_a_wrong_value_is_refused_at_once(arguments, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_what_has_no_effect_is_said_once(directory, capsys):
+  arguments = ["generate", directory, "up", "--max-new-tokens", "2", "--dtype", "float32"]
+  assert main([*arguments, "--temperature", "0", "--top-k", "5", "--min-p", "0.1"]) == 0
+  said = "--top-k, --min-p: no effect at temperature 0, which always takes the most likely token\n"
+  assert capsys.readouterr().err == said
+
+
 def test_what_xla_cannot_allocate_is_one_line(directory, capsys):
   arguments = ["generate", directory, "up down", "--max-new-tokens", "20000000000", "--dtype", "float32"]
   assert main([*arguments, "--no-memory-check"]) == 1

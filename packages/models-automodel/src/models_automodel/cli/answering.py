@@ -68,12 +68,7 @@ def sampling_of(options: argparse.Namespace, settings: TextSettings) -> Sampling
     ConfigError: if a number is outside its range.
   """
   given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
-  sampling = dataclasses.replace(settings.sampling, **given)
-  filters = [name for name in ("top_k", "top_p", "min_p") if name in given]
-  if sampling.temperature == 0 and filters:
-    names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
-    print_error(f"{names}: no effect at temperature 0, which always takes the most likely token")
-  return sampling
+  return dataclasses.replace(settings.sampling, **given)
 
 
 def load_model(
@@ -98,10 +93,12 @@ def load_model(
   times = by_speed() if kwargs["dtype"] is None else {kwargs["dtype"]: 0.0}
 
   def check(plan: LoadPlan, settings: TextSettings) -> None:
-    sampling_of(options, settings)
+    sampling = sampling_of(options, settings)
     tokens = tokens_of(settings)
     if not options.no_memory_check:
       check_memory(plan, tokens)
+    if sampling.temperature == 0:
+      _say_without_effect(options)
     if len(times) > 1:
       _say_dtype(str(plan.parameters[0].dtype), times)
 
@@ -110,6 +107,13 @@ def load_model(
     with contextlib.suppress(MemoryBoundError):
       return load_text_model(where, mesh, before_weights=check, **{**kwargs, "dtype": dtype})
   return load_text_model(where, mesh, before_weights=check, **{**kwargs, "dtype": last})
+
+
+def _say_without_effect(options: argparse.Namespace) -> None:
+  filters = [name for name in ("top_k", "top_p", "min_p") if getattr(options, name) is not None]
+  if filters:
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
+    print_error(f"{names}: no effect at temperature 0, which always takes the most likely token")
 
 
 def _say_dtype(chosen: str, times: dict[str, float]) -> None:
