@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 
 import sharding_pictures
+import terminal_pictures
 from architectures import architecture_page
 
 DOCS = pathlib.Path(__file__).parent.resolve()
@@ -68,7 +69,7 @@ def assemble(folder: pathlib.Path) -> None:
     write(pages / "architectures" / f"{name}.md", text)
   for module, title in REFERENCE.items():
     write(pages / "reference" / f"{module}.md", reference_page(module, title))
-  for name, picture in sharding_pictures.pictures():
+  for name, picture in [*sharding_pictures.pictures(), *terminal_pictures.pictures()]:
     write(pages / "pictures" / f"{name}.svg", picture)
   settings = (DOCS / "zensical.toml").read_text()
   write(folder / "zensical.toml", settings.replace("SOURCES", str(ROOT / "packages")))

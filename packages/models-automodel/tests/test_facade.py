@@ -5,7 +5,7 @@ import pytest
 
 import models_automodel
 
-HEAVY = "sorted({name.partition('.')[0] for name in sys.modules} & {'jax', 'flax', 'numpy', 'tokenizers'})"
+HEAVY = "sorted({name.partition('.')[0] for name in sys.modules} & {'jax', 'flax', 'numpy', 'tokenizers', 'rich', 'shtab'})"
 
 
 def heavy_after(code):

@@ -226,7 +226,8 @@ def _exists(place: str) -> bool:
 def _is_path(place: str) -> bool:
   """Whether a path is meant, which does not exist, and not a repository."""
   beyond = place.count("/") > 1 and os.path.isdir(os.path.dirname(os.path.expanduser(place)))
-  return place.startswith(_PATHS) or place in (".", "..") or "\\" in place or beyond
+  ends = place.endswith("/") and "/" not in place.strip("/")
+  return place.startswith(_PATHS) or place in (".", "..") or "\\" in place or beyond or ends
 
 
 def _of_hub(place: str, quantisation: str | None) -> _Place:

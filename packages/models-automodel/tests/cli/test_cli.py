@@ -13,18 +13,6 @@ from models_automodel import cli
 from models_automodel.cli import main
 
 
-@pytest.fixture(scope="module")
-def directory(checkpoint):
-  """The tiny model with a tokenizer of its own."""
-  tokenizers = pytest.importorskip("tokenizers")
-  path, _ = checkpoint
-  vocabulary = {word: i for i, word in enumerate(["[UNK]", "up", "down", "left", "right", *"abcdefgh"])}
-  engine = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-  engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  engine.save(str(path / "tokenizer.json"))
-  return str(path)
-
-
 def run(*arguments, **options):
   """In a process of its own, since the command decides how many devices the CPU stands for."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
@@ -216,13 +204,14 @@ def talking(directory, tmp_path):
 def test_chat_keeps_the_conversation(talking, capsys, monkeypatch):
   lines = iter(["/help", "up", "", "down", "/nonsense", "/clear", "up", "/exit", "never"])
   monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-  seen = []
+  seen, sessions = [], []
   from models_automodel.cli import chat
 
   class Answer(chat.Answer):
-    def __init__(self, model, prompt, options):
+    def __init__(self, model, prompt, options, session):
       seen.append([message["content"] for message in prompt])
-      super().__init__(model, prompt, options)
+      sessions.append(session)
+      super().__init__(model, prompt, options, session)
 
   monkeypatch.setattr(chat, "Answer", Answer)
   assert main(["chat", talking, "--max-new-tokens", "3", "--system", "left"]) == 0
@@ -230,6 +219,7 @@ def test_chat_keeps_the_conversation(talking, capsys, monkeypatch):
   first, second, third = (line for line in out.splitlines()[4:])
   assert seen == [["left", "up"], ["left", "up", first, "down"], ["left", "up"]]
   assert third == first
+  assert len({id(session) for session in sessions}) == 1
   assert second
   assert "/clear" in out
   assert "/nonsense is no command" in err
@@ -243,40 +233,6 @@ def test_a_slip_is_answered_with_what_may_be_meant(arguments, meant, capsys):
   with pytest.raises(SystemExit, match="2"):
     main(arguments)
   assert meant in capsys.readouterr().err
-
-
-def test_no_traceback_for_a_full_disk_a_closed_pipe_and_an_ascii_terminal():
-  with open("/dev/full", "w") as full:
-    done = subprocess.run(
-      [sys.executable, "-m", "models_automodel", "list"], stdout=full, stderr=subprocess.PIPE, text=True
-    )
-  assert (done.returncode, done.stderr) == (
-    1,
-    "automodel list: the output cannot be written: No space left on device\n",
-  )
-  reading, writing = os.pipe()
-  os.close(reading)
-  done = subprocess.run(
-    [sys.executable, "-m", "models_automodel", "list"], stdout=writing, stderr=subprocess.PIPE, text=True
-  )
-  os.close(writing)
-  assert (done.returncode, done.stderr) == (1, "")
-  code = "from models_automodel.cli import main; import models_naming; "
-  code += "models_naming.known_model_ids = lambda: {'llama3p1': ['caf\\u00e9']}; main(['list'])"
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    capture_output=True,
-    text=True,
-  )
-  assert "caf?" in done.stdout, done.stderr
-
-
-def test_a_backend_that_is_not_there_is_one_line(directory):
-  done = run("generate", directory, "up", env={"JAX_PLATFORMS": "tpu,nonsense"})
-  assert done.returncode == 1
-  assert "Traceback" not in done.stderr
-  assert "backend" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="watches what the command imports")
@@ -296,3 +252,16 @@ def test_ctrl_c_is_one_line_and_status_130(directory):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130
   assert err.strip() == "automodel: interrupted"
+
+
+def test_a_terminal_says_what_takes_time(directory, monkeypatch, capsys):
+  """In a process whose programs are not compiled yet, with a stderr that is a terminal."""
+  jax.clear_caches()
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  assert main(["generate", directory, "up down left", "--max-new-tokens", "5", "--dtype", "float32"]) == 0
+  _, err = capsys.readouterr()
+  clear = "\r\033[K"
+  assert f"{clear}reading the prompt ...{clear}compiling ...{clear}reading the prompt ..." in err
+  *_, line = err.replace(clear, "\n").splitlines()
+  assert line.startswith("\033[2m[5 tokens: ")
+  assert " s to the first, then " in line

@@ -65,6 +65,19 @@ def test_texts_and_conversations(model):
   ]
 
 
+def test_turns_of_a_conversation_share_a_cache(model):
+  session, messages, rows = model.session(), [], []
+  for said in ("w3", "w4", "w5"):
+    messages = [*messages, {"role": "user", "content": f" {said} "}]
+    rows.append(model.tokenizer.chat(messages))
+    answer = model.generate(messages, max_new_tokens=6, session=session)
+    assert answer == model.generate(messages, max_new_tokens=6)
+    messages = [*messages, {"role": "assistant", "content": f" {answer} "}]
+  # The template frames the answers anew, but all that was asked before is there.
+  assert rows[2][: len(rows[1])] == rows[1]
+  assert session.reused == len(rows[1])
+
+
 def test_stop_strings(model):
   answer = model.generate("w1 w2", max_new_tokens=60)
   words = answer.split()

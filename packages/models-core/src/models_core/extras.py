@@ -4,7 +4,6 @@ import importlib
 import importlib.metadata
 import json
 import types
-import urllib.request
 from typing import Any
 
 from models_core.errors import ModelsError
@@ -63,7 +62,11 @@ def install_command(requirement: str) -> str:
     # uv finds the other packages of the same commit; pip would look for them on an index.
     return f'uv pip install "{wanted} @ {vcs["vcs"]}+{url}@{vcs["commit_id"]}{folder}"'
   if (directory := origin.get("dir_info")) is not None:
-    path = urllib.request.url2pathname(url.removeprefix("file://"))
+    from urllib.request import (
+      url2pathname,
+    )  # takes longer to import than all else that `automodel --help` does
+
+    path = url2pathname(url.removeprefix("file://"))
     editable = "--editable" if directory.get("editable") else "--no-editable"
     return f'uv pip install {editable} "{path}[{extra}]"'
   return f'{installer} install "{wanted} @ {url}"' if url else f'{installer} install "{wanted}"'

@@ -12,11 +12,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from models_automodel.cli import chat, convert, environment, generate, inspect, upload
-from models_automodel.cli.output import print_error, print_flushed, replace_unprintable
+from models_automodel.cli import chat, completion, convert, environment, generate, inspect, upload
+from models_automodel.cli.messages import is_of_output, message_of
+from models_automodel.cli.output import (
+  close_output,
+  open_missing_streams,
+  print_error,
+  replace_unprintable,
+)
 from models_automodel.cli.parser import Parser
 from models_automodel.interrupt import end
-from models_core.errors import ModelsError
 
 # Functions that add a command to the parser, in the order of --help.
 _COMMANDS = (
@@ -30,6 +35,7 @@ _COMMANDS = (
   inspect.add_verify,
   upload.add_upload,
   environment.add_env,
+  completion.add_completion,
   generate.add_quickstart,
 )
 
@@ -43,25 +49,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit status: 0, or 1 for an error, whose message is printed to stderr.
   """
+  open_missing_streams()
   replace_unprintable()
-  options = _parser().parse_args(arguments)
-  keep_compiled_programs()
+  options = argparse.Namespace(command=None, traceback=False)
   try:
+    try:
+      _parser().parse_args(arguments, options)
+    finally:
+      # --help and --version end here.
+      sys.stdout.flush()
+    keep_compiled_programs()
     options.run(options)
-    print_flushed()
+    sys.stdout.flush()
   except KeyboardInterrupt:
     if options.traceback:
       raise
     end()
   except BrokenPipeError:
-    # The reader of a pipe has closed it; without this, Python would report it again when it flushes at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # The reader of a pipe has closed it, and knows. Python would report it again when it flushes at exit.
+    close_output()
     return 1
   except Exception as error:
-    message = _message(error)
+    message = message_of(error)
+    if is_of_output(error):
+      close_output()
     if message is None or options.traceback:
       raise
-    print_error(f"automodel {options.command}: {message}")
+    print_error(f"automodel {options.command}: {message}" if options.command else f"automodel: {message}")
     return 1
   return 0
 
@@ -79,30 +93,14 @@ def keep_compiled_programs() -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def _message(error: Exception) -> str | None:
-  """The message of an error that a user can cause; None for all others, of which the traceback says more."""
-  # The messages of these hold the remedy.
-  if isinstance(error, (ModelsError, TypeError, ImportError)):
-    return str(error)
-  if isinstance(error, OSError):
-    what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    return (
-      f"the output cannot be written: {error.strerror}" if error.filename is None and error.strerror else what
-    )
-  # A backend that isn't there, or XLA's refusal of a program that does not fit into memory.
-  text = str(error).strip()
-  if isinstance(error, RuntimeError) and ("backend" in text or "RESOURCE_EXHAUSTED" in text):
-    return text.splitlines()[0]
-  return None
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = Parser(
     prog="automodel", description="Load, inspect and convert pretrained LLMs as sharded Flax NNX modules."
   )
   parser.add_argument("--version", action="version", version=importlib.metadata.version("models-automodel"))
   parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error")
-  commands = parser.add_subparsers(dest="command", required=True)
+  parser.set_defaults(root=parser)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   for add in _COMMANDS:
     add(commands)
   return parser

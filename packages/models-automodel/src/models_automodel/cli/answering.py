@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from models_automodel.cli.arguments import where_of
-from models_automodel.cli.memory import check_memory
+from models_automodel.cli.arguments import token_count, where_of
+from models_automodel.cli.compiling import working
+from models_automodel.cli.fastest import by_speed
+from models_automodel.cli.memory import MemoryBoundError, check_memory
 from models_automodel.cli.mesh_argument import make_mesh
-from models_automodel.cli.output import print_error, print_json, status
+from models_automodel.cli.output import print_error, print_json
 
 if TYPE_CHECKING:
   from models_automodel.text import Prompt, TextModel, TextSettings
-  from models_core.generation import Sampling
+  from models_core.generation import Sampling, Session
   from models_core.loading import LoadPlan
 
 # Field of Sampling -> type and help of the option.
@@ -35,7 +38,7 @@ def sampling_arguments() -> argparse.ArgumentParser:
   parser.add_argument("--system", help="system message that the conversation begins with")
   parser.add_argument(
     "--max-new-tokens",
-    type=int,
+    type=token_count,
     help="stop an answer after this many tokens (default: 256, or where the context ends)",
   )
   parser.add_argument(
@@ -68,19 +71,8 @@ def sampling_of(options: argparse.Namespace, settings: TextSettings) -> Sampling
   Raises:
     ConfigError: if a number is outside its range.
   """
-  return dataclasses.replace(settings.sampling, **_given(options))
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-  return {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
-
-
-def _note_filters(options: argparse.Namespace, sampling: Sampling) -> None:
-  """Says which options have no effect."""
-  filters = [name for name in ("top_k", "top_p", "min_p") if name in _given(options)]
-  if sampling.temperature == 0 and filters:
-    names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
-    print_error(f"{names}: no effect at temperature 0, which always takes the most likely token")
+  given = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+  return dataclasses.replace(settings.sampling, **given)
 
 
 def load_model(
@@ -93,6 +85,8 @@ def load_model(
 ) -> TextModel:
   """Loads a model with its tokenizer.
 
+  Without a dtype, it is loaded in the one that is fastest here of those that fit into memory.
+
   Args:
     options: of the command.
     where: the place of the checkpoint.
@@ -100,19 +94,51 @@ def load_model(
     prompt_of: the first prompt, or one like it, which is compiled for while the weights are read.
     tokens_of: checks the prompt, and returns how many tokens the KV cache needs, before any weights are read.
     **kwargs: of `load_text_model`.
+
+  Raises:
+    MemoryBoundError: if the model does not fit.
   """
   from models_automodel.text_models import load_text_model
 
+  times = by_speed() if kwargs["dtype"] is None else {kwargs["dtype"]: 0.0}
+
   def check(plan: LoadPlan, settings: TextSettings) -> None:
-    _note_filters(options, sampling_of(options, settings))
+    sampling = sampling_of(options, settings)
     tokens = tokens_of(settings)
     if not options.no_memory_check:
       check_memory(plan, tokens)
+    if sampling.temperature == 0:
+      _say_without_effect(options)
+    if len(times) > 1:
+      _say_dtype(str(plan.parameters[0].dtype), times)
 
   def first_call(settings: TextSettings) -> dict[str, Any]:
     return {"prompt": prompt_of(settings), **asked(options, settings)}
 
-  return load_text_model(where, mesh, before_weights=check, first_call=first_call, **kwargs)
+  def load(dtype: Any) -> TextModel:
+    return load_text_model(
+      where, mesh, before_weights=check, first_call=first_call, **{**kwargs, "dtype": dtype}
+    )
+
+  *faster, last = times
+  for dtype in faster:
+    with contextlib.suppress(MemoryBoundError):
+      return load(dtype)
+  return load(last)
+
+
+def _say_without_effect(options: argparse.Namespace) -> None:
+  filters = [name for name in ("top_k", "top_p", "min_p") if getattr(options, name) is not None]
+  if filters:
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in filters)
+    print_error(f"{names}: no effect at temperature 0, which always takes the most likely token")
+
+
+def _say_dtype(chosen: str, times: dict[str, float]) -> None:
+  fastest = next(iter(times))
+  why = "the fastest here" if chosen == fastest else f"since {fastest}, the fastest here, does not fit"
+  measured = ", ".join(f"{dtype} {ms:.1f} ms" for dtype, ms in times.items())
+  print_error(f"dtype: {chosen}, {why} ({measured} a product); --dtype chooses another")
 
 
 def asked(options: argparse.Namespace, settings: TextSettings) -> dict[str, Any]:
@@ -145,13 +171,16 @@ def model_of(
 class Answer:
   """An answer that is printed as it arrives, with its time."""
 
-  def __init__(self, model: TextModel, prompt: Prompt, options: argparse.Namespace):
+  def __init__(
+    self, model: TextModel, prompt: Prompt, options: argparse.Namespace, session: Session | None = None
+  ):
     """Takes what `TextModel.stream` needs."""
+    self._session = session
     self.text = ""
     self._tokens, self._first = 0, 0.0
     self._start = time.perf_counter()
     self._texts = model.stream(
-      prompt, seed=options.seed, on_tokens=self._count, **asked(options, model.settings)
+      prompt, seed=options.seed, session=session, on_tokens=self._count, **asked(options, model.settings)
     )
 
   def _count(self, tokens: int) -> None:
@@ -160,7 +189,7 @@ class Answer:
     self._tokens += tokens
 
   def _pieces(self) -> Iterator[str]:
-    with status("compiling ...") as clear:
+    with working("reading the prompt ...") as clear:
       for text in self._texts:
         clear()
         self.text += text
@@ -172,7 +201,15 @@ class Answer:
       print(text, end="", flush=True)
     print(flush=True)
     if sys.stderr.isatty():
-      print_error(f"\033[2m[{self._tokens} tokens, {self.rate():.1f} tokens/s after the first]\033[0m")
+      print_error(f"\033[2m[{self._numbers()}]\033[0m")
+
+  def _numbers(self) -> str:
+    reused = 0 if self._session is None else self._session.reused
+    kept = f"; {reused} tokens from the KV cache" if reused else ""
+    if not self._tokens:
+      return f"no token{kept}"
+    waited = self._first - self._start
+    return f"{self._tokens} tokens: {waited:.1f} s to the first, then {self.rate():.1f} tokens/s{kept}"
 
   def print_json(self) -> None:
     """Prints a line of JSON for each piece of text, and one with the numbers."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models_automodel.cli.mesh_argument import parse_mesh
+from models_automodel.cli.output import print_error
 
 if TYPE_CHECKING:
   from models_automodel.where import Where
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 # The type that `add_subparsers` returns.
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
@@ -19,8 +22,8 @@ def model_arguments() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument(
     "model",
-    help="repository id, local directory, GGUF file, or gs:// or s3:// address; org/repo:Q8_0 and org/repo/folder choose "
-    "a part; show also takes a name such as llama-3.1-8b",
+    help="repository id, a published model's name such as llama-3.1-8b, local directory, GGUF file, or gs:// or s3:// "
+    "address; org/repo:Q8_0 and org/repo/folder choose a part",
   )
   parser.add_argument(
     "--source",
@@ -33,7 +36,11 @@ def model_arguments() -> argparse.ArgumentParser:
     help="directory that downloads are kept in (default: the source's cache; object stores are read in place)",
   )
   add_ignored_keys(parser)
-  parser.add_argument("--dtype", help="dtype of the parameters, such as bfloat16 (default: as stored)")
+  parser.add_argument(
+    "--dtype",
+    choices=_DTYPES,
+    help="dtype of the parameters (default: as stored; for generate and chat, the fastest here)",
+  )
   add_selectors(parser)
   return parser
 
@@ -73,12 +80,26 @@ def where_of(options: argparse.Namespace) -> Where:
   from models_automodel.where import Where
 
   return Where.of(
-    options.model,
+    _repository(options.model) if options.source == "huggingface" else options.model,
     model_source=options.source,
     revision=options.revision,
     model_download_path=options.download_path,
     **selectors_of(options),
   )
+
+
+def _repository(model: str) -> str:
+  """The repository of a published model's name, such as "meta-llama/Llama-3.1-8B"; another text stays as it is."""
+  if os.sep in model or os.path.exists(model):
+    return model
+  import models_naming
+
+  name, tag, quantisation = model.partition(":")
+  for model_id in (i for ids in models_naming.known_model_ids().values() for i in ids):
+    if model_id.rpartition("/")[2].casefold() == name.casefold():
+      print_error(f"{name} is {model_id}")
+      return f"{model_id}{tag}{quantisation}"
+  return model
 
 
 def mesh_arguments() -> argparse.ArgumentParser:
@@ -90,3 +111,14 @@ def mesh_arguments() -> argparse.ArgumentParser:
     help="axes of the mesh, such as fsdp=2,tp=4; a CPU simulates as many devices (default: one device)",
   )
   return parser
+
+
+def token_count(text: str) -> int:
+  """Parses a number of tokens.
+
+  Raises:
+    argparse.ArgumentTypeError: if the text is no positive whole number.
+  """
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens: write it like 8192")
+  return int(text)

@@ -14,6 +14,7 @@ from models_core.errors import ConfigError
 
 if TYPE_CHECKING:
   from models_automodel.text import TextModel, TextSettings
+  from models_core.generation import Session
 
 _HELP = """\
 /help           this text
@@ -42,6 +43,7 @@ def _chat(options: argparse.Namespace) -> None:
   messages = _beginning(options.system)
   greeting = [*messages, {"role": "user", "content": "Hello!"}]
   model = model_of(options, lambda settings: greeting, _tokens)
+  session = model.session()
   if sys.stdin.isatty():
     print_error("Each line is a message; /help lists commands, Ctrl-D ends.")
   while (line := _line()) is not None:
@@ -58,7 +60,7 @@ def _chat(options: argparse.Namespace) -> None:
     elif name.startswith("/"):
       print_error(f"{name} is no command: /help lists them")
     elif name:
-      messages = _answered(model, [*messages, {"role": "user", "content": line}], options)
+      messages = _answered(model, session, [*messages, {"role": "user", "content": line}], options)
 
 
 def _tokens(settings: TextSettings) -> int:
@@ -83,13 +85,13 @@ def _line() -> str | None:
 
 
 def _answered(
-  model: TextModel, messages: list[dict[str, str]], options: argparse.Namespace
+  model: TextModel, session: Session, messages: list[dict[str, str]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """Prints the answer, and returns the conversation with it. What cannot be answered is said, and left out."""
   try:
-    answer = Answer(model, messages, options)
+    answer = Answer(model, messages, options, session)
   except ConfigError as error:
-    print_error(f"automodel chat: {error}")
+    print_error(f"automodel chat: {error}; /clear forgets the conversation")
     return messages[:-1]
   answer.print()
   return [*messages, {"role": "assistant", "content": answer.text}]

@@ -25,6 +25,7 @@ def add_convert(commands: Commands) -> None:
   )
   parser.add_argument(
     "--to",
+    choices=("huggingface", "orbax", "maxtext"),
     default="huggingface",
     help="huggingface (default): safetensors files that transformers loads; orbax: a tree that Orbax restores; maxtext: one "
     "that MaxText loads",

@@ -9,7 +9,9 @@ import platform
 from typing import Any
 
 from models_automodel.cli.arguments import Commands
+from models_automodel.cli.messages import missing_backend
 from models_automodel.cli.output import add_json, print_json
+from models_automodel.cli.tables import is_terminal, of_environment, print_renderables
 
 _PACKAGES = (
   *(
@@ -21,7 +23,7 @@ _PACKAGES = (
     "models-llama",
     "models-qwen",
   ),
-  *("jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2", "huggingface_hub", "orbax-checkpoint"),
+  *("jax", "jaxlib", "flax", "numpy", "rich", "tokenizers", "jinja2", "huggingface_hub", "orbax-checkpoint"),
 )
 _VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "HF_HOME", "HF_HUB_OFFLINE")
 
@@ -37,6 +39,9 @@ def _env(options: argparse.Namespace) -> None:
   found = environment()
   if options.json:
     print_json(found)
+    return
+  if is_terminal():
+    print_renderables(of_environment(found))
     return
   for name, value in found.items():
     if isinstance(value, dict):
@@ -54,11 +59,9 @@ def environment() -> dict[str, Any]:
   from models_automodel.cli.memory import free_host_bytes, gib
 
   versions = {name: version for name in _PACKAGES if (version := _version(name))}
-  try:
+  if (backend := missing_backend()) is None:
     devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
     backend = f"{jax.default_backend()}, {len(devices)} x {devices[0]}"
-  except RuntimeError as error:
-    backend = f"none: {str(error).splitlines()[0]}"
   free = free_host_bytes()
   return {
     "python": platform.python_version(),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from models_automodel.cli.answering import Answer, load_model, model_of, sampling_arguments
 from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments
 from models_automodel.cli.mesh_argument import make_mesh
-from models_automodel.cli.output import add_json
+from models_automodel.cli.output import add_json, print_error
 
 if TYPE_CHECKING:
   from models_automodel.text import Prompt, TextSettings
@@ -35,15 +35,18 @@ def add_generate(commands: Commands) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-  text = options.prompt if options.prompt is not None else sys.stdin.read()
-
   def tokens_of(settings: TextSettings) -> int:
-    ids = settings.encode(_prompt(settings, text, options))
+    # Not before the checkpoint is found, so that nobody writes a prompt to a path that does not exist.
+    if options.prompt is None:
+      if sys.stdin.isatty():
+        print_error("Write the prompt; Ctrl-D ends it.")
+      options.prompt = sys.stdin.read()
+    ids = settings.encode(_prompt(settings, options.prompt, options))
     limit, _ = settings.check([ids], options.max_new_tokens, options.stop)
     return len(ids) + limit
 
-  model = model_of(options, lambda settings: _prompt(settings, text, options), tokens_of)
-  answer = Answer(model, _prompt(model.settings, text, options), options)
+  model = model_of(options, lambda settings: _prompt(settings, options.prompt, options), tokens_of)
+  answer = Answer(model, _prompt(model.settings, options.prompt, options), options)
   if options.json:
     answer.print_json()
   else:

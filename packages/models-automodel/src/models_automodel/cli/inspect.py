@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from models_automodel.cli.arguments import (
@@ -16,11 +17,14 @@ from models_automodel.cli.arguments import (
   mesh_arguments,
   model_arguments,
   selectors_of,
+  token_count,
   where_of,
 )
 from models_automodel.cli.memory import gib
 from models_automodel.cli.mesh_argument import abstract_mesh, make_mesh
 from models_automodel.cli.output import add_json, print_json
+from models_automodel.cli.sharding_table import Split, of_memory, of_sharding, star
+from models_automodel.cli.tables import columns, is_terminal, of_plan, of_show, print_renderables
 
 if TYPE_CHECKING:
   from models_core.family import Family
@@ -54,9 +58,7 @@ def _list(options: argparse.Namespace) -> None:
       {"family": family, "category": category, "installed": category in installed(), "models": list(ids)}
     )
     if not options.json:
-      print(f"{family} ({note})")
-      for model_id in ids:
-        print(f"  {model_id}")
+      _print_family(family, note, ids)
   for category, entry in installed().items():
     if models_naming.distribution_of(category) is None:
       package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
@@ -69,17 +71,27 @@ def _list(options: argparse.Namespace) -> None:
     print_json({"families": found})
 
 
+def _print_family(family: str, note: str, ids: Sequence[str]) -> None:
+  if is_terminal():
+    print(f"\033[1m{family}\033[0m ({note})", *columns(ids), sep="\n")
+  else:
+    print(f"{family} ({note})", *(f"  {model_id}" for model_id in ids), sep="\n")
+
+
 def add_show(commands: Commands) -> None:
   """Adds `automodel show`."""
   parser = commands.add_parser(
     "show",
-    parents=[model_arguments()],
+    parents=[model_arguments(), mesh_arguments()],
     help="show the configuration, the parameters and the memory of a model",
   )
   parser.set_defaults(run=_show)
   parser.add_argument(
+    "--sharding", action="store_true", help="draw which device of --mesh holds which part of each parameter"
+  )
+  parser.add_argument(
     "--context",
-    type=_tokens,
+    type=token_count,
     default=8192,
     help="tokens in the KV cache whose memory is shown (default: 8192)",
   )
@@ -93,8 +105,10 @@ def _show(options: argparse.Namespace) -> None:
   from models_core.layers import shapes_only
   from models_core.loading import abstract_model
 
+  if options.sharding and options.mesh is None:
+    raise TypeError("--sharding: which devices? add their mesh, such as --mesh fsdp=2,tp=4")
   family, config = _found(options)
-  model = abstract_model(family.model_class, config)
+  model = abstract_model(family.model_class, config, abstract_mesh(options.mesh))
 
   def caches() -> list[Any]:
     model = family.model_class(config, rngs=nnx.Rngs(0))
@@ -117,19 +131,26 @@ def _show(options: argparse.Namespace) -> None:
     "kv_cache_bytes": whole,
     "kv_cache_bytes_with_rings": ring,
   }
+  if options.sharding:
+    shown["sharding"] = {name: Split.of(p).axes for name, p in model.parameters.items()}
   if options.json:
     print_json(shown)
+    return
+  shapes: dict[str, list[list[int]]] = collections.defaultdict(list)
+  for name, shape in parameters.items():
+    shapes[star(name)].append(shape)
+  if is_terminal():
+    print_renderables(of_show(shown, shapes))
   else:
-    _print_shown(shown)
+    _print_shown(shown, shapes)
+  if options.sharding:
+    print_renderables(of_sharding(model.parameters.values()))
 
 
-def _print_shown(shown: dict[str, Any]) -> None:
+def _print_shown(shown: dict[str, Any], shapes: dict[str, list[list[int]]]) -> None:
   print(f"{shown['family']}: {shown['class']}")
   for name, value in shown["config"].items():
     print(f"  {name} = {value}")
-  shapes: dict[str, list[list[int]]] = collections.defaultdict(list)
-  for name, shape in shown["parameters"].items():
-    shapes[".".join("*" if part.isdigit() else part for part in name.split("."))].append(shape)
   print("parameters:")
   for name, same in shapes.items():
     print(f"  {len(same):4} x {name} {' or '.join(map(str, sorted({tuple(s): s for s in same}.values())))}")
@@ -154,12 +175,6 @@ def _found(options: argparse.Namespace) -> tuple[Family, Any]:
   return load_family(models_naming.get_model_config_category(options.model), options.model), config
 
 
-def _tokens(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens: write it like 8192")
-  return int(text)
-
-
 def add_plan(commands: Commands) -> None:
   """Adds `automodel plan`."""
   parser = commands.add_parser(
@@ -172,6 +187,11 @@ def add_plan(commands: Commands) -> None:
     "--strict-sharding",
     action="store_true",
     help="fail if the mesh cannot shard an axis (default: replicate the axis)",
+  )
+  parser.add_argument(
+    "--plot",
+    action="store_true",
+    help="draw what the memory of a device holds, and which device holds which part of each parameter",
   )
   add_json(parser)
 
@@ -188,8 +208,14 @@ def _plan(options: argparse.Namespace) -> None:
   )
   if options.json:
     print_json(_planned(plan))
+    return
+  if is_terminal():
+    print_renderables(of_plan(plan))
   else:
     print(plan)
+  if options.plot:
+    print_renderables(of_memory({p.parameter.name: p.shard_nbytes for p in plan.parameters}))
+    print_renderables(of_sharding(p.parameter for p in plan.parameters))
 
 
 def _planned(plan: LoadPlan) -> dict[str, Any]:
@@ -286,6 +312,8 @@ def _verify(options: argparse.Namespace) -> None:
   elif options.sha256:
     for name, digest in sums.items():
       print(f"{digest}  {name}")
+  elif is_terminal():
+    print_renderables([*of_plan(plan), f"[bold green]OK[/bold green]: {', '.join(checked)}"])
   else:
     print(plan)
     print(f"OK: {', '.join(checked)}")

@@ -14,9 +14,21 @@ if TYPE_CHECKING:
   from models_core.loading import LoadPlan
 
 
+class MemoryBoundError(ConfigError):
+  """A model and its KV cache do not fit into memory."""
+
+
 def gib(nbytes: int) -> str:
   """Bytes as gibibytes, such as "14.96 GiB"."""
   return f"{nbytes / 2**30:.2f} GiB"
+
+
+def readable(nbytes: int) -> str:
+  """Bytes in the largest unit of which they have one, such as "14.96 GiB" or "512.0 KiB"."""
+  for unit, name in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    if nbytes >= 2**unit:
+      return f"{nbytes / 2**unit:.{2 if unit == 30 else 1}f} {name}"
+  return f"{nbytes} B"
 
 
 def free_host_bytes() -> int | None:
@@ -42,7 +54,7 @@ def check_memory(plan: LoadPlan, tokens: int, rows: int = 1) -> None:
     rows: of the KV cache.
 
   Raises:
-    ConfigError: if they do not fit.
+    MemoryBoundError: if they do not fit.
   """
   cache = cache_bytes(plan, tokens, rows)
   needed, free = collections.Counter[str](), dict[str, int]()
@@ -54,7 +66,7 @@ def check_memory(plan: LoadPlan, tokens: int, rows: int = 1) -> None:
       free[name] = left
   for name, nbytes in needed.items():
     if name in free and nbytes > free[name]:
-      raise ConfigError(
+      raise MemoryBoundError(
         f"weights of {gib(sum(weights.values()))} and a KV cache of {gib(cache)} for {tokens:,} tokens need "
         f"{gib(nbytes)} of {name}, but {gib(free[name])} are free: choose a smaller --dtype, a --mesh of more devices, "
         "fewer tokens, or --no-memory-check"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -19,21 +20,23 @@ def print_json(value: Any) -> None:
   print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
-def print_flushed() -> None:
-  """Writes what has been printed, so that an error of a full disk is one of the command and not of its end."""
-  try:
-    sys.stdout.flush()
-  except OSError:
-    # Python would report it again at exit.
-    with contextlib.suppress(OSError):
-      sys.stdout.close()
-    raise
+def close_output() -> None:
+  """Closes standard output without a word of what could not be written, which Python would report again at exit."""
+  with contextlib.suppress(OSError):
+    sys.stdout.close()
 
 
 def print_error(message: str) -> None:
   """Prints a message to stderr; without a stderr, nothing."""
   with contextlib.suppress(OSError):
     print(message, file=sys.stderr, flush=True)
+
+
+def open_missing_streams() -> None:
+  """Opens the null device in place of standard streams that are closed, which Python shows as None."""
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def replace_unprintable() -> None:
@@ -43,20 +46,18 @@ def replace_unprintable() -> None:
       reconfigure(errors="replace")
 
 
-@contextlib.contextmanager
-def status(text: str) -> Any:
-  """Shows a line on a terminal while a block runs, and removes it; yields a function that does so earlier."""
-  shown = sys.stderr.isatty()
+class StatusLine:
+  """A line of stderr that changes in place. What is not a terminal does not show it."""
 
-  def clear() -> None:
-    nonlocal shown
-    if shown:
-      print("\r\033[K", end="", file=sys.stderr, flush=True)
-      shown = False
+  def __init__(self) -> None:
+    self._is_terminal = sys.stderr.isatty()
 
-  if shown:
-    print(text, end="", file=sys.stderr, flush=True)
-  try:
-    yield clear
-  finally:
-    clear()
+  def show(self, text: str) -> None:
+    """Shows a text in place of the one before; "" removes it."""
+    if self._is_terminal:
+      with contextlib.suppress(OSError):
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+  def clear(self) -> None:
+    """Removes the line."""
+    self.show("")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -26,6 +27,13 @@ class Parser(argparse.ArgumentParser):
     if unknown:
       self.error(f"unrecognized arguments: {' '.join(unknown)}")
     return options, unknown
+
+  def _print_message(self, message: str, file: Any = None) -> None:
+    """Prints help and versions, and raises OSError where argparse keeps silent: on a full disk, or a closed pipe."""
+    if file is sys.stdout:
+      file.write(message)
+    else:
+      super()._print_message(message, file)
 
   def error(self, message: str) -> NoReturn:
     """Prints the message, and what may have been meant, and exits with status 2."""

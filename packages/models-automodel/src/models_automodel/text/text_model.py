@@ -11,7 +11,17 @@ from models_automodel.text.stop_strings import StopTexts, first_stop, stop_texts
 from models_automodel.text.tokenizer import Tokenizer, load_tokenizer
 from models_core.errors import ConfigError
 from models_core.formats import Checkpoint
-from models_core.generation import GREEDY, Sampling, Scored, Stop, Stream, check_prompts, score, stream
+from models_core.generation import (
+  GREEDY,
+  Sampling,
+  Scored,
+  Session,
+  Stop,
+  Stream,
+  check_prompts,
+  score,
+  stream,
+)
 from models_core.loading import LoadPlan
 
 # New tokens of an answer for which no limit is given, at most.
@@ -154,6 +164,10 @@ class TextModel:
     """The tokenizer."""
     return self.settings.tokenizer
 
+  def session(self) -> Session:
+    """A session for `stream`: the turns of one conversation, which then run once."""
+    return Session(self.model)
+
   def generate(self, prompt: Prompt, **options: Any) -> str:
     """The text that follows a prompt, without special tokens.
 
@@ -175,6 +189,7 @@ class TextModel:
     sampling: Sampling | None = None,
     seed: int = 0,
     interval: int = 8,
+    session: Session | None = None,
     on_tokens: Callable[[int], Any] = lambda count: None,
     **variables: Any,
   ) -> Iterator[str]:
@@ -187,6 +202,7 @@ class TextModel:
       sampling: how tokens are chosen; None does what the checkpoint's generation_config.json says.
       seed: of the sampling.
       interval: upper limit of the tokens between two texts, from 1 to 32.
+      session: that keeps the KV cache from turn to turn, so that what a prompt begins with is not run again.
       on_tokens: is called with the number of tokens that arrived, before their text comes.
       **variables: of the chat template, such as `tools`; as `Tokenizer.render` takes them.
 
@@ -196,7 +212,9 @@ class TextModel:
     """
     ids = self.settings.encode(prompt, **variables)
     limit, stops = self.settings.check([ids], max_new_tokens, stop)
-    pieces = self.settings.run(self.model, [ids], limit, stops, sampling, seed, interval=interval)
+    pieces = self.settings.run(
+      self.model, [ids], limit, stops, sampling, seed, interval=interval, session=session
+    )
 
     def arriving() -> Iterator[int]:
       for piece in pieces:

@@ -3,6 +3,7 @@ from .prefixes import Prefix
 from .prompts import check_prompts
 from .sampling import GREEDY, Sampling
 from .scoring import Scored, score
+from .session import Session
 from .stopping import Stop
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
   "Prefix",
   "Sampling",
   "Scored",
+  "Session",
   "Stop",
   "Stream",
   "check_prompts",

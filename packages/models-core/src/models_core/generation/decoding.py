@@ -24,6 +24,7 @@ from models_core.generation.programs import (
 )
 from models_core.generation.prompts import Prompt, check_prompts
 from models_core.generation.sampling import GREEDY, Sampling, numbers_of, steps_of
+from models_core.generation.session import Continued, Held, Session
 from models_core.generation.stopping import NO_TOKEN, Stop, ends_of
 from models_core.layers import Cache
 
@@ -94,6 +95,7 @@ def stream(
   seeds: int | Sequence[int] = 0,
   num_samples: int = 1,
   prefix: Prefix | None = None,
+  session: Session | None = None,
   context: int | None = None,
   cache_size: int | None = None,
   cache_dtype: Any = None,
@@ -114,6 +116,7 @@ def stream(
       whatever else is in the batch, up to rounding of the logits.
     num_samples: rows for each prompt.
     prefix: that all prompts begin with, to run it once for several calls.
+    session: whose KV cache the one prompt continues, and which keeps it for the next call. It decides the cache's size.
     context: tokens of a row that the model was made for; a longer row is an error. None does not check it.
     cache_size: slots of a row in the KV cache. None makes it large enough, rounded up; calls with the same size and the
       same number of rows share programs.
@@ -126,9 +129,10 @@ def stream(
   Raises:
     CacheError: if `cache_size` is too small.
     ConfigError: if the model is no language model, a number is outside its range, or prompts are none or empty, hold an
-      id outside the vocabulary, are too long for the context, or do not begin with the prefix.
+      id outside the vocabulary, are too long for the context, or do not begin with the prefix; or if a session comes with
+      several rows, a prefix or a size.
   """
-  placed = Placed.of(model)
+  placed = Placed.of(model) if session is None else session.placed
   for name, value, least, most in (
     ("max_new_tokens", max_new_tokens, 0, math.inf),
     ("num_samples", num_samples, 1, math.inf),
@@ -138,10 +142,20 @@ def stream(
       bound = "or more" if most == math.inf else f"to {most}"
       raise ConfigError(f"{name} is {value}, expected {least} {bound}")
   rows = check_prompts(prompts, num_embed=placed.num_embed, context=context, new_tokens=max_new_tokens)
-  beginning = Beginning(model, rows, prefix)
   # The last new token is never fed back.
-  needed = beginning.slots + max(max_new_tokens - 1, 0)
-  if cache_size is None:
+  new_slots = max(max_new_tokens - 1, 0)
+  if session is None:
+    beginning: Beginning | Continued = Beginning(model, rows, prefix)
+  elif len(rows) * num_samples > 1 or prefix is not None or cache_size is not None:
+    raise ConfigError(
+      "a session holds one row: give one prompt, and neither num_samples, prefix nor cache_size"
+    )
+  else:
+    beginning = Continued(session, rows[0], new_slots)
+  needed = beginning.slots + new_slots
+  if session is not None:
+    cache_size = session.size_for(needed)
+  elif cache_size is None:
     cache_size = -(-needed // _CACHE_STEP) * _CACHE_STEP
   elif cache_size < needed:
     raise CacheError(
@@ -172,7 +186,7 @@ class _Request:
 
   Attributes:
     placed: the model.
-    beginning: the prompts, divided into what they share and the rest.
+    beginning: the prompts, divided into what they share and the rest; or the one prompt of a session.
     prompts: int32 [rows], which of them each row continues.
     lengths: int32 [prompts].
     seen: bool [prompts, V], tokens of each prompt; None if repetitions are not penalised.
@@ -186,7 +200,7 @@ class _Request:
   """
 
   placed: Placed
-  beginning: Beginning
+  beginning: Beginning | Continued
   prompts: np.ndarray
   lengths: np.ndarray
   seen: np.ndarray | None
@@ -231,6 +245,9 @@ class Stream(Iterator[Piece]):
     self._rows: Rows | None = None
     self._cache: Cache | None = None
     self._running: Drawn | None = None
+    # What the session holds since the latest piece, and the tokens of its row that have been read.
+    self._held: Held | None = None
+    self._read: list[np.ndarray] = []
 
   def end(self, row: int) -> None:
     """Ends a row from outside, such as at a stop string. A piece that is being computed may still hold tokens of it."""
@@ -252,8 +269,15 @@ class Stream(Iterator[Piece]):
     """The next piece.
 
     Raises:
+      ConfigError: if another stream has continued the same session.
       StopIteration: after the last.
     """
+    beginning = self._request.beginning
+    under_way = self._held is not None and (self._left or self._running is not None)
+    if under_way and isinstance(beginning, Continued) and beginning.session.held is not self._held:
+      raise ConfigError(
+        "another stream has continued the session of this one: end a stream before the next begins"
+      )
     if self._rows is None and self._left:
       self._running = self._begin()
     current, self._running = self._running, None
@@ -267,6 +291,9 @@ class Stream(Iterator[Piece]):
     if ended.all():
       self._running, self._left = None, 0
     counts = (tokens != NO_TOKEN).sum(axis=1)
+    if isinstance(beginning, Continued):
+      self._read.append(tokens[0, : counts[0]])
+      self._keep(beginning)
     return Piece(
       [row[:n] for row, n in zip(tokens, counts, strict=True)],
       [row[:n] for row, n in zip(log_probs, counts, strict=True)],
@@ -288,6 +315,23 @@ class Stream(Iterator[Piece]):
     self._cache = cache
     self._left -= 1
     return drawn
+
+  def _keep(self, beginning: Continued) -> None:
+    """Leaves the cache to the session, with the tokens that are known to be in it."""
+    assert self._cache is not None
+    request = self._request
+    read = np.concatenate(self._read)
+    # The newest token is not fed yet. A loop that runs has fed it, and more, up to the tokens that it was asked for.
+    is_exact = self._running is None
+    new = len(read) if is_exact else request.max_new_tokens - self._left
+    self._held = Held(
+      self._cache,
+      np.concatenate([beginning.ids, read[:-1]]),
+      beginning.used + new - 1,
+      is_exact,
+      (request.cache_size, request.cache_dtype),
+    )
+    beginning.session.held = self._held
 
   def _decode(self) -> Drawn:
     """Lets the loop run."""

@@ -38,7 +38,7 @@ class Prefix:
   def cache(self, size: int, dtype: Any) -> Cache:
     """A cache of one row that holds the prefix. It must not be donated."""
     if (size, dtype) not in self._caches:
-      _, self._caches[size, dtype] = _run(self._placed, [self.ids], size, dtype)
+      _, self._caches[size, dtype] = run_rows(self._placed, [self.ids], size, dtype)
     return self._caches[size, dtype]
 
 
@@ -73,13 +73,13 @@ class Beginning:
   def run(self, placed: Placed, size: int, dtype: Any) -> tuple[jax.Array, Cache]:
     """Hidden states of the prompts' last tokens [B, 1, D], and a cache of `size` slots."""
     if self.prefix is None:
-      return _run(placed, self.rests, size, dtype)
+      return run_rows(placed, self.rests, size, dtype)
     rows = np.zeros(len(self.rests), np.int32)
     cache = placed.run(repeat_program(placed.structure, size, dtype), self.prefix.cache(size, dtype), rows)
-    return _run(placed, self.rests, size, dtype, cache, len(self.prefix.ids))
+    return run_rows(placed, self.rests, size, dtype, cache, len(self.prefix.ids))
 
 
-def _run(
+def run_rows(
   placed: Placed,
   rows: Sequence[np.ndarray],
   size: int,
@@ -87,6 +87,19 @@ def _run(
   cache: Cache | None = None,
   start: int = 0,
 ) -> tuple[jax.Array, Cache]:
+  """Runs rows chunk after chunk.
+
+  Args:
+    placed: the model.
+    rows: int32 [T] of each row.
+    size: slots of the cache.
+    dtype: of keys and values, or None.
+    cache: that the rows continue, and that is overwritten; None makes an empty one.
+    start: position of each row's first token.
+
+  Returns:
+    Hidden states of the rows' last tokens [B, 1, D], and the cache.
+  """
   if cache is None:
     cache = placed.commit(placed.run(cache_program(placed.structure, len(rows), size, dtype)))
   program = prefill_program(placed.structure, Places.of(cache))

@@ -134,6 +134,19 @@ def repeat_program(structure: Structure, size: int, dtype: Any) -> Callable[...,
 
 
 @functools.lru_cache(_STRUCTURES)
+def rewind_program(places: Places) -> Callable[..., Cache]:
+  """Drops the tokens at positions from `length` on. Their slots stay in use, as those of padding do."""
+
+  def rewind(leaves: Leaves, cache: Cache, length: jax.Array) -> Cache:
+    def cut(positions: jax.Array) -> jax.Array:
+      return jnp.where(positions >= length, -1, positions)
+
+    return {name: layer | {"positions": cut(layer["positions"])} for name, layer in cache.items()}
+
+  return jax.jit(rewind, donate_argnames=("cache",), out_shardings=places.tree())
+
+
+@functools.lru_cache(_STRUCTURES)
 def begin_program(structure: Structure, steps: Steps) -> Callable[..., tuple[Rows, Drawn]]:
   """Chooses the first token of each row.
 
