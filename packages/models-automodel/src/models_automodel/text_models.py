@@ -11,7 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from models_automodel.automodel import as_where, prepare
+from models_automodel.automodel import Prepared, as_where, prepare
+from models_automodel.progress import StatusLine
 from models_automodel.text import TextModel, TextSettings
 from models_automodel.where import Where
 from models_core.loading import LoadPlan
@@ -46,14 +47,14 @@ def load_text_model(
   settings = TextSettings.read(prepared.plan.checkpoint)
   if before_weights is not None:
     before_weights(prepared.plan, settings)
-  with _compiling(prepared.plan, settings, first_call):
+  with _compiling(prepared, settings, first_call):
     model = prepared.load()
   return TextModel(model, settings)
 
 
 @contextlib.contextmanager
 def _compiling(
-  plan: LoadPlan, settings: TextSettings, first_call: Callable[[TextSettings], Mapping[str, Any]] | None
+  prepared: Prepared, settings: TextSettings, first_call: Callable[[TextSettings], Mapping[str, Any]] | None
 ) -> Iterator[None]:
   """Compiles what a first call runs, in a thread, until the end of the block and beyond it if that takes longer."""
   if first_call is None:
@@ -62,8 +63,15 @@ def _compiling(
   arguments = dict(first_call(settings))
   prompt = arguments.pop("prompt")
   thread = concurrent.futures.ThreadPoolExecutor(1, "compile")
-  compiling = thread.submit(settings.compile, plan, prompt, **arguments)
+  compiling = thread.submit(settings.compile, prepared.plan, prompt, **arguments)
   thread.shutdown(wait=False)
   yield
+  if compiling.done():
+    return
+  line = StatusLine()
+  if prepared.progress:
+    line.show("compiling ...")
   # What fails here fails in the call itself, too, where the caller sees it.
   compiling.exception()
+  if prepared.progress:
+    line.clear()

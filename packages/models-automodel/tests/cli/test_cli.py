@@ -11,6 +11,7 @@ import pytest
 
 from models_automodel import cli
 from models_automodel.cli import main
+from models_automodel.cli.compiling import working
 
 
 def run(*arguments, **options):
@@ -254,6 +255,14 @@ def test_ctrl_c_is_one_line_and_status_130(directory):
   assert err.strip() == "automodel: interrupted"
 
 
+def test_a_terminal_says_when_jax_compiles(monkeypatch, capsys):
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  with working("reading ..."):
+    jax.jit(lambda x: x * 3 + 1)(jax.numpy.arange(7))
+  lines = capsys.readouterr().err.split("\r\033[K")
+  assert lines == ["", "reading ...", "compiling ...", "reading ...", ""]
+
+
 def test_a_terminal_says_what_takes_time(directory, monkeypatch, capsys):
   """In a process whose programs are not compiled yet, with a stderr that is a terminal."""
   jax.clear_caches()
@@ -261,7 +270,7 @@ def test_a_terminal_says_what_takes_time(directory, monkeypatch, capsys):
   assert main(["generate", directory, "up down left", "--max-new-tokens", "5", "--dtype", "float32"]) == 0
   _, err = capsys.readouterr()
   clear = "\r\033[K"
-  assert f"{clear}reading the prompt ...{clear}compiling ...{clear}reading the prompt ..." in err
+  assert f"{clear}compiling ...{clear}{clear}reading the prompt ...{clear}" in err
   *_, line = err.replace(clear, "\n").splitlines()
   assert line.startswith("\033[2m[5 tokens: ")
   assert " s to the first, then " in line

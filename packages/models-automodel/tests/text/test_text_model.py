@@ -220,6 +220,15 @@ def test_a_first_call_is_compiled_while_weights_are_read(shape, directory, compi
   assert text == load_text_model(directory, mesh, **options).generate(prompt, **call)
 
 
+def test_the_first_call_of_a_session_is_compiled_too(directory, compilations):
+  call = {"prompt": [{"role": "user", "content": "w3"}], "max_new_tokens": 11, "in_session": True}
+  model = load_text_model(directory, first_call=lambda settings: call, progress=False)
+  session = model.session()
+  del compilations[:]
+  assert list(model.stream(call["prompt"], max_new_tokens=11, session=session))
+  assert compilations == []
+
+
 def test_a_first_call_that_fails_fails_when_it_is_made(directory):
   call = {"prompt": "w1 " * 200}
   model = load_text_model(directory, first_call=lambda settings: call, progress=False)

@@ -79,7 +79,7 @@ def load_model(
   options: argparse.Namespace,
   where: Any,
   mesh: Any,
-  prompt_of: Callable[[TextSettings], Prompt],
+  first_call: Callable[[TextSettings], dict[str, Any]],
   tokens_of: Callable[[TextSettings], int],
   **kwargs: Any,
 ) -> TextModel:
@@ -91,7 +91,8 @@ def load_model(
     options: of the command.
     where: the place of the checkpoint.
     mesh: of the model, or None.
-    prompt_of: the first prompt, or one like it, which is compiled for while the weights are read.
+    first_call: the arguments of `TextSettings.compile` that the options do not tell: the first prompt, or one like it. What
+      it runs is compiled while the weights are read.
     tokens_of: checks the prompt, and returns how many tokens the KV cache needs, before any weights are read.
     **kwargs: of `load_text_model`.
 
@@ -112,13 +113,11 @@ def load_model(
     if len(times) > 1:
       _say_dtype(str(plan.parameters[0].dtype), times)
 
-  def first_call(settings: TextSettings) -> dict[str, Any]:
-    return {"prompt": prompt_of(settings), **asked(options, settings)}
+  def call(settings: TextSettings) -> dict[str, Any]:
+    return {**first_call(settings), **asked(options, settings)}
 
   def load(dtype: Any) -> TextModel:
-    return load_text_model(
-      where, mesh, before_weights=check, first_call=first_call, **{**kwargs, "dtype": dtype}
-    )
+    return load_text_model(where, mesh, before_weights=check, first_call=call, **{**kwargs, "dtype": dtype})
 
   *faster, last = times
   for dtype in faster:
@@ -152,7 +151,7 @@ def asked(options: argparse.Namespace, settings: TextSettings) -> dict[str, Any]
 
 def model_of(
   options: argparse.Namespace,
-  prompt_of: Callable[[TextSettings], Prompt],
+  first_call: Callable[[TextSettings], dict[str, Any]],
   tokens_of: Callable[[TextSettings], int],
 ) -> TextModel:
   """Loads the model that the options name."""
@@ -160,7 +159,7 @@ def model_of(
     options,
     where_of(options),
     make_mesh(options.mesh),
-    prompt_of,
+    first_call,
     tokens_of,
     dtype=options.dtype,
     ignore_config_keys=options.ignore_config_key,

@@ -41,8 +41,8 @@ def _chat(options: argparse.Namespace) -> None:
     import readline  # noqa: F401
 
   messages = _beginning(options.system)
-  greeting = [*messages, {"role": "user", "content": "Hello!"}]
-  model = model_of(options, lambda settings: greeting, _tokens)
+  first_call = {"prompt": [*messages, {"role": "user", "content": "Hello!"}], "in_session": True}
+  model = model_of(options, lambda settings: first_call, _tokens)
   session = model.session()
   if sys.stdin.isatty():
     print_error("Each line is a message; /help lists commands, Ctrl-D ends.")

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from models_automodel.cli.output import StatusLine
+from models_automodel.progress import StatusLine
 
 # What JAX reports at the end of lowering, which compilation follows, and at the end of compilation.
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models_automodel.cli.answering import Answer, load_model, model_of, sampling_arguments
 from models_automodel.cli.arguments import Commands, mesh_arguments, model_arguments
@@ -45,7 +45,10 @@ def _generate(options: argparse.Namespace) -> None:
     limit, _ = settings.check([ids], options.max_new_tokens, options.stop)
     return len(ids) + limit
 
-  model = model_of(options, lambda settings: _prompt(settings, options.prompt, options), tokens_of)
+  def first_call(settings: TextSettings) -> dict[str, Any]:
+    return {"prompt": _prompt(settings, options.prompt, options)}
+
+  model = model_of(options, first_call, tokens_of)
   answer = Answer(model, _prompt(model.settings, options.prompt, options), options)
   if options.json:
     answer.print_json()
@@ -86,7 +89,9 @@ def _quickstart(options: argparse.Namespace) -> None:
   start = time.perf_counter()
   prompt = [{"role": "user", "content": options.question}]
   mesh = make_mesh({"fsdp": 2, "tp": 4})
-  model = load_model(defaults, path, mesh, lambda settings: prompt, lambda settings: 256, dtype="float32")
+  model = load_model(
+    defaults, path, mesh, lambda settings: {"prompt": prompt}, lambda settings: 256, dtype="float32"
+  )
   print(f"loaded {path} in {time.perf_counter() - start:.1f} s")
   print(f"\n> {options.question}")
   Answer(model, prompt, defaults).print()

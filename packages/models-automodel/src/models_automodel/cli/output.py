@@ -44,20 +44,3 @@ def replace_unprintable() -> None:
   for stream in (sys.stdout, sys.stderr):
     if callable(reconfigure := getattr(stream, "reconfigure", None)):
       reconfigure(errors="replace")
-
-
-class StatusLine:
-  """A line of stderr that changes in place. What is not a terminal does not show it."""
-
-  def __init__(self) -> None:
-    self._is_terminal = sys.stderr.isatty()
-
-  def show(self, text: str) -> None:
-    """Shows a text in place of the one before; "" removes it."""
-    if self._is_terminal:
-      with contextlib.suppress(OSError):
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-  def clear(self) -> None:
-    """Removes the line."""
-    self.show("")

@@ -86,16 +86,24 @@ class TextSettings:
     max_new_tokens: int | None = None,
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
+    in_session: bool = False,
     **variables: Any,
   ) -> None:
     """Compiles what `TextModel.stream` with the same arguments runs, for the model that a plan loads.
+
+    Args:
+      plan: of the model.
+      prompt: of the call, as all arguments that are not named here.
+      in_session: whether the call is the first of a session.
 
     Raises:
       ConfigError: as `TextModel.stream`.
     """
     ids = self.encode(prompt, **variables)
     limit, stops = self.check([ids], max_new_tokens, stop)
-    self.run(plan.shapes(), [ids], limit, stops, sampling).compile()
+    shapes = plan.shapes()
+    session = Session(shapes) if in_session else None
+    self.run(shapes, [ids], limit, stops, sampling, session=session).compile()
 
   def run(
     self,
