@@ -257,8 +257,9 @@ def test_ctrl_c_is_one_line_and_status_130(directory):
 
 def test_a_terminal_says_when_jax_compiles(monkeypatch, capsys):
   monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  x = jax.numpy.arange(7)
   with working("reading ..."):
-    jax.jit(lambda x: x * 3 + 1)(jax.numpy.arange(7))
+    jax.jit(lambda x: x * 3 + 1)(x)
   lines = capsys.readouterr().err.split("\r\033[K")
   assert lines == ["", "reading ...", "compiling ...", "reading ...", ""]
 
