@@ -27,6 +27,7 @@ FILES = {
   "CONTRIBUTING.md": "contributing.md",
   "LICENSE": "license.md",
   "benchmarks/README.md": "benchmarks.md",
+  "examples/models-olmo2/README.md": "example.md",
   **{f"packages/models-{name}/README.md": f"packages/{name}.md" for name in (
     "automodel", "core", "gemma", "llama", "naming", "qwen", "sources",
   )},

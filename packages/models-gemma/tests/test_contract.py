@@ -10,7 +10,7 @@ from models_gemma.gemma3 import model as model_3
 LOCAL, GLOBAL = AttentionType.LOCAL_SLIDING, AttentionType.GLOBAL
 
 SIZES = {
-  "num_layers": 3,
+  "num_layers": 2,
   "num_embed": 67,
   "embed_dim": 48,
   "hidden_dim": 60,
@@ -20,13 +20,13 @@ SIZES = {
   "norm_eps": 1e-3,
   "rope_theta": 700.0,
   "query_pre_attn_scalar": 7,
-  "attention_types": (LOCAL, GLOBAL, LOCAL),
+  "attention_types": (LOCAL, GLOBAL),
   "sliding_window_size": 3,
 }
-# Two units of two layers, and two layers more.
-DEEP = {"num_layers": 6, "attention_types": (LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL, LOCAL)}
+# Two units of two layers, and one layer more.
+DEEP = {"num_layers": 5, "attention_types": (LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL)}
 CHANGES = {
-  "num_layers": 2,
+  "num_layers": 1,
   "num_embed": 71,
   "embed_dim": 40,
   "hidden_dim": 64,
@@ -36,7 +36,7 @@ CHANGES = {
   "norm_eps": 0.2,
   "rope_theta": 20.0,
   "query_pre_attn_scalar": 2,
-  "attention_types": (GLOBAL, LOCAL, LOCAL),
+  "attention_types": (GLOBAL, LOCAL),
   "sliding_window_size": 5,
   "final_logit_softcap": 1.5,
   "weight_tying": False,

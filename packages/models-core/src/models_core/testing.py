@@ -6,6 +6,7 @@
       changes = {"num_layers": 3, ...}        # another value for each field
 
 The tests need four devices: put `jax.config.update("jax_num_cpu_devices", 4)` into the package's conftest.py.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do, which takes several times as long.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +39,16 @@ from models_core.family import FAMILY_API_VERSION, Family
 from models_core.formats import SINGLE, LocalFiles, file_layout, read_safetensors
 from models_core.hlo import Program, Use
 from models_core.layers import Cache, RematConfig, by_layer, dotted, find_mesh, mean_cross_entropy
-from models_core.loading import abstract_model, load, plan_load
+from models_core.loading import AbstractParameter, abstract_model, load, plan_load
 from models_core.rollout import LazyCheckpoint, from_checkpoint, to_checkpoint
 from models_core.safetensors_saver import save_model_to_safetensors
 from models_core.score_model import ScoreModel, score_family
 from models_core.sharding import ShardingConfig
-from models_core.stacks import layers_of
+from models_core.stacks import layer_names, layers_of
 from models_core.vocabulary import resize_vocabulary
 from models_core.weights import WeightTable, letter_sizes, pieces, put_back
+
+R = TypeVar("R")
 
 # Largest error of float32 logits, relative to the largest logit.
 TOLERANCE = 2e-5
@@ -97,12 +102,49 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   return tensors
 
 
+def _draw(parameter: AbstractParameter, dtype: Any = None) -> jax.Array:
+  """Random values, on a parameter's devices: around one in a norm, else around zero. They depend on the name alone.
+
+  They are drawn on the host, which compiles nothing. They are so large that attention is far from uniform, and not so
+  large that layers amplify how a program rounds.
+  """
+  names = layer_names(parameter.name)
+  shape = parameter.shape if layers_of(parameter.name) is None else parameter.shape[1:]
+  values = np.stack(
+    [np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.15, shape) for name in names]
+  )
+  values = (values + (parameter.init == "ones")).reshape(parameter.shape)
+  return jax.device_put(values.astype(dtype or parameter.dtype), parameter.sharding)
+
+
 def shard_nbytes(array: jax.Array) -> int:
   """Bytes of an array on one device."""
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-@nnx.jit
+# Programs run once, so compiling them is what takes time.
+_QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+# Emitters of fusions take most of a compilation. JAX 0.11 and newer have nothing else.
+_COMPILER_OPTIONS: dict[str, bool | str] | None = (
+  {"xla_cpu_use_fusion_emitters": False} if _QUICK and jax.__version_info__ < (0, 11) else None
+)
+
+
+def _jit(function: Callable[..., R]) -> Callable[..., R]:
+  """`nnx.jit` of a function of a model, without the changes that it makes to the model, and quickly compiled."""
+
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=_COMPILER_OPTIONS)
+  def run(graphdef: Any, state: Any, args: tuple[Any, ...]) -> R:
+    return function(nnx.merge(graphdef, state), *args)
+
+  @functools.wraps(function)
+  def call(model: nnx.Module, *args: Any) -> R:
+    return run(*nnx.split(model), args)
+
+  return call
+
+
+@_jit
 def _call(
   model: Any,
   tokens: Any,
@@ -114,14 +156,14 @@ def _call(
   return model(tokens, positions, cache, mask, segment_ids=segment_ids)
 
 
-@nnx.jit
+@_jit
 def _call_in_parts(model: Any, tokens: Any, positions: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
   hidden, _ = model(tokens, positions, output_hidden_states=True, skip_lm_head=True)
   kept: Any = nnx.pop(model, nnx.Intermediate)["all_hidden_states"]
   return hidden, kept.get_value()[0], model.compute_final_logits(hidden[:, -1:])
 
 
-@nnx.jit
+@_jit
 def _scores(model: Any, tokens: Any, positions: Any) -> jax.Array:
   return model(tokens, positions)[0]
 
@@ -129,6 +171,9 @@ def _scores(model: Any, tokens: Any, positions: Any) -> jax.Array:
 def _loss(model: Any, tokens: Any, positions: Any) -> jax.Array:
   logits, _ = model(tokens, positions)
   return mean_cross_entropy(logits[:, :-1], tokens[:, 1:])
+
+
+_gradients = _jit(nnx.grad(_loss))
 
 
 def _step(model: Any, optimizer: nnx.Optimizer, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -140,10 +185,16 @@ def _step(model: Any, optimizer: nnx.Optimizer, tokens: jax.Array, positions: ja
 _jitted_step: Any = nnx.jit(_step, donate_argnums=(0, 1))
 
 
-def _train(model: nnx.Module) -> list[float]:
+def _train(model: Any) -> list[float]:
   """Losses of three steps of gradient descent, in which model and optimiser donate their buffers."""
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-  return [float(_jitted_step(model, optimizer, TOKENS, POSITIONS)) for _ in range(3)]
+  # It lies beside the weights after a step; if it did not before, the next step would be another program.
+  mesh = find_mesh(model.embedder.input_embedding.get_value())
+  if mesh is not None:
+    optimizer.step.set_value(jax.device_put(optimizer.step.get_value(), NamedSharding(mesh, PartitionSpec())))
+  args = model, optimizer, jnp.asarray(TOKENS), jnp.asarray(POSITIONS)
+  step = _jitted_step.lower(*args).compile(_COMPILER_OPTIONS)
+  return [float(step(*args)) for _ in range(3)]
 
 
 def _generate(fill: Callable[..., Any], parameters: Any, tokens: jax.Array) -> Any:
@@ -271,6 +322,14 @@ class FamilyContract:
 
   @pytest.fixture(scope="class", autouse=True)
   @classmethod
+  def _quick_programs(cls) -> Iterator[None]:
+    former = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", _QUICK)
+    yield
+    jax.config.update("jax_disable_most_optimizations", former)
+
+  @pytest.fixture(scope="class", autouse=True)
+  @classmethod
   def _devices(cls) -> None:
     assert jax.device_count() >= 4, (
       'the contract needs four devices: put jax.config.update("jax_num_cpu_devices", 4) into conftest.py'
@@ -279,7 +338,7 @@ class FamilyContract:
   @pytest.fixture(scope="class")
   @classmethod
   def model(cls) -> Any:
-    """A model on one device, with weights so large that attention is far from uniform."""
+    """A model on one device."""
     return cls.make(cls.config)
 
   @pytest.fixture(scope="class", params=sorted(MESHES))
@@ -301,9 +360,10 @@ class FamilyContract:
     return np.asarray(_call(model, TOKENS, POSITIONS)[0])
 
   @classmethod
-  def make(cls, config: Any, mesh: Mesh | None = None) -> Any:
-    """Makes a model of the family with random weights."""
-    return create_dummy_model(cls.family.model_class, config, mesh, scale=0.3)
+  def make(cls, config: Any, mesh: Mesh | None = None, dtype: Any = None) -> Any:
+    """Makes a model of the family with random weights; all their dtypes are `dtype`, if it is given."""
+    model = abstract_model(cls.family.model_class, config, mesh)
+    return model.fill({name: _draw(parameter, dtype) for name, parameter in model.parameters.items()})
 
   @classmethod
   def shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
@@ -368,7 +428,8 @@ class FamilyContract:
       assert np.asarray(arrays[name]).tobytes() == tensor.tobytes(), name
       assert arrays[name].shape == tensor.shape, name
       assert arrays[name].sharding.device_set == set(mesh.devices.flat), name
-    other = create_dummy_model(self.family.model_class, self.config, mesh, random_seed=1)
+    other = self.make(self.config, mesh)
+    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other)))
     from_checkpoint(other, self.family, LazyCheckpoint(sharded, self.family))
     for ours, theirs in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (sharded, other)), strict=True):
       ours, theirs = ours[1].get_value(), theirs[1].get_value()
@@ -455,7 +516,8 @@ class FamilyContract:
   def test_a_call_changes_the_model_itself(self, mesh: Mesh) -> None:
     model = self.make(self.config, mesh)
     model.layers[0] = changing = Changing(model.layers[0])
-    _, second, third = (np.asarray(_call(model, TOKENS, POSITIONS)[0]) for _ in range(3))
+    call: Any = nnx.jit(lambda model: model(TOKENS, POSITIONS)[0])
+    _, second, third = (np.asarray(call(model)) for _ in range(3))
     assert int(changing.calls[...]) == 3, "a value that a call sets in a module must stay"
     assert np.abs(second - third).max() > 1e-3 * np.abs(second).max(), (
       "dropout must drop other values each time"
@@ -473,12 +535,15 @@ class FamilyContract:
     graphdef, state = nnx.split(sharded)
     grad = jax.jit(jax.grad(lambda state: _loss(nnx.merge(graphdef, state), TOKENS, POSITIONS)))
     held = sum(shard_nbytes(array) for array in jax.tree.leaves(state))
-    account: Any = grad.lower(state).compile().memory_analysis()
+    account: Any = grad.lower(state).compile(_COMPILER_OPTIONS).memory_analysis()
     assert account.output_size_in_bytes <= 1.02 * held
 
   def test_embeddings_take_the_place_of_tokens(self, model: Any, expected: np.ndarray) -> None:
-    logits = jax.jit(lambda e: model(None, POSITIONS, inputs_embeds=e, decode_only_last_token=True)[0])
-    assert_close(logits(model.embed(TOKENS)), expected[:, -1:])
+    embeds = model.embed(TOKENS)
+    last = _jit(
+      lambda model, embeds: model(None, POSITIONS, inputs_embeds=embeds, decode_only_last_token=True)[0]
+    )
+    assert_close(last(model, embeds), expected[:, -1:])
 
   def test_config_survives_config_json(self) -> None:
     for config in self._all_configs():
@@ -541,8 +606,9 @@ class FamilyContract:
       assert_close(np.concatenate(parts, axis=1)[:, pad:], expected)
 
   def test_right_padding_changes_nothing(self, model: Any, expected: np.ndarray) -> None:
-    tokens, positions = (np.pad(a, ((0, 0), (0, 3))) for a in (TOKENS, POSITIONS))
-    assert_close(_call(model, tokens, positions)[0][:, :T], expected)
+    real = T - 3
+    tokens, positions = (np.pad(a[:, :real], ((0, 0), (0, T - real))) for a in (TOKENS, POSITIONS))
+    assert_close(_call(model, tokens, positions)[0][:, :real], expected[:, :real])
 
   def test_rings_change_nothing(self, model: Any, sharded: Any, expected: np.ndarray) -> None:
     """Chunks longer and shorter than a window; padding left, right and between; with and without a mask."""
@@ -607,13 +673,15 @@ class FamilyContract:
       assert ours.get_value().sharding == theirs.get_value().sharding
 
   def test_writing_past_the_cache_is_an_error(self, model: Any) -> None:
-    cache = model.init_cache(B, T)
-    _, cache = _call(model, TOKENS[:, :-1], POSITIONS[:, :-1], cache)
+    # Two chunks of one size, which run one compiled program; the last token of the second has no slot.
+    chunk = T // 2 + 1
+    _, cache = _call(model, TOKENS[:, :chunk], POSITIONS[:, :chunk], model.init_cache(B, 2 * chunk - 1))
+    rest = TOKENS[:, :chunk], POSITIONS[:, :chunk] + chunk
     with pytest.raises(ValueError, match="cache_size"):
-      model(TOKENS[:, -2:], POSITIONS[:, -2:], cache)
-    logits, _ = _call(model, TOKENS[:, -2:], POSITIONS[:, -2:], cache)
-    assert np.isfinite(logits[:, 0]).all()
-    assert np.isnan(logits[:, 1]).all()
+      model(*rest, cache)
+    logits, _ = _call(model, *rest, cache)
+    assert np.isfinite(logits[:, :-1]).all()
+    assert np.isnan(logits[:, -1]).all()
 
   def test_the_head_can_be_skipped_and_computed_later(
     self, model: Any, sharded: Any, expected: np.ndarray
@@ -667,8 +735,9 @@ class FamilyContract:
     unrolled, scanned = pair
     assert any(layers_of(name) for name in scanned.layers), "`deep` must have layers that repeat"
     theirs, ours = (model.init_cache(B, T, ring=True) for model in pair)
-    for start, stop in ((0, T - 1), (T - 1, T)):
-      part = np.s_[:, start:stop]
+    # Chunks of one size run one compiled program.
+    for start in (0, T // 2):
+      part = np.s_[:, start : start + T // 2]
       expected, theirs = _call(unrolled, TOKENS[part], POSITIONS[part], theirs)
       logits, ours = _call(scanned, TOKENS[part], POSITIONS[part], ours)
       assert_close(logits, expected, SCANNED)
@@ -678,13 +747,17 @@ class FamilyContract:
       assert one.sharding == other.sharding
 
   def test_stacked_layers_have_the_same_gradients(self, pair: tuple[Any, Any]) -> None:
-    grads = [nnx.state(nnx.jit(nnx.grad(_loss))(model, TOKENS, POSITIONS)) for model in pair]
-    expected, stacked = ({dotted(p): v.get_value() for p, v in nnx.to_flat_state(state)} for state in grads)
+    grads = [nnx.state(_gradients(model, TOKENS, POSITIONS)) for model in pair]
+    # Slices of NumPy's arrays compile nothing.
+    expected, stacked = (
+      {dotted(path): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+      for state in grads
+    )
     shapes, get = by_layer(stacked, stacked.__getitem__)
     assert list(shapes) == list(expected)
-    largest = max(float(jnp.abs(array).max()) for array in expected.values())
+    largest = max(np.abs(array).max() for array in expected.values())
     for name, array in expected.items():
-      assert np.abs(np.asarray(get(name)) - np.asarray(array)).max() <= SCANNED * largest, name
+      assert np.abs(get(name) - array).max() <= SCANNED * largest, name
 
   def test_stacked_layers_are_the_same_files_and_have_the_same_digest(
     self, pair: tuple[Any, Any], tmp_path: pathlib.Path
@@ -730,8 +803,9 @@ class FamilyContract:
   def test_eager_equals_jitted(self, sharded: Any, expected: np.ndarray) -> None:
     assert_close(sharded(TOKENS, POSITIONS)[0], expected)
 
-  def test_dummy_values_are_the_same_on_every_mesh(self, model: Any, sharded: Any) -> None:
-    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, sharded)), strict=True):
+  def test_dummy_values_are_the_same_on_every_mesh(self, mesh: Mesh) -> None:
+    models = (create_dummy_model(self.family.model_class, self.config, where) for where in (None, mesh))
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in models), strict=True):
       np.testing.assert_array_equal(ours, theirs)
 
   @pytest.fixture(scope="class")
@@ -767,8 +841,9 @@ class FamilyContract:
     parameters = {n: struct(p.shape, p.dtype, sharding=p.sharding) for n, p in abstract.parameters.items()}
     rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("fsdp"))
     tokens = struct((B, T), jnp.int32, sharding=rows)
-    text = jax.jit(functools.partial(run, abstract.fill)).lower(parameters, tokens).compile().as_text()
-    program, weights = Program(text or ""), frozenset(n for n, p in parameters.items() if len(p.shape) > 1)
+    lowered = jax.jit(functools.partial(run, abstract.fill)).lower(parameters, tokens)
+    program = Program(lowered.compile(_COMPILER_OPTIONS).as_text() or "")
+    weights = frozenset(n for n, p in parameters.items() if len(p.shape) > 1)
     assert weights <= program.arguments
     return Compiled(program, weights, config, parameters["embedder.input_embedding"].shape[0])
 
@@ -798,7 +873,7 @@ class FamilyContract:
 
   @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
   def test_half_precision_is_kept_and_logits_stay_close(self, expected: np.ndarray, dtype: str) -> None:
-    model: Any = create_dummy_model(self.family.model_class, self.config, dtype=dtype, scale=0.3)
+    model = self.make(self.config, dtype=dtype)
     logits, cache = _call(model, TOKENS, POSITIONS, model.init_cache(B, T))
     assert logits.dtype == jnp.float32
     assert cache["layer_0"]["k"].dtype == jnp.dtype(dtype)
