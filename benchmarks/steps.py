@@ -1,15 +1,17 @@
-"""A prefill and a decode step against google-tunix and transformers: the shape of Qwen 2.5 0.5B, float32, on the CPU.
+"""A prefill and a decode step against google-tunix and transformers: the shape of Qwen 2.5 0.5B on the CPU.
 
 Each library runs in a process of its own, all of them in turn, with random weights. A decode step cannot be faster than
 one pass over the weights, which is timed as well. A prefill asks for the logits of its last position alone, where the
-library can leave out the others: google-tunix' Qwen 2 cannot.
+library can leave out the others: google-tunix' Qwen 2 cannot. Caches are donated.
 
   python benchmarks/steps.py
+  python benchmarks/steps.py --cache 16384 --prefill 4096 --dtype bfloat16
 
 Needs google-tunix, torch and transformers beside models-qwen; those that are missing are left out.
 """
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import json
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import time
 
-CACHE, PREFILL, STEPS = 512, 128, 16
+STEPS = 16
+# Numbers that the command's options set: slots of the cache, and tokens of the prefill.
+CACHE, PREFILL, DTYPE = 512, 128, "float32"
 VARIANTS = {
   "weights read once": "models_qwen",
   "models-qwen": "models_qwen",
@@ -43,20 +47,23 @@ def ours(layers):
   from models_core.dummy_model_creator import create_dummy_model
   from models_qwen.qwen2.model import ModelConfig, Qwen2
 
-  model = create_dummy_model(Qwen2, _config(ModelConfig.qwen2p5_0p5b(), layers))
+  model = create_dummy_model(Qwen2, _config(ModelConfig.qwen2p5_0p5b(), layers), dtype=DTYPE)
   return _jax_times(model, model.init_cache(1, CACHE), lambda end, T: None)
 
 
 def tunix(layers):
   """The same of tunix' model, which takes a mask over all slots of the cache."""
+  import jax
   import jax.numpy as jnp
   from flax import nnx
   from tunix.models.qwen2.model import ModelConfig, Qwen2
 
   config = _config(ModelConfig.qwen2p5_0p5b(), layers)
   model = Qwen2(config, rngs=nnx.Rngs(0))
+  nnx.update(model, jax.tree.map(lambda x: x.astype(DTYPE), nnx.state(model, nnx.Param)))
   slots = (1, CACHE, config.num_kv_heads, config.head_dim)
-  layer = lambda: {"k": jnp.zeros(slots), "v": jnp.zeros(slots), "end_index": jnp.zeros(1, jnp.int32)}
+  empty = lambda: jnp.zeros(slots, DTYPE)
+  layer = lambda: {"k": empty(), "v": empty(), "end_index": jnp.zeros(1, jnp.int32)}
   cache = {f"layer_{i}": layer() for i in range(config.num_layers)}
   mask = lambda end, T: jnp.arange(CACHE)[None, None] <= end + jnp.arange(T)[None, :, None]
   return _jax_times(model, cache, mask)
@@ -83,7 +90,7 @@ def _jax_times(model, cache, mask):
     logits, cache = nnx.merge(graphdef, state)(tokens, positions, cache, mask(0, PREFILL), **last_alone)
     return logits[:, -1:], cache
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=1)
   def decode(state, cache, token, end):
     logits, cache = nnx.merge(graphdef, state)(token, end[None, None], cache, mask(end, 1))
     return jnp.argmax(logits, -1), cache
@@ -92,12 +99,15 @@ def _jax_times(model, cache, mask):
   prefilled = prefill(state, cache, tokens)[1]
 
   def steps():
-    cache, token = prefilled, tokens[:, :1]
+    cache, token = jax.block_until_ready((jax.tree.map(jnp.copy, prefilled), tokens[:, :1]))
+    start = time.perf_counter()
     for step in range(STEPS):
       token, cache = decode(state, cache, token, jnp.int32(PREFILL + step))
     jax.block_until_ready(token)
+    return time.perf_counter() - start
 
-  return fastest(steps, 3) / STEPS, fastest(
+  steps()
+  return min(steps() for _ in range(3)) / STEPS, fastest(
     lambda: jax.block_until_ready(prefill(state, cache, tokens)[0]), 3
   )
 
@@ -111,9 +121,11 @@ def transformers(layers):
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers or 24, num_attention_heads=14,
     num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=CACHE,
   )  # fmt: skip
-  model = Qwen2ForCausalLM(config).eval()
+  model = Qwen2ForCausalLM(config).eval().to(getattr(torch, DTYPE))
   tokens = torch.ones((1, PREFILL), dtype=torch.long)
-  cache = lambda: StaticCache(config=config, max_batch_size=1, max_cache_len=CACHE, dtype=torch.float32)
+  cache = lambda: StaticCache(
+    config=config, max_batch_size=1, max_cache_len=CACHE, dtype=getattr(torch, DTYPE)
+  )
 
   @torch.no_grad()
   def prefill():
@@ -141,7 +153,7 @@ def weights_read_once(layers):
   from models_core.dummy_model_creator import create_dummy_model
   from models_qwen.qwen2.model import ModelConfig, Qwen2
 
-  state = nnx.state(create_dummy_model(Qwen2, _config(ModelConfig.qwen2p5_0p5b(), layers)))
+  state = nnx.state(create_dummy_model(Qwen2, _config(ModelConfig.qwen2p5_0p5b(), layers), dtype=DTYPE))
   total = jax.jit(lambda state: sum(x.sum() for x in jax.tree.leaves(state)))
   return (fastest(lambda: jax.block_until_ready(total(state)), 5),) * 2
 
@@ -150,8 +162,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--layers", type=int, help="of the model; all 24 if left out")
+  parser.add_argument("--cache", type=int, default=CACHE, help="slots of the cache")
+  parser.add_argument("--prefill", type=int, default=PREFILL, help="tokens of the prefill")
+  parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
   parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
   args = parser.parse_args()
+  globals().update(CACHE=args.cache, PREFILL=args.prefill, DTYPE=args.dtype)
   if args.variant:
     run = {"models-qwen": ours, "google-tunix": tunix, "transformers": transformers}
     print(json.dumps(run.get(args.variant, weights_read_once)(args.layers)))
@@ -162,6 +178,7 @@ def main() -> None:
       if importlib.util.find_spec(package) is None:
         continue
       command = [sys.executable, "-W", "ignore", __file__, "--variant", variant]
+      command += [f"--cache={args.cache}", f"--prefill={args.prefill}", f"--dtype={args.dtype}"]
       command += [] if args.layers is None else ["--layers", str(args.layers)]
       out = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
