@@ -2,10 +2,13 @@
 
 Each library runs in a process of its own, all of them in turn, with random weights. A decode step cannot be faster than
 one pass over the weights, which is timed as well. A prefill asks for the logits of its last position alone, where the
-library can leave out the others: google-tunix' Qwen 2 cannot. Caches are donated.
+library can leave out the others: google-tunix' Qwen 2 cannot. Caches are donated. With `--train`, a training step by
+stochastic gradient descent is timed as well, the loss of the next tokens as each library computes it; transformers is
+left out.
 
   python benchmarks/steps.py
   python benchmarks/steps.py --cache 16384 --prefill 4096 --dtype bfloat16
+  python benchmarks/steps.py --train 256
 
 Needs google-tunix, torch and transformers beside models-qwen; those that are missing are left out.
 """
@@ -22,7 +25,7 @@ import time
 
 STEPS = 16
 # Numbers that the command's options set: slots of the cache, and tokens of the prefill.
-CACHE, PREFILL, DTYPE = 512, 128, "float32"
+CACHE, PREFILL, DTYPE, TRAIN = 512, 128, "float32", 0
 VARIANTS = {
   "weights read once": "models_qwen",
   "models-qwen": "models_qwen",
@@ -45,16 +48,22 @@ def fastest(call, rounds):
 def ours(layers):
   """Seconds of a decode step and of a prefill."""
   from models_core.dummy_model_creator import create_dummy_model
+  from models_core.layers import mean_cross_entropy
   from models_qwen.qwen2.model import ModelConfig, Qwen2
 
   model = create_dummy_model(Qwen2, _config(ModelConfig.qwen2p5_0p5b(), layers), dtype=DTYPE)
-  return _jax_times(model, model.init_cache(1, CACHE), lambda end, T: None)
+
+  def loss(model, tokens):
+    return mean_cross_entropy(model(tokens)[0][:, :-1], tokens[:, 1:])
+
+  return _jax_times(model, model.init_cache(1, CACHE), lambda end, T: None, loss)
 
 
 def tunix(layers):
   """The same of tunix' model, which takes a mask over all slots of the cache."""
   import jax
   import jax.numpy as jnp
+  import optax
   from flax import nnx
   from tunix.models.qwen2.model import ModelConfig, Qwen2
 
@@ -66,7 +75,14 @@ def tunix(layers):
   layer = lambda: {"k": empty(), "v": empty(), "end_index": jnp.zeros(1, jnp.int32)}
   cache = {f"layer_{i}": layer() for i in range(config.num_layers)}
   mask = lambda end, T: jnp.arange(CACHE)[None, None] <= end + jnp.arange(T)[None, :, None]
-  return _jax_times(model, cache, mask)
+
+  def loss(model, tokens):
+    causal = jnp.tril(jnp.ones((TRAIN, TRAIN), bool))[None]
+    logits, _ = model(tokens, jnp.arange(TRAIN)[None], None, causal)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    return losses.mean()
+
+  return _jax_times(model, cache, mask, loss)
 
 
 def _config(config, layers):
@@ -75,7 +91,7 @@ def _config(config, layers):
   return config if layers is None else dataclasses.replace(config, num_layers=layers)
 
 
-def _jax_times(model, cache, mask):
+def _jax_times(model, cache, mask, loss):
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -107,9 +123,32 @@ def _jax_times(model, cache, mask):
     return time.perf_counter() - start
 
   steps()
-  return min(steps() for _ in range(3)) / STEPS, fastest(
-    lambda: jax.block_until_ready(prefill(state, cache, tokens)[0]), 3
-  )
+  found = [
+    min(steps() for _ in range(3)) / STEPS,
+    fastest(lambda: jax.block_until_ready(prefill(state, cache, tokens)[0]), 3),
+  ]
+  return [*found, _training_step(graphdef, state, loss)] if TRAIN else found
+
+
+def _training_step(graphdef, state, loss):
+  """Seconds of a step that changes the state in place."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, tokens):
+    value, gradients = jax.value_and_grad(lambda state: loss(nnx.merge(graphdef, state), tokens))(state)
+    return value, jax.tree.map(lambda x, dx: x - (1e-3 * dx).astype(x.dtype), state, gradients)
+
+  tokens = jnp.arange(TRAIN, dtype=jnp.int32)[None]
+
+  def run():
+    nonlocal state
+    value, state = step(state, tokens)
+    jax.block_until_ready((value, state))
+
+  return fastest(run, 3)
 
 
 def transformers(layers):
@@ -164,10 +203,11 @@ def main() -> None:
   parser.add_argument("--layers", type=int, help="of the model; all 24 if left out")
   parser.add_argument("--cache", type=int, default=CACHE, help="slots of the cache")
   parser.add_argument("--prefill", type=int, default=PREFILL, help="tokens of the prefill")
+  parser.add_argument("--train", type=int, default=TRAIN, help="tokens of a training step; 0 leaves it out")
   parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
   parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
   args = parser.parse_args()
-  globals().update(CACHE=args.cache, PREFILL=args.prefill, DTYPE=args.dtype)
+  globals().update(CACHE=args.cache, PREFILL=args.prefill, DTYPE=args.dtype, TRAIN=args.train)
   if args.variant:
     run = {"models-qwen": ours, "google-tunix": tunix, "transformers": transformers}
     print(json.dumps(run.get(args.variant, weights_read_once)(args.layers)))
@@ -175,19 +215,27 @@ def main() -> None:
   found: dict[str, list[list[float]]] = {}
   for _ in range(args.rounds):
     for variant, package in VARIANTS.items():
-      if importlib.util.find_spec(package) is None:
+      if importlib.util.find_spec(package) is None or (
+        args.train and variant in ("transformers", "weights read once")
+      ):
         continue
       command = [sys.executable, "-W", "ignore", __file__, "--variant", variant]
-      command += [f"--cache={args.cache}", f"--prefill={args.prefill}", f"--dtype={args.dtype}"]
+      command += [
+        f"--cache={args.cache}",
+        f"--prefill={args.prefill}",
+        f"--dtype={args.dtype}",
+        f"--train={args.train}",
+      ]
       command += [] if args.layers is None else ["--layers", str(args.layers)]
       out = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
       )
       found.setdefault(variant, []).append(json.loads(out.stdout.splitlines()[-1]))
-  print("| variant | decode ms | prefill ms |\n|---|---|---|")
+  columns = ["decode ms", "prefill ms", *(["training step ms"] if args.train else [])]
+  print("| variant |", *(f"{column} |" for column in columns))
+  print("|---|" + "---|" * len(columns))
   for variant, times in found.items():
-    decode, prefill = (1e3 * min(column) for column in zip(*times, strict=True))
-    print(f"| {variant} | {decode:.1f} | {prefill:.0f} |")
+    print(f"| {variant} |", *(f"{1e3 * min(column):.1f} |" for column in zip(*times, strict=True)))
 
 
 if __name__ == "__main__":

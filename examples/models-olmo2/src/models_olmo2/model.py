@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     q = shard(rotate(split_heads(q, self.num_heads), positions, rotary), act_btnh)
     k = shard(rotate(split_heads(k, self.num_kv_heads), positions, rotary), act_btnh)
     v = shard(split_heads(self.v_proj(x), self.num_kv_heads), act_btnh)
-    cache, k, v = extend_cache(cache, k, v, positions)
+    cache, k, v = extend_cache(cache, k, v, positions, act_btnh)
     kind = self.config.attn_implementation
     out = attend(q, k, v, visible, scale=self.config.head_dim**-0.5, implementation=kind, spec=act_btnh)
     return self.o_proj(join_heads(shard(out, act_btnh))), cache
