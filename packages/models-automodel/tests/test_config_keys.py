@@ -63,7 +63,7 @@ def test_a_refused_key_may_be_ignored(edit_config, tmp_path, caplog, capsys):
     }
     assert load(directory)[0].config == model.config
   assert main(["plan", str(path)]) == 1
-  assert "ignore_config_keys=['residual_multiplier']" in capsys.readouterr().err
+  assert "--ignore-config-key residual_multiplier" in capsys.readouterr().err
   assert main(["plan", str(path), "--ignore-config-key", "residual_multiplier"]) == 0
   assert ASKED in capsys.readouterr().out
   assert main(["verify", str(path), "--ignore-config-key", "residual_multiplier"]) == 0

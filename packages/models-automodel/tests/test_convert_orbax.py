@@ -169,8 +169,11 @@ def test_refusals(checkpoint, tree, tmp_path, capsys):
     convert(str(checkpoint[0]), tmp_path / "out", to="orbax", max_shard_size="1GB")
   with pytest.raises(SaveError, match="overwrite=True"):
     convert(str(checkpoint[0]), tree, to="orbax", progress=False)
-  assert main(["convert", str(tree), str(tree), "--to", "gguf"]) == 1
-  assert "choose one of huggingface, orbax" in capsys.readouterr().err
+  with pytest.raises(ConfigError, match="choose one of huggingface, orbax"):
+    convert(str(tree), tmp_path / "out", to="gguf")
+  with pytest.raises(SystemExit):
+    main(["convert", str(tree), str(tree), "--to", "gguf"])
+  assert "invalid choice: 'gguf'" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 
