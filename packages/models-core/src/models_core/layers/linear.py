@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -111,53 +112,69 @@ _DOT_GENERAL = _identity(jax.lax.dot_general)
 def product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
   """Multiplies x [..., in] by the matrix w [out, in] -> [..., out] in a dtype, computed in the dtype of x.
 
-  Products are summed in float32 and rounded once. On CPUs, forward-mode differentiation cannot pass through products of
-  bfloat16 and float16.
+  Products are summed in float32 at least, and rounded once. On CPUs, forward-mode differentiation cannot pass through
+  products of bfloat16 and float16, nor through those of 64 rows and more.
   """
   if w.dtype != x.dtype:
     w = w.astype(x.dtype)
   if x.ndim > 2 and x.shape[-2] == 1:
     # For one row of three axes, XLA's CPU backend of jaxlib 0.9 copies the weight.
     return jnp.expand_dims(product(jnp.squeeze(x, -2), w, dtype), -2)
-  if x.dtype.itemsize == 2 and not products_are_replaced() and platform_of(x, w) == "cpu":
-    return _narrow_product(x, w).astype(dtype)
+  rows = math.prod(x.shape[:-1])
+  for_cpu = x.dtype.itemsize == 2 or (isinstance(rows, int) and rows >= _MANY)
+  if for_cpu and not products_are_replaced() and platform_of(x, w) == "cpu":
+    return _cpu_product(x, w).astype(dtype)
   # The parameter itself is the operand: libraries for quantisation and LoRA find it by its identity.
   return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-@jax.custom_vjp
-def _narrow_product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """`product` of bfloat16 or float16 in float32, for CPUs.
+# Rows for which the gradient has an order of its own; attention of as many queries has a backward pass of its own, too.
+_MANY = 64
 
-  XLA's CPU backend converts a weight to float32 before each product whose result is as narrow, or whose factors differ in
-  dtype, as those of JAX's own gradient do.
+
+@jax.custom_vjp
+def _cpu_product(x: jax.Array, w: jax.Array) -> jax.Array:
+  """`product` in float32 at least, as XLA's CPU backend takes it without copies.
+
+  It converts a weight to float32 before each product whose result is bfloat16, or whose factors differ in dtype, as those
+  of JAX's own gradient do. And it transposes the first of two factors that are summed over their rows: JAX's own gradient
+  puts the larger one first, such as that of the hidden values of a feed-forward block.
   """
   return _wide(x, w, 1)
 
 
 def _wide(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-  """Products over the last axis of x [..., .] and an axis of w: float32 [..., .]."""
+  """Products over the last axis of x [..., .] and an axis of w: float32 at least, [..., .]."""
   # For one row, too, the backend would convert the weight.
-  is_row = math.prod(x.shape[:-1]) == 1
+  is_row = x.dtype.itemsize == 2 and math.prod(x.shape[:-1]) == 1
   rows = jnp.tile(x.reshape(1, -1), (2, 1)) if is_row else x
   numbers = (((rows.ndim - 1,), (axis,)), ((), ()))
-  y = jax.lax.dot_general(rows, w, numbers, preferred_element_type=jnp.float32)
+  y = jax.lax.dot_general(rows, w, numbers, preferred_element_type=_wide_dtype(x))
   return y[0].reshape(*x.shape[:-1], -1) if is_row else y
 
 
-def _narrow_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _wide_dtype(x: jax.Array) -> DTypeLike:
+  return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+
+
+def _cpu_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return _wide(x, w, 1), (x, w)
 
 
-def _narrow_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cpu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
   x, w = kept
   dy = dy.astype(x.dtype)
   rows = tuple(range(x.ndim - 1))
-  dw = jax.lax.dot_general(dy, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  sum_over_rows = functools.partial(
+    jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), preferred_element_type=_wide_dtype(x)
+  )
+  # The backend cannot run the other order for bfloat16.
+  is_swapped = x.dtype.itemsize >= 4 and dy.shape[-1] > x.shape[-1]
+  dw = sum_over_rows(x, dy).T if is_swapped else sum_over_rows(dy, x)
   return _wide(dy, w, 0).astype(x.dtype), dw.astype(w.dtype)
 
 
-_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+_cpu_product.defvjp(_cpu_forward, _cpu_backward)
 
 
 class Embedder(nnx.Module):
