@@ -15,5 +15,6 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and (0, 9
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # The command would keep programs in the cache of whoever runs the tests.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-# On a CPU that simulates devices, programs with collectives that run at once may wait for one another for good.
-os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+# XLA takes this many threads for all simulated devices, instead of one for each core. With few, programs with collectives
+# that run at once take all of them and wait for one another for good: operations outside of jit, for example.
+os.environ.setdefault("NPROC", "64")

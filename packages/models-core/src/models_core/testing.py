@@ -122,6 +122,9 @@ def shard_nbytes(array: jax.Array) -> int:
   return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
+# XLA takes this many threads for all simulated devices. With one for each core, programs with collectives that run at once
+# may take all of them and wait for one another for good.
+os.environ.setdefault("NPROC", "64")
 # Programs run once, so compiling them is what takes time.
 _QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 # Emitters of fusions take most of a compilation. JAX 0.11 and newer have nothing else.
