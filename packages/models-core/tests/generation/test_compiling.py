@@ -30,20 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def compilations():
-  """The programs that were compiled since the fixture was called."""
-  found = []
-
-  def note(name, seconds, **more):
-    if "backend_compile" in name:
-      found.append(more)
-
-  jax.monitoring.register_event_duration_secs_listener(note)
-  yield found
-  jax.monitoring.unregister_event_duration_listener(note)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_call_after_it_compiles_nothing(mesh, case, compilations):
