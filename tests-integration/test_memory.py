@@ -1,10 +1,13 @@
 """Temporaries of long sequences on CPU in float32, by the compiler's account: nothing is run."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from models_core.loading import abstract_model
 from models_gemma.gemma3.model import Gemma3
@@ -52,7 +55,15 @@ def prefill(model, config, tokens):
   return two + (config.num_layers - 2) * (of(3) - two)
 
 
+def as_users_compile(expression):
+  """The value of an expression of this module in a process without the settings of the tests."""
+  settings = {"XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+  env = {name: value for name, value in os.environ.items() if name not in settings}
+  command = [sys.executable, "-c", f"from test_memory import *; print({expression})"]
+  folder = pathlib.Path(__file__).parent
+  return int(subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def test_sliding_windows_take_no_more_than_a_model_without():
-  gemma, llama = prefill(*GEMMA, 32_768), prefill(*LLAMA, 32_768)
-  assert gemma <= llama
-  assert llama == pytest.approx(8.4e9, rel=0.05)
+  gemma, llama = (as_users_compile(f"prefill(*{name}, 32_768)") for name in ("GEMMA", "LLAMA"))
+  assert gemma <= llama <= 4.7e9

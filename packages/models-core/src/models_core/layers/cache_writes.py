@@ -61,29 +61,45 @@ def _by_scatter(arrays: Arrays, new: Arrays, index: jax.Array) -> Arrays:
 
 # Compiled for eager callers, too: a loop would be compiled anew at each of their calls.
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _by_slices(arrays: Arrays, new: Arrays, index: jax.Array, specs: Any, as_bits: bool) -> Arrays:
-  # XLA's CPU backend computes with bfloat16 in float32, even where it only moves numbers.
-  dtypes = {name: array.dtype for name, array in arrays.items() if as_bits and array.dtype == jnp.bfloat16}
-  cast = lambda tree, to: {
-    n: lax.bitcast_convert_type(x, to(n)) if n in dtypes else x for n, x in tree.items()
-  }
-  arrays, new = (cast(tree, lambda _: jnp.uint16) for tree in (arrays, new))
+def _by_slices(arrays: Arrays, new: Arrays, index: jax.Array, specs: Any, on_cpu: bool) -> Arrays:
+  write = functools.partial(_write, on_cpu=on_cpu)
   if specs is None:
-    written = _replace_slices(arrays, new, index)
-  else:
-    own = dict(specs)
-    rows = PartitionSpec(*next(iter(own.values()))[:1])
-    axes = set(jax.sharding.get_abstract_mesh().auto_axes)
-    run = jax.shard_map(_replace_slices, in_specs=(own, own, rows), out_specs=own, axis_names=axes)
-    written = run(arrays, new, index)
-  return cast(written, dtypes.__getitem__)
+    return write(arrays, new, index)
+  own = dict(specs)
+  rows = PartitionSpec(*next(iter(own.values()))[:1])
+  axes = set(jax.sharding.get_abstract_mesh().auto_axes)
+  return jax.shard_map(write, in_specs=(own, own, rows), out_specs=own, axis_names=axes)(arrays, new, index)
+
+
+def _write(arrays: Arrays, new: Arrays, index: jax.Array, on_cpu: bool) -> Arrays:
+  """Writes new tokens to consecutive slots of arrays that lie on one device."""
+  # XLA's CPU backend computes with bfloat16 in float32, even where it only moves numbers.
+  promoted = {name for name, array in arrays.items() if on_cpu and array.dtype == jnp.bfloat16}
+  if index.shape[1] == 1:
+    # Written once: XLA would fuse the pass into each reader as well.
+    written = lax.optimization_barrier(
+      {name: _replace_slot(arrays[name], new[name], index) for name in promoted}
+    )
+    rest = {name: array for name, array in arrays.items() if name not in promoted}
+    return written | _replace_slices(rest, new, index)
+  cast = lambda tree, to: {
+    n: lax.bitcast_convert_type(x, to) if n in promoted else x for n, x in tree.items()
+  }
+  bits = _replace_slices(cast(arrays, jnp.uint16), cast(new, jnp.uint16), index)
+  return cast(bits, jnp.bfloat16)
+
+
+def _replace_slot(array: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+  """Replaces one slot of each row in one pass over the array, which needs no memory of its own."""
+  slots = index.reshape(-1, *(1,) * (array.ndim - 1))
+  return jnp.where(jnp.arange(array.shape[-1]) == slots, new, array)
 
 
 def _replace_slices(arrays: Arrays, new: Arrays, index: jax.Array) -> Arrays:
   """Replaces one slice of each row, in a loop over the rows."""
   B, T = index.shape
-  T = min(T, next(iter(arrays.values())).shape[-1])
-  if T == 0:
+  T = min([T, *(array.shape[-1] for array in arrays.values())])
+  if T == 0 or not arrays:
     return arrays
 
   def row(i: jax.Array, arrays: Arrays) -> Arrays:
