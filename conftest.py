@@ -1,8 +1,9 @@
 """Settings of every test run here: programs run once, so compiling them is what takes time.
 
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do. `pytest --few-cases` runs two cases of each parametrised test.
 """
 
+import itertools
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,10 +12,30 @@ try:
 except PackageNotFoundError:  # naming and sources do without
   _jax = (0, 0)
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and (0, 9) <= _jax <= (0, 10):
-  # Emitters of fusions take most of a compilation. Newer versions have nothing else.
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+  # Emitters of fusions take most of a compilation (newer versions have nothing else), and small programs compile faster
+  # in one piece.
+  quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 # The command would keep programs in the cache of whoever runs the tests.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # XLA takes this many threads for all simulated devices, instead of one for each core. With few, programs with collectives
 # that run at once take all of them and wait for one another for good: operations outside of jit, for example.
 os.environ.setdefault("NPROC", "64")
+
+
+def pytest_addoption(parser):
+  """Adds --few-cases."""
+  help = (
+    "of each parametrised test the first and the last case: for other versions of what a package depends on"
+  )
+  parser.addoption("--few-cases", action="store_true", help=help)
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out the cases between the first and the last: both kinds of mesh stay, most often."""
+  if not config.getoption("--few-cases"):
+    return
+  cases = [list(group) for _, group in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0])]
+  kept = [case for group in cases for case in dict.fromkeys((group[0], group[-1]))]
+  config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=items.index))
+  items[:] = kept
