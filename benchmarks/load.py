@@ -141,21 +141,46 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write(directory: pathlib.Path, config: dict, align: int, shard_bytes: int = 400 * 10**6) -> None:
-  """Writes config.json, bf16 shards of random weights and their index. Data starts at an odd multiple of `align` bytes."""
+  """Writes config.json, bf16 shards of random weights and their index."""
   shards: list[dict[str, tuple[int, ...]]] = [{}]
   for name, shape in shapes(config).items():
     if shards[-1] and sum(map(math.prod, [*shards[-1].values(), shape])) * 2 > shard_bytes:
       shards.append({})
     shards[-1][name] = shape
-  directory.mkdir(parents=True, exist_ok=True)
   random = np.random.default_rng(0)
+
+  def weight(shape: tuple[int, ...]) -> np.ndarray:
+    return bfloat16(random.standard_normal(shape, np.float32) * np.float32(config["initializer_range"]))
+
+  write_shards(
+    directory, config, align, [{n: ("BF16", shape) for n, shape in s.items()} for s in shards], weight
+  )
+
+
+def write_shards(
+  directory: pathlib.Path,
+  config: dict,
+  align: int,
+  shards: list[dict[str, tuple[str, tuple[int, ...]]]],
+  values: Callable[..., np.ndarray],
+) -> None:
+  """Writes files, their index and config.json. Data starts at an odd multiple of `align` bytes.
+
+  Args:
+    directory: is made.
+    config: for config.json.
+    align: bytes.
+    shards: of each file, the names of its tensors with their types, as safetensors calls them, and shapes.
+    values: makes a tensor of a shape, or of a shape and a type where tensors have several.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
   weight_map, total = {}, 0
   for number, shard in enumerate(shards, 1):
     file = f"model-{number:05}-of-{len(shards):05}.safetensors"
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shard.items():
-      size = math.prod(shape) * 2
-      header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+    for name, (kind, shape) in shard.items():
+      size = math.prod(shape) * ITEMSIZE[kind]
+      header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + size]}
       end += size
       weight_map[name] = file
     total += end
@@ -164,15 +189,21 @@ def write(directory: pathlib.Path, config: dict, align: int, shard_bytes: int = 
     text += b" " * ((align - 8 - len(text)) % (2 * align))
     with open(directory / file, "wb") as f:
       f.write(struct.pack("<Q", len(text)) + text)
-      for shape in shard.values():
-        values = random.standard_normal(math.prod(shape), np.float32)
-        values *= config["initializer_range"]
-        f.write((values.view(np.uint32) >> 16).astype(np.uint16))  # bf16 is a float32's upper half
+      for kind, shape in shard.values():
+        f.write(np.ascontiguousarray(values(shape) if kind == "BF16" else values(shape, kind)))
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   (directory / "model.safetensors.index.json").write_text(json.dumps(index))
   (directory / "config.json").write_text(
     json.dumps(config, indent=2)
   )  # last: it says that the rest is complete
+
+
+ITEMSIZE = {"BF16": 2, "F8_E4M3": 1, "I32": 4, "I64": 8}
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+  """The upper halves of float32 values, which are bf16."""
+  return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def tensors(directory: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -300,9 +331,11 @@ def transformers_torch(directory: pathlib.Path, devices: int, dtype: str | None)
   import transformers
 
   wanted = torch.float32 if dtype == "float32" else torch.bfloat16
+  is_fp8 = "quantization_config" in json.loads((directory / "config.json").read_text())
+  decoded = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if is_fp8 else {}
 
   def load() -> list:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, **decoded)
     return [p.detach().view(torch.int32 if dtype else torch.int16).numpy() for p in model.parameters()]
 
   return load
@@ -319,6 +352,71 @@ def write_dense(directory: pathlib.Path, align: int) -> None:
 def write_moe(directory: pathlib.Path, align: int) -> None:
   """The model of experts as safetensors."""
   write(directory, MOE, align)
+
+
+def write_fp8(directory: pathlib.Path, align: int) -> None:
+  """The dense model in FP8 with a scale for each block of 128 x 128, as Qwen and DeepSeek publish theirs."""
+  said = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+  }
+
+  def parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    blocks = tuple(-(-size // 128) for size in shape)
+    return {name: ("F8_E4M3", shape), f"{name}_scale_inv": ("BF16", blocks)}
+
+  write_quantised(directory, align, said, parts)
+
+
+def write_w4a16(directory: pathlib.Path, align: int) -> None:
+  """The dense model in 4 bits with a scale for 128 columns, as llm-compressor writes it."""
+  weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+  said = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+  }
+
+  def parts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+      f"{name}_packed": ("I32", (shape[0], shape[1] // 8)),
+      f"{name}_scale": ("BF16", (shape[0], shape[1] // 128)),
+      f"{name}_shape": ("I64", (2,)),
+    }
+
+  write_quantised(directory, align, said, parts)
+
+
+def write_quantised(
+  directory: pathlib.Path, align: int, said: dict, parts: Callable[[str, tuple[int, ...]], dict]
+) -> None:
+  """The dense model with quantised projections, in one file. `parts` are the tensors of one."""
+  random = np.random.default_rng(0)
+  shard: dict[str, tuple[str, tuple[int, ...]]] = {}
+  stated = {}
+  for name, shape in shapes(DENSE).items():
+    is_plain = len(shape) == 1 or "embed" in name
+    shard |= {name: ("BF16", shape)} if is_plain else parts(name, shape)
+    stated[f"{name}_shape"] = shape
+  of_shape = iter([stated[name] for name, (kind, _) in shard.items() if kind == "I64"])
+
+  def values(shape: tuple[int, ...], kind: str = "BF16") -> np.ndarray:
+    match kind:
+      case "F8_E4M3":
+        return random.integers(0, 0x7F, shape, np.uint8) | random.integers(0, 2, shape, np.uint8) << 7
+      case "I32":
+        return random.integers(-(2**31), 2**31, shape, np.int32)
+      case "I64":
+        return np.array(next(of_shape), np.int64)
+      case _:
+        return bfloat16(random.uniform(0.5, 1, shape).astype(np.float32) * np.float32(0.001))
+
+  config = DENSE | {"quantization_config": said}
+  write_shards(directory, config, align, [shard], values)
 
 
 def write_tree(directory: pathlib.Path, align: int) -> None:
@@ -374,6 +472,8 @@ CHECKPOINTS = {
   "cast": (write_dense, "dense", "float32", list(PEERS)),
   "orbax": (write_tree, "orbax", None, ["models-automodel"]),
   "gguf": (write_gguf, "gguf", "bfloat16", ["models-automodel"]),
+  "fp8": (write_fp8, "fp8", None, ["models-automodel", "transformers"]),
+  "w4a16": (write_w4a16, "w4a16", None, ["models-automodel"]),
 }
 # Libraries that load onto one device alone.
 ONE_DEVICE = ("safetensors", "transformers")
@@ -453,8 +553,8 @@ def measure(kind: str, variant: str, directory: pathlib.Path, devices: int, cold
   start = time.perf_counter()
   values = combined(arrays)
   reading = time.perf_counter() - start
-  # Blocks of GGUF are decoded: no bits are those of the file.
-  if files(directory) and values != combined(array for _, array in tensors(directory)):
+  # Blocks are decoded: no bits are those of the file.
+  if kind in ("dense", "moe", "cast") and values != combined(array for _, array in tensors(directory)):
     sys.exit(f"{variant}: the loaded values are not the file's")
   return {
     "load": seconds,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+import threading
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 _F32, _BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
-# Lines of a program's input are padded to a multiple of this many elements, or a power of two: each shape is compiled.
-_STEP = 1 << 17
+# Elements of a program's largest input. Lines of smaller ones are padded to a power of two: each shape is compiled.
+_LARGEST = 1 << 20
+# Words, scale, zero, bias and table; those that a format lacks are None.
+_Arrays = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,29 +125,46 @@ def decode(
   """
   if codes.crosses and words.dtype != np.uint8:
     codes, words = Codes(8, codes.stand_for), np.ascontiguousarray(unpack(words, codes))
-  arrays = (words, scale, zero, bias, table)
+  run = functools.partial(_run, codes, _BF16 if dtype == _BF16 else _F32)
+  arrays: _Arrays = (words, scale, zero, bias, table)
   count = words.shape[0]
-  size = _padded(count, words.nbytes // max(1, count) * 8 // codes.bits) if words.ndim == 2 else count
-  if size != count:
-    arrays = tuple(_pad(array, count, size) for array in arrays)  # type: ignore[assignment]
+  if words.ndim != 2 or count == 0:
+    return run(arrays)
+  line = words.nbytes // count * 8 // codes.bits
+  most = max(1, _LARGEST // max(1, line))
+  found = []
+  for start in range(0, count, most):
+    part = _lines(arrays, start, min(start + most, count))
+    lines = part[0].shape[0]
+    found.append(run(_padded(part, min(most, 1 << (lines - 1).bit_length())))[:lines])
+  return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _has_lines(array: Any, count: int) -> bool:
+  """Whether an array has an entry for each line; otherwise it has one for all of them."""
+  return array is not None and array.ndim == 2 and array.shape[0] == count
+
+
+def _lines(arrays: _Arrays, start: int, stop: int) -> _Arrays:
+  """Some lines of all arrays."""
+  count = arrays[0].shape[0]
+  return tuple(array[start:stop] if _has_lines(array, count) else array for array in arrays)
+
+
+def _padded(arrays: _Arrays, size: int) -> _Arrays:
+  """Arrays of more lines, zeros in those that are added."""
+  count = arrays[0].shape[0]
+  if count == size:
+    return arrays
+  missing = [(0, size - count), (0, 0)]
+  return tuple(np.pad(array, missing) if _has_lines(array, count) else array for array in arrays)
+
+
+def _run(codes: Codes, dtype: np.dtype, arrays: _Arrays) -> np.ndarray:
   kinds = tuple(None if array is None else (array.shape, array.dtype) for array in arrays)
-  program, device = _program(codes, _BF16 if dtype == _BF16 else _F32, kinds)
-  out = np.asarray(program(*jax.device_put(arrays, device)))
-  return out[:count]
-
-
-def _padded(lines: int, line: int) -> int:
-  """A number of lines for which few programs are needed."""
-  step = max(1, _STEP // max(1, line))
-  return -(-lines // step) * step if lines >= step else 1 << (lines - 1).bit_length()
-
-
-def _pad(array: np.ndarray | None, count: int, size: int) -> np.ndarray | None:
-  if array is None or array.shape[0] != count or array.ndim < 2:
-    return array
-  padded = np.zeros((size, *array.shape[1:]), array.dtype)
-  padded[:count] = array
-  return padded
+  with _COMPILING:
+    program, device = _program(codes, dtype, kinds)
+  return np.asarray(program(*jax.device_put(arrays, device)))
 
 
 @functools.cache
@@ -154,6 +174,10 @@ def _device() -> jax.Device:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError:
     return jax.local_devices()[0]
+
+
+# Held while a program is looked up: two threads would compile the same one.
+_COMPILING = threading.Lock()
 
 
 @functools.lru_cache(256)
