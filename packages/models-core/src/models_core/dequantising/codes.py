@@ -161,6 +161,7 @@ def _padded(arrays: _Arrays, size: int) -> _Arrays:
 
 
 def _run(codes: Codes, dtype: np.dtype, arrays: _Arrays) -> np.ndarray:
+  """Runs the program for arrays of these shapes."""
   kinds = tuple(None if array is None else (array.shape, array.dtype) for array in arrays)
   with _COMPILING:
     program, device = _program(codes, dtype, kinds)

@@ -1,7 +1,8 @@
 """Writing new tokens into the arrays of a KV cache, whose last axis are its slots.
 
 A donated array is written in place: a scatter does so on GPUs, while TPUs make a copy of the array for it; on TPUs and
-CPUs one slice of each row is replaced in turn.
+CPUs one slice of each row is replaced in turn. On CPUs a token is written to a bfloat16 array by a pass over it, in place,
+and several tokens through a copy.
 """
 
 from __future__ import annotations
