@@ -1,6 +1,9 @@
 """Weights that the formats' own packages wrote: ours are the numbers that these packages read, in float32."""
 
+import importlib.util
 import json
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
@@ -208,3 +211,80 @@ def test_awq_by_the_converter_of_compressed_tensors(tmp_path):
   ]
   said = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
   check(ours(tmp_path, stored, said), expected)
+
+
+@pytest.mark.parametrize("acts", ["in order", "by activity"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 32), (4, 128), (4, 96), (8, 32), (4, -1)])
+def test_gptq_by_auto_gptq(bits, group, acts, tmp_path):
+  i, o = 256, 96
+  layer = auto_gptq_linear()(bits, group, i, o, bias=False, weight_dtype=F32)
+  groups = len(layer.scales)
+  generator = torch.Generator().manual_seed(bits)
+  words = lambda of: torch.randint(-(1 << 31), 1 << 31, of.shape, generator=generator).to(torch.int32)
+  layer.qweight = words(layer.qweight)
+  # A zero of 0 would be stored as -1, on which its two programs disagree.
+  zeros = torch.randint(1, 1 << bits, (o, groups), generator=generator).to(F32)
+  scales = (random(o, groups).abs() + 0.1).to(torch.float16).to(F32) * 0.0078125
+  if acts == "by activity":
+    layer.g_idx = layer.g_idx[torch.randperm(i, generator=generator)].contiguous()
+  codes = layer.qweight.clone()
+  # `pack` writes zeros and scales as its files have them; the codes are random words.
+  layer.pack(torch.nn.Linear(i, o, bias=False), scales, zeros, layer.g_idx)
+  layer.qweight, layer.scales = codes, layer.scales.to(F32)
+  expected = layer(torch.eye(i)).T
+  stored = {"qweight": layer.qweight, "qzeros": layer.qzeros, "scales": layer.scales, "g_idx": layer.g_idx}
+  said = {
+    "quant_method": "gptq",
+    "bits": bits,
+    "group_size": group,
+    "desc_act": acts != "in order",
+    "sym": False,
+  }
+  check(ours(tmp_path, stored, said), expected.detach())
+
+
+def auto_gptq_linear():
+  """auto_gptq's layer, whose file needs nothing of its package, which in turn needs an older transformers."""
+  found = importlib.util.find_spec("auto_gptq")
+  if found is None:
+    pytest.skip("auto_gptq is not installed")
+  file = pathlib.Path(found.origin).parent / "nn_modules" / "qlinear" / "qlinear_cuda.py"
+  return runpy.run_path(str(file))["QuantLinear"]
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (33, 64)])
+def test_modelopt_nvfp4(shape, tmp_path):
+  qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+  made, scale, outer = qtensor.NVFP4QTensor.quantize(random(*shape), 16)
+  expected = made.dequantize(dtype=F32, scale=scale, double_scale=outer, block_sizes={-1: 16})
+  stored = {"weight": made._quantized_data, "weight_scale": scale, "weight_scale_2": outer}
+  said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+  check(ours(tmp_path, stored, said), expected)
+
+
+@pytest.mark.parametrize("scaled", ["all", "rows"])
+def test_modelopt_fp8(scaled, tmp_path):
+  qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
+  made, scale = qtensor.FP8QTensor.quantize(random(60, 100), axis=0 if scaled == "rows" else None)
+  expected = made.dequantize(dtype=F32, scale=scale)
+  stored = {
+    "weight": made._quantized_data,
+    "weight_scale": scale.reshape((60, 1) if scaled == "rows" else ()),
+  }
+  algorithm = "FP8" if scaled == "all" else "FP8_PER_CHANNEL_PER_TOKEN"
+  check(ours(tmp_path, stored, {"quant_method": "modelopt", "quant_algo": algorithm}), expected)
+
+
+@pytest.mark.parametrize("kind", ["Int8Tensor", "Float8Tensor"])
+def test_torchao(kind, tmp_path):
+  quantization = pytest.importorskip("torchao.quantization")
+  config = {
+    "Int8Tensor": lambda: quantization.Int8WeightOnlyConfig(version=2),
+    "Float8Tensor": quantization.Float8WeightOnlyConfig,
+  }[kind]()
+  layer = torch.nn.Linear(100, 60, bias=False, dtype=torch.bfloat16)
+  quantization.quantize_(layer, config)
+  assert type(layer.weight).__name__ == kind
+  stored = {"_weight_qdata": layer.weight.qdata, "_weight_scale": layer.weight.scale.reshape(-1, 1)}
+  found = ours(tmp_path, stored, {"quant_method": "torchao"}, "bfloat16").astype(np.float32)
+  check(found, layer.weight.dequantize().detach())
