@@ -183,6 +183,23 @@ def test_mlx_with_small_floats(mode, tmp_path):
   check(ours(tmp_path, stored, said, "bfloat16", key="quantization").astype(np.float32), expected)
 
 
+def test_mlx_with_a_global_scale(tmp_path):
+  mx = pytest.importorskip("mlx.core")
+  weight = mx.random.normal((90, 384), key=mx.random.key(1))
+  largest = mx.abs(weight).max()
+  words, scales = mx.quantize(weight, mode="nvfp4", global_scale=largest)
+  dtype = mx.float32
+  expected = torch.tensor(
+    np.array(mx.dequantize(words, scales, mode="nvfp4", global_scale=largest, dtype=dtype))
+  )
+  stored = {"weight": torch.tensor(np.array(words)), "scales": torch.tensor(np.array(scales))}
+  stored["global_scale"] = torch.tensor(np.array(largest))
+  said = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+  found = ours(tmp_path, stored, said, key="quantization")
+  np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+  assert abs(found - np.array(weight)).max() < 0.5
+
+
 def test_awq_by_the_converter_of_compressed_tensors(tmp_path):
   converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
   pack = pytest.importorskip("compressed_tensors.compressors").BaseCompressor.get_value_from_registry(

@@ -87,6 +87,7 @@ FORMATS = {
     *((f"MLX int{bits} groups of 32", written.mlx, {"bits": bits}) for bits in (2, 3, 4, 5, 6, 8)),
     *((mode.upper(), written.mlx_floats, {"mode": mode}) for mode in ("mxfp8",)),
     *((f"{mode.upper()}, MLX", written.mlx_floats, {"mode": mode}) for mode in ("mxfp4", "nvfp4")),
+    ("NVFP4, MLX, a scale for all", written.mlx_floats, {"mode": "nvfp4", "largest": 3.7}),
     ("FP8 per channel, torchao", written.torchao, {"dtype": written.E4M3}),
     ("int8 per channel, torchao", written.torchao, {"dtype": np.int8}),
   )

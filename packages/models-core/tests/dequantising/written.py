@@ -265,7 +265,7 @@ def mlx(rng, shape, bits=4, group=32):
   return Written(tensors, value, {"group_size": group, "bits": bits}, "quantization")
 
 
-def mlx_floats(rng, shape, mode):
+def mlx_floats(rng, shape, mode, largest=None):
   o, i = shape
   group = 16 if mode == "nvfp4" else 32
   codes = floats8(rng, shape).view(np.uint8) if mode == "mxfp8" else rng.integers(0, 16, shape)
@@ -278,6 +278,9 @@ def mlx_floats(rng, shape, mode):
   tensors = {"weight": words.view(np.uint32), "scales": scale}
   bits = 8 if mode == "mxfp8" else 4
   said = {"group_size": group, "bits": bits, "mode": mode}
+  if largest is not None:
+    tensors["global_scale"] = np.array(largest, F32)
+    factors = factors * (np.float32(largest) * np.float32(1 / 2688))
   return Written(tensors, numbers * np.repeat(factors, group, -1), said, "quantization")
 
 

@@ -20,6 +20,8 @@ _FLOATS: Mapping[str, tuple[Codes, int, Any]] = {
   "mxfp8": (E4M3, 32, "e8m0"),
   "nvfp4": (E2M1, 16, "e4m3"),
 }
+# A global scale is the largest number of a weight: the largest codes of 4 and 8 bits, 6 * 448, stand for it.
+_LARGEST_NVFP4 = 1 / 2688
 
 
 def mlx(parts: Parts, said: Described) -> tuple[str, Rows]:
@@ -31,10 +33,13 @@ def mlx(parts: Parts, said: Described) -> tuple[str, Rows]:
   if isinstance(mode, str) and mode in _FLOATS:
     codes, group, bytes_are = _FLOATS[mode]
     shape = (*lead, count, width * 32 // codes.bits)
+    scales = [grid(scale, parts.weight, shape, (1, group), kind=kind_of(scale, bytes_are))]
     if (second := parts.get("second")) is not None:
-      raise ValueError(f"{second.name} is not read")
-    found = grid(scale, parts.weight, shape, (1, group), kind=kind_of(scale, bytes_are))
-    return mode.upper(), rows(shape, codes, stored, (found,))
+      if mode != "nvfp4":
+        raise ValueError(f"{second.name} is beside weights in MLX's mode {mode!r}, expected nvfp4")
+      whole = (count, shape[-1])
+      scales.append(grid(second, parts.weight, shape, whole, kind=kind_of(second), factor=_LARGEST_NVFP4))
+    return mode.upper(), rows(shape, codes, stored, tuple(scales))
   if mode != "affine":
     raise ValueError(f"the weights are in MLX's mode {mode!r}, which is not read")
   biases = parts["biases"]
