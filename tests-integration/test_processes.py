@@ -115,6 +115,26 @@ def test_each_byte_is_read_by_one_process(checkpoint, processes, devices, mesh, 
       assert (merged / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
+def test_quantised_weights_are_read_once_and_scales_by_each_process_that_needs_them(checkpoint, tmp_path):
+  quantised = runpy.run_path(str(WORKER.with_name("test_quantised.py")))
+  tensors, scales = {}, 0
+  for name, tensor in quantised["read"](checkpoint).items():
+    tensors[name] = tensor
+    if tensor.ndim == 2 and "proj" in name:
+      tensors[name], scale, _ = quantised["quantise"](tensor)
+      tensors[f"{name}_scale_inv"] = scale
+      scales += scale.nbytes
+  said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+  config = json.loads((checkpoint / "config.json").read_text()) | {"quantization_config": said}
+  directory = quantised["write"](tmp_path / "quantised", tensors, config)
+  alone, _ = AutoModel.from_pretrained(str(directory), progress=False)
+  reports = run([directory] * 4, (2, 2), ("fsdp", "tp"), verify=False, call=True)
+  assert {r.get("digest") for r in reports} == {str(digest(alone))}, reports
+  nbytes = sum(tensor.nbytes for tensor in tensors.values())
+  # The mesh cuts blocks along both axes, so that four processes share one.
+  assert nbytes <= sum(r["read"] for r in reports) <= nbytes + 3 * scales
+
+
 SPARSE = Qwen3Config(
   num_layers=2, vocab_size=64, embed_dim=32, hidden_dim=32, num_heads=4, head_dim=8, num_kv_heads=2,
   rope_theta=1e4, norm_eps=1e-6, num_experts=4, num_experts_per_tok=2, moe_hidden_dim=16,
