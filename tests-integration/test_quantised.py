@@ -17,6 +17,7 @@ from models_core.errors import CheckpointError
 from models_core.formats import LocalFiles, file_layout, read_safetensors
 from models_core.loading import load
 from models_qwen.qwen3.model import ModelConfig, Qwen3
+from models_sources.testing import StoreServer
 
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 # No size is a multiple of 128, and a mesh of 2 x 4 devices cuts through blocks.
@@ -131,6 +132,23 @@ def test_each_byte_is_read_once(checkpoints, mesh):
   )
   scales = plan.stored_nbytes - weights
   assert weights < sum(counts) <= weights + 2 * scales
+
+
+@pytest.mark.parametrize("mesh", ["one device", "explicit"])
+def test_from_a_store_the_same_is_read(checkpoints, mesh, tmp_path, monkeypatch):
+  alone, _ = AutoModel.from_pretrained(str(checkpoints[0]), MESHES[mesh](), progress=False)
+  with StoreServer() as store:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.endpoint)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in checkpoints[0].iterdir():
+      store.put(f"bucket/model/{file.name}", file.read_bytes())
+    model, _ = AutoModel.from_pretrained("gs://bucket/model", MESHES[mesh](), progress=False)
+    received = store.received("bucket/model/model.safetensors")
+  headers = 256 * 1024
+  assert received <= (checkpoints[0] / "model.safetensors").stat().st_size + headers
+  expected = arrays(alone)
+  for name, array in arrays(model).items():
+    np.testing.assert_array_equal(array, expected[name], name)
 
 
 def test_the_plan_says_what_is_stored_and_what_is_loaded(checkpoints):
