@@ -1,9 +1,8 @@
 """Settings of every test run here: programs run once, so compiling them is what takes time.
 
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do. `pytest --few-cases` runs two cases of each parametrised test.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do. `pytest --one-case` runs one case of each parametrised test.
 """
 
-import itertools
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -24,18 +23,15 @@ os.environ.setdefault("NPROC", "64")
 
 
 def pytest_addoption(parser):
-  """Adds --few-cases."""
-  help = (
-    "of each parametrised test the first and the last case: for other versions of what a package depends on"
-  )
-  parser.addoption("--few-cases", action="store_true", help=help)
+  """Adds --one-case."""
+  help = "the first case of each parametrised test: for other versions of what a package depends on"
+  parser.addoption("--one-case", action="store_true", help=help)
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out the cases between the first and the last: both kinds of mesh stay, most often."""
-  if not config.getoption("--few-cases"):
+  """With --one-case, leaves out all cases of a test but the first."""
+  if not config.getoption("--one-case"):
     return
-  cases = [list(group) for _, group in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0])]
-  kept = [case for group in cases for case in dict.fromkeys((group[0], group[-1]))]
-  config.hook.pytest_deselected(items=sorted(set(items) - set(kept), key=items.index))
-  items[:] = kept
+  kept = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+  config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+  items[:] = [item for item in items if item in kept]
