@@ -193,20 +193,6 @@ def test_what_is_not_implemented_is_noted_and_what_is_wrong_refused(directory, t
     load_text_model(tmp_path / "copy", progress=False)
 
 
-@pytest.fixture
-def compilations():
-  """The programs that were compiled since the fixture was called."""
-  found = []
-
-  def note(name, seconds, **more):
-    if "backend_compile" in name:
-      found.append(more)
-
-  jax.monitoring.register_event_duration_secs_listener(note)
-  yield found
-  jax.monitoring.unregister_event_duration_listener(note)
-
-
 @pytest.mark.parametrize("shape", [None, (2, 2)])
 def test_a_first_call_is_compiled_while_weights_are_read(shape, directory, compilations):
   mesh = None if shape is None else jax.make_mesh(shape, ("fsdp", "tp"))

@@ -102,6 +102,20 @@ def to_tensors(model: nnx.Module, table: WeightTable) -> dict[str, np.ndarray]:
   return tensors
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[dict[str, str | int]]]:
+  """The programs that were compiled since the fixture was called; a conftest.py imports it."""
+  found: list[dict[str, str | int]] = []
+
+  def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if "backend_compile" in event:
+      found.append(kwargs)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(note)
+
+
 def _draw(parameter: AbstractParameter, dtype: Any = None) -> jax.Array:
   """Random values, on a parameter's devices: around one in a norm, else around zero. They depend on the name alone.
 

@@ -1,0 +1,3 @@
+from models_core.testing import compilations
+
+__all__ = ["compilations"]
