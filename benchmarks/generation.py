@@ -25,12 +25,16 @@ VARIANTS = ("models-llama", "transformers")
 
 def ours(directory):
   from models_automodel import AutoModel
-  from models_core.generation import generate
+  from models_core.generation import stream
 
   model, _ = AutoModel.from_pretrained(directory, dtype="float32", progress=False)
 
   def run(prompts, new, size):
-    return [row.tolist() for row in generate(model, prompts, max_new_tokens=new, cache_size=size).tokens]
+    pieces, times = [], []
+    for piece in stream(model, prompts, max_new_tokens=new + 1, cache_size=size, interval=32):
+      pieces.append(piece.tokens[0].tolist())
+      times.append(time.perf_counter())
+    return sum(pieces, []), times[0]
 
   return run
 
@@ -42,17 +46,34 @@ def theirs(directory):
   model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
   model.generation_config.eos_token_id = None
 
+  class Times(transformers.generation.streamers.BaseStreamer):
+    """When the prompt and each token was handed over."""
+
+    def __init__(self):
+      self.times = []
+
+    def put(self, value):
+      self.times.append(time.perf_counter())
+
+    def end(self):
+      pass
+
   def run(prompts, new, size):
     tokens = torch.tensor(prompts)
     mask = torch.ones_like(tokens)
-    out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
-    return out[:, tokens.shape[1] :].tolist()
+    streamer = Times()
+    sizes = {"max_new_tokens": new + 1, "pad_token_id": 0}
+    out = model.generate(tokens, attention_mask=mask, do_sample=False, streamer=streamer, **sizes)
+    return out[0, tokens.shape[1] :].tolist(), streamer.times[1]
 
   return run
 
 
 def serve(variant, directory):
-  """Answers lines `[batch, length, new, size of the cache]` with `[seconds, CPU seconds, tokens of the first row]`."""
+  """Answers lines `[batch, length, new, size of the cache]` with a line of JSON.
+
+  It holds `[seconds to the first token, seconds of the others, CPU seconds, tokens of the first row]`.
+  """
   import numpy as np
 
   run = ours(directory) if variant == "models-llama" else theirs(directory)
@@ -60,8 +81,9 @@ def serve(variant, directory):
     batch, length, new, size = json.loads(line)
     prompts = np.random.default_rng(0).integers(1000, 40_000, (batch, length)).tolist()
     start, cpu = time.perf_counter(), time.process_time()
-    tokens = run(prompts, new, size)
-    print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, tokens[0]]), flush=True)
+    tokens, first = run(prompts, new, size)
+    end = time.perf_counter()
+    print(json.dumps([first - start, end - first, time.process_time() - cpu, tokens]), flush=True)
 
 
 def packaged():
@@ -110,23 +132,20 @@ def main():
 
 def measure(servers, batch, length, new, rounds):
   """Prints a row of the table for each library: medians, and the median of the rounds' ratios."""
-  first, whole, cpu = ({variant: [] for variant in servers} for _ in range(3))
+  first, rest, cpu = ({variant: [] for variant in servers} for _ in range(3))
   tokens = {}
-  # One size for both numbers of new tokens, so that they share programs.
   size = -(-(length + new) // CACHE_STEP) * CACHE_STEP
   for i in range(rounds + 1):
     for variant, server in servers.items():
-      for count, times in ((1, first), (new + 1, whole)):
-        server.stdin.write(json.dumps([batch, length, count, size]) + "\n")
-        server.stdin.flush()
-        seconds, spent, tokens[variant] = json.loads(server.stdout.readline())
+      server.stdin.write(json.dumps([batch, length, new, size]) + "\n")
+      server.stdin.flush()
+      *times, tokens[variant] = json.loads(server.stdout.readline())
+      for found, seconds in zip((first, rest, cpu), times, strict=True):
         if i:
-          times[variant].append(seconds)
-      if i:
-        cpu[variant].append(spent)
+          found[variant].append(seconds)
   same = len(set(map(tuple, tokens.values()))) == 1
-  decode = {v: [new * batch / (b - a) for a, b in zip(first[v], whole[v], strict=True)] for v in servers}
-  every = {v: [(new + 1) * batch / b for b in whole[v]] for v in servers}
+  decode = {v: [new * batch / seconds for seconds in rest[v]] for v in servers}
+  every = {v: [(new + 1) * batch / (a + b) for a, b in zip(first[v], rest[v], strict=True)] for v in servers}
   for variant in servers:
     ratios = [
       statistics.median(a / b for a, b in zip(found[variant], found["transformers"], strict=True))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 
 from models_core.errors import SaveError
 from models_core.saving import recover
@@ -18,8 +19,10 @@ _LEFT = re.compile(r"\.([0-9a-f]{32})\.(?:saving|complete|replaced)-[0-9a-f]{16}
 
 def mark_used(entry: str) -> None:
   """Notes that an entry is in use."""
+  # The system's own notion of now stands still for milliseconds, so that several uses would seem to be at once.
+  now = time.time_ns()
   with contextlib.suppress(OSError):
-    os.utime(entry)
+    os.utime(entry, ns=(now, now))
 
 
 def remove(entry: str) -> None:
@@ -62,7 +65,7 @@ def make_room(directory: str, nbytes: int, limit: int) -> None:
     held -= size
 
 
-def _entries(directory: str) -> list[tuple[float, int, str]]:
+def _entries(directory: str) -> list[tuple[int, int, str]]:
   """When each entry was used last, its bytes and its path."""
   found = []
   # Another process may remove an entry meanwhile.
@@ -71,5 +74,5 @@ def _entries(directory: str) -> list[tuple[float, int, str]]:
       with contextlib.suppress(OSError):
         if _KEY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
           size = sum(file.stat().st_size for file in os.scandir(entry.path))
-          found.append((entry.stat().st_mtime, size, entry.path))
+          found.append((entry.stat().st_mtime_ns, size, entry.path))
   return found
