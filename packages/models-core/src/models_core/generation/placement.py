@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from models_core.errors import ConfigError
 from models_core.layers import CausalLM
+from models_core.layers.one_trace import one_trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Structure:
   def model(self, leaves: list[jax.Array]) -> Any:
     """The model with these arrays."""
     return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
+
+  def call(self, leaves: list[jax.Array], *args: Any, **options: Any) -> Any:
+    """Calls the model with these arrays, inside a program, as `CausalLM.__call__`."""
+    with one_trace():
+      return self.model(leaves)(*args, **options)
 
 
 @dataclasses.dataclass(frozen=True)

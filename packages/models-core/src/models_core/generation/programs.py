@@ -106,8 +106,7 @@ def prefill_program(structure: Structure, places: Places) -> Callable[..., tuple
   def prefill(
     leaves: Leaves, tokens: jax.Array, positions: jax.Array, cache: Cache
   ) -> tuple[jax.Array, Cache]:
-    model = structure.model(leaves)
-    return model(tokens, positions, cache, skip_lm_head=True, decode_only_last_token=True)
+    return structure.call(leaves, tokens, positions, cache, skip_lm_head=True, decode_only_last_token=True)
 
   return jax.jit(prefill, donate_argnames=("cache",), out_shardings=(None, places.tree()))
 
@@ -212,7 +211,7 @@ def decode_program(
       # A row that ended goes on with padding, which no token sees.
       fed = jnp.maximum(rows["token"], 0)[:, None]
       position = jnp.where(rows["ended"], -1, rows["position"])[:, None]
-      logits, cache = structure.model(leaves)(fed, position, rows["cache"])
+      logits, cache = structure.call(leaves, fed, position, rows["cache"])
       new, token, log_prob = _append(rows, logits[:, 0], steps, numbers, ends)
       new["cache"] = cache
       return i + 1, new, tokens.at[:, i].set(token), log_probs.at[:, i].set(log_prob)

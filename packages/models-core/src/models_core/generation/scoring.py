@@ -93,8 +93,7 @@ def _score_program(structure: Structure, places: Places) -> Callable[..., tuple[
   def run(
     leaves: list[jax.Array], tokens: jax.Array, positions: jax.Array, targets: jax.Array, cache: Cache
   ) -> tuple[jax.Array, jax.Array, Cache]:
-    model = structure.model(leaves)
-    hidden, cache = model(tokens, positions, cache, skip_lm_head=True)
+    hidden, cache = structure.call(leaves, tokens, positions, cache, skip_lm_head=True)
     B, C = tokens.shape
     blocks = lambda x: jnp.moveaxis(x.reshape(B, C // _BLOCK, _BLOCK, *x.shape[2:]), 1, 0)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models_core.layers.cache import LayerCache, extended, pick, recorded, recording
+from models_core.layers.one_trace import layer_function
 from models_core.layers.remat import RematConfig
 from models_core.layers.rope import Rotary
 from models_core.layers.scan import scan, units
@@ -61,9 +62,10 @@ def _run_each(
 ) -> tuple[jax.Array, list[LayerCache | None]]:
   """Runs some layers, one after another."""
   extended_caches = []
+  function_of = layer_function() or inputs.remat.layer
   for layer, window, cache in members:
     rotary, visible = inputs.by_window[window]
-    x, cache = inputs.remat.layer(layer)(x, inputs.positions, rotary, cache, visible)
+    x, cache = function_of(layer)(x, inputs.positions, rotary, cache, visible)
     extended_caches.append(cache)
   return x, extended_caches
 

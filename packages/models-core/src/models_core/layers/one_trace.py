@@ -1,0 +1,58 @@
+"""Layers that are alike are traced once, in programs that own their model.
+
+A model of 80 layers that runs under `jax.jit` is traced and lowered layer by layer, which takes as long as fetching a
+compiled program from a cache. Inside `one_trace` the layers call one function, which JAX traces once for each kind of
+layer; XLA inlines the calls, so that the compiled program is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+_active: contextvars.ContextVar[bool] = contextvars.ContextVar("one_trace", default=False)
+
+
+@contextlib.contextmanager
+def one_trace() -> Iterator[None]:
+  """Context of a program whose model is dropped after the call: what a layer changes in itself is lost."""
+  token = _active.set(True)
+  try:
+    yield
+  finally:
+    _active.reset(token)
+
+
+def layer_function() -> Callable[[Any], Callable[..., Any]] | None:
+  """Takes layers to functions to call for them, for the layers of one run; None outside of `one_trace`.
+
+  A run has a function of its own, since a trace also depends on contexts: of a mesh, or of a library that replaces
+  operations.
+  """
+  if not _active.get():
+    return None
+
+  # Arguments that are no arrays, such as the frequencies of RoPE, are static; layers of a run share them.
+  def call(graph: Any, structure: Any, others: Any, state: Any, arrays: dict[int, jax.Array]) -> Any:
+    leaves = [arrays.get(i, other) for i, other in enumerate(others)]
+    return nnx.merge(graph, state)(*jax.tree.unflatten(structure, leaves))
+
+  traced = jax.jit(call, static_argnums=(0, 1, 2))
+
+  def function_of(layer: Any) -> Callable[..., Any]:
+    def function(*args: Any) -> Any:
+      graph, state = nnx.split(layer)
+      leaves, structure = jax.tree.flatten(args)
+      arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+      others = tuple(None if i in arrays else leaf for i, leaf in enumerate(leaves))
+      return traced(graph, structure, others, state, arrays)
+
+    return function
+
+  return function_of
