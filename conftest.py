@@ -10,11 +10,15 @@ try:
   _jax = tuple(map(int, version("jax").split(".")[:2]))
 except PackageNotFoundError:  # naming and sources do without
   _jax = (0, 0)
-if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and (0, 9) <= _jax <= (0, 10):
-  # Emitters of fusions take most of a compilation (newer versions have nothing else), and small programs compile faster
-  # in one piece.
-  quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+# Emitters of fusions take most of a compilation; where nothing else is left, short vectors make less code. Small programs
+# compile faster in one piece.
+_QUICK = {
+  (0, 9): "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+  (0, 10): "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+  (0, 12): "--xla_cpu_prefer_vector_width=128 --xla_cpu_parallel_codegen_split_count=1",
+}
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and _jax in _QUICK:
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK[_jax]}"
 # The command would keep programs in the cache of whoever runs the tests.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # XLA takes this many threads for all simulated devices, instead of one for each core. With few, programs with collectives
