@@ -161,7 +161,7 @@ def main() -> None:
     directory = args.directory or pathlib.Path(temporary) / "checkpoint"
     if not (directory / "config.json").exists():
       write(directory, CONFIG, 64)
-    print(f"{size_of(directory) / 10**9:.3f} GB in {len(files(directory))} files, {os.cpu_count()} cores")
+    print(f"{size_of(directory) / 10**9:.3f} GB in {len(files(directory))} files, {os.cpu_count()} cores\n")
     results: dict[str, list[dict[str, float]]] = {variant: [] for variant in args.variants}
     for number in range(args.rounds):
       for variant in args.variants:
@@ -173,11 +173,11 @@ def main() -> None:
           sys.exit(f"{variant} failed with exit code {done.returncode}")
         results[variant].append(json.loads(done.stdout.splitlines()[-1]))
         print(f"round {number + 1}, {variant}: {results[variant][-1]['save']:.2f} s", file=sys.stderr)
-    print(f"{'':20}  median s   min s   peak MB")
+    print("| variant | median s | min s | peak MB |\n|---|---|---|---|")
     for variant, rows in results.items():
       seconds = [row["save"] for row in rows]
       peak = max(row["peak"] for row in rows)
-      print(f"{variant:20}  {statistics.median(seconds):8.2f}  {min(seconds):6.2f}  {peak:8.0f}")
+      print(f"| {variant} | {statistics.median(seconds):.2f} | {min(seconds):.2f} | {peak:.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Assembles the sources of the site in a folder, for Zensical: `python docs/site.py FOLDER`.
 
-The site has four kinds of pages: those of docs/pages; files of the repository, such as the READMEs of the packages;
-one page for each architecture, made from its presets; and the API reference, made from the names that each room lists.
+The site has five kinds of pages: those of docs/pages; files of the repository, such as the READMEs of the packages;
+one page for each architecture, made from its presets; the API reference, made from the names that each room lists; and
+what the benchmarks found, made from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
+import benchmark_plots
 import sharding_pictures
 import terminal_pictures
 from architectures import architecture_page
@@ -24,20 +26,16 @@ ROOT = DOCS.parent
 # File of the repository -> page. A link to a package's folder is one to its README.
 FILES = {
   "ARCHITECTURE.md": "architecture.md",
+  "COMPATIBILITY.md": "compatibility.md",
   "CONTRIBUTING.md": "contributing.md",
   "LICENSE": "license.md",
+  "SECURITY.md": "security.md",
   "benchmarks/README.md": "benchmarks.md",
   "examples/models-olmo2/README.md": "example.md",
   **{f"packages/models-{name}/README.md": f"packages/{name}.md" for name in (
     "automodel", "core", "gemma", "llama", "naming", "qwen", "sources",
   )},
 }  # fmt: skip
-# Optional files, which have a page as soon as the repository has them.
-FILES |= {
-  file: page
-  for file, page in {"SECURITY.md": "security.md", "COMPATIBILITY.md": "compatibility.md"}.items()
-  if (ROOT / file).exists()
-}
 # Module whose `__init__.pyi` or `__all__` lists public names -> title of its page.
 REFERENCE = {
   "models_automodel": "AutoModel",
@@ -46,8 +44,10 @@ REFERENCE = {
   "models_core.saving": "Saving",
   "models_core.adapters": "Adapters",
   "models_core.shard_cache": "Shard cache",
+  "models_core.generation": "Generation",
   "models_core.rollout": "Rollout",
   "models_core.formats": "Formats",
+  "models_core.dequantising": "Quantised formats",
   "models_core.config": "Configuration",
   "models_core.family": "The contract of a family",
   "models_core.sharding": "Sharding",
@@ -70,8 +70,10 @@ def assemble(folder: pathlib.Path) -> None:
     write(pages / "architectures" / f"{name}.md", text)
   for module, title in REFERENCE.items():
     write(pages / "reference" / f"{module}.md", reference_page(module, title))
-  for name, picture in [*sharding_pictures.pictures(), *terminal_pictures.pictures()]:
-    write(pages / "pictures" / f"{name}.svg", picture)
+  write(pages / "results.md", benchmark_plots.page())
+  for source in (sharding_pictures, terminal_pictures, benchmark_plots):
+    for name, picture in source.pictures():
+      write(pages / "pictures" / f"{name}.svg", picture)
   settings = (DOCS / "zensical.toml").read_text()
   write(folder / "zensical.toml", settings.replace("SOURCES", str(ROOT / "packages")))
 
