@@ -121,9 +121,14 @@ def product(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
     # For one row of three axes, XLA's CPU backend of jaxlib 0.9 copies the weight.
     return jnp.expand_dims(product(jnp.squeeze(x, -2), w, dtype), -2)
   rows = math.prod(x.shape[:-1])
-  for_cpu = x.dtype.itemsize == 2 or (isinstance(rows, int) and rows >= _MANY)
-  if for_cpu and not products_are_replaced() and platform_of(x, w) == "cpu":
+  on_cpu = not products_are_replaced() and platform_of(x, w) == "cpu"
+  if on_cpu and (x.dtype.itemsize == 2 or (isinstance(rows, int) and rows >= _MANY)):
     return _cpu_product(x, w).astype(dtype)
+  if on_cpu and isinstance(rows, int) and rows > 1:
+    # With the weight as the first factor, XLA's CPU backend reads it up to 2.5 times as fast for few rows. Without the
+    # barrier it exchanges the factors again.
+    y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=dtype)
+    return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
   # The parameter itself is the operand: libraries for quantisation and LoRA find it by its identity.
   return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
