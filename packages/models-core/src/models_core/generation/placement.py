@@ -16,8 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from models_core.errors import ConfigError
-from models_core.layers import CausalLM
-from models_core.layers.one_trace import one_trace
+from models_core.layers import CausalLM, one_trace
 
 
 @dataclasses.dataclass(frozen=True)

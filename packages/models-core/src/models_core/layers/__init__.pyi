@@ -25,6 +25,7 @@ from .rope import Rotary, rotary, rotate
 from .router import load_balancing_loss, sow_router_logits
 from .scan import decoder_layers
 from .stacked import by_layer, places, stack_layers, take_layer
+from .traces import one_trace
 from .visibility import VisibleKeys, make_causal_attn_mask, visible_keys
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
   "make_causal_attn_mask",
   "mean_cross_entropy",
   "on_auto_axes",
+  "one_trace",
   "parameter",
   "places",
   "projection",

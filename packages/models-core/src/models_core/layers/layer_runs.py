@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models_core.layers.cache import LayerCache, extended, pick, recorded, recording
-from models_core.layers.one_trace import layer_function
 from models_core.layers.remat import RematConfig
 from models_core.layers.rope import Rotary
 from models_core.layers.scan import scan, units
+from models_core.layers.traces import layer_function
 from models_core.layers.visibility import VisibleKeys
 
 # A layer, its window, and its cache.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models_core.layers.one_trace import one_trace
+from models_core.layers.traces import one_trace
 
 from .tiny_lm import TOKENS, Config, Layer, make
 
