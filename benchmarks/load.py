@@ -8,6 +8,7 @@ exclusive or, which must give what the files' tensors give: in whatever order an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -507,8 +508,13 @@ class PeakMemory(threading.Thread):
 
 
 def touch(size: int) -> None:
-  """Has the machine hand out this much memory, and gives it back."""
+  """Has the machine hand out this much memory in huge pages, and gives it back.
+
+  What ran before leaves small pages, which the system joins at the first request for huge ones.
+  """
   memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  with contextlib.suppress(AttributeError, OSError):
+    memory.madvise(mmap.MADV_HUGEPAGE)
   pages = np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE]
   pages[:] = 1
   del pages
