@@ -27,6 +27,9 @@ pytestmark = pytest.mark.skipif(
   reason="runs in the session `install`: it asks an index for all dependencies",
 )
 
+# What chooses another environment than the user's; nox sets some of them.
+CHOICES = ("UV_PROJECT_ENVIRONMENT", "UV_PYTHON", "PYTHONPATH")
+
 
 class Machine:
   """A clone, an environment and a project of a user."""
@@ -37,9 +40,7 @@ class Machine:
     subprocess.run([UV, "venv", "--quiet", "--seed", "--python", sys.executable, str(self.venv)], check=True)
     path = os.pathsep.join([str(self.venv / "bin"), str(pathlib.Path(UV).parent), os.environ["PATH"]])
     ours = {"VIRTUAL_ENV": str(self.venv), "PATH": path, "URL": self.clone.as_uri()}
-    self.env = {
-      k: v for k, v in os.environ.items() if k not in ("UV_PROJECT_ENVIRONMENT", "PYTHONPATH")
-    } | ours
+    self.env = {k: v for k, v in os.environ.items() if k not in CHOICES} | ours
 
   def run(self, line, where=None):
     done = subprocess.run(
