@@ -13,7 +13,9 @@ from models_automodel import AutoModel, CheckpointError, ConfigError, SaveError,
 from models_automodel.cli import main
 from models_automodel.convert import convert
 from models_automodel.text import load_tokenizer
+from models_automodel.text.generation_config import read_context
 from models_automodel.verify import verify
+from models_core.formats import GGUF, SAFETENSORS, as_files
 from models_core.loading.opened import OpenedPlan
 from models_sources import ConnectionFailedError
 from models_sources.local import LocalFiles
@@ -164,6 +166,10 @@ def test_the_tokenizer_of_a_gguf_file_is_written(how, write_gguf, tmp_path):
   templates = {"chat_template.jinja", *(f"additional_chat_templates/{n}.jinja" for n in ("tool_use", "rag"))}
   tokenizer = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
   assert written == {"config.json", "model.safetensors"} | templates | tokenizer
+  contexts = [
+    read_context(format.read(as_files(place))) for format, place in ((GGUF, source), (SAFETENSORS, out))
+  ]
+  assert contexts[0] == contexts[1] is not None
   before, after = load_tokenizer(source), load_tokenizer(out)
   for text in ("abba", "<s>ab c", "cab<|eot_id|>"):
     assert after.encode(text) == before.encode(text)

@@ -64,6 +64,41 @@ def test_layers_that_differ_have_traces_of_their_own(calls):
   np.testing.assert_array_equal(found, expected)
 
 
+def test_layers_that_change_a_variable_are_called_one_by_one(monkeypatch):
+  model = make(None, Config(windows=(None,) * 3))
+  counter = nnx.Variable(jnp.float32(0))
+  for layer in model.layers:
+    layer.counter = counter
+  call = Layer.__call__
+
+  def counted(self, x, *args):
+    self.counter.set_value(self.counter.get_value() + 1)
+    x, cache = call(self, x, *args)
+    return x * self.counter.get_value(), cache
+
+  monkeypatch.setattr(Layer, "__call__", counted)
+  expected, _ = logits_of(model, once=False)
+  found, _ = logits_of(model, once=True)
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("factors", [(1, True, 1.0), (0.0, -0.0, 0.0)], ids=str)
+def test_attributes_that_are_equal_and_differ(factors, monkeypatch):
+  model = make(None, Config(windows=(None,) * 3))
+  for layer, factor in zip(model.layers, factors, strict=True):
+    layer.factor = factor
+  call = Layer.__call__
+
+  def by_repr(self, x, *args):
+    x, cache = call(self, x, *args)
+    return x * len(repr(self.factor)), cache
+
+  monkeypatch.setattr(Layer, "__call__", by_repr)
+  expected, _ = logits_of(model, once=False)
+  found, _ = logits_of(model, once=True)
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_a_trace_belongs_to_one_run(monkeypatch):
   model = make(None, Config(windows=(None, None)))
   before, _ = logits_of(model, once=True)

@@ -53,6 +53,10 @@ class StandIn:
     parts = zip(_parts(module), _parts(self.module), strict=True)
     self._parts = [(original, copy, _contents(copy)) for original, copy in parts]
 
+  def is_changed(self) -> bool:
+    """Whether the run changed the copy or added something to it."""
+    return not all(_same(_contents(copy), before) for _, copy, before in self._parts)
+
   def changes(self) -> list[Leaf]:
     """The arrays of everything that the run changed in the copy or added to it. Call it once, after the run."""
     changed = [

@@ -16,12 +16,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from models_core.layers.stand_in import StandIn
+
 _active: contextvars.ContextVar[bool] = contextvars.ContextVar("one_trace", default=False)
 
 
 @contextlib.contextmanager
 def one_trace() -> Iterator[None]:
-  """Context of a program whose model is dropped after the call: what a layer changes in itself is lost."""
+  """Context of a program whose model is dropped after the call."""
   token = _active.set(True)
   try:
     yield
@@ -38,20 +40,31 @@ def layer_function() -> Callable[[Any], Callable[..., Any]] | None:
   if not _active.get():
     return None
 
+  changing: set[Any] = set()
+
   # Arguments that are no arrays, such as the frequencies of RoPE, are static; layers of a run share them.
-  def call(graph: Any, structure: Any, others: Any, state: Any, arrays: dict[int, jax.Array]) -> Any:
+  def call(kind: Any, structure: Any, others: Any, state: Any, arrays: dict[int, jax.Array]) -> Any:
+    graph, _ = kind
+    stand_in = StandIn(nnx.merge(graph, state), graph, state)
     leaves = [arrays.get(i, other) for i, other in enumerate(others)]
-    return nnx.merge(graph, state)(*jax.tree.unflatten(structure, leaves))
+    out = stand_in.module(*jax.tree.unflatten(structure, leaves))
+    if stand_in.is_changed():
+      changing.add(kind)
+    return out
 
   traced = jax.jit(call, static_argnums=(0, 1, 2))
 
   def function_of(layer: Any) -> Callable[..., Any]:
     def function(*args: Any) -> Any:
       graph, state = nnx.split(layer)
+      # Attributes may be equal and differ, such as 1 and True.
+      kind = (graph, repr(graph))
       leaves, structure = jax.tree.flatten(args)
       arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
       others = tuple(None if i in arrays else leaf for i, leaf in enumerate(leaves))
-      return traced(graph, structure, others, state, arrays)
+      out = traced(kind, structure, others, state, arrays)
+      # What a layer changes in itself, others may read. The compiler drops what was traced.
+      return layer(*args) if kind in changing else out
 
     return function
 

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from models_core.config import QUANTISATION_KEYS
-from models_core.errors import SaveError
+from models_core.config import HEADER_CONFIGS, QUANTISATION_KEYS
+from models_core.errors import CheckpointError, ConfigError, SaveError
 from models_core.family import Family
-from models_core.formats import Files, checkpoint_entries, read_json
+from models_core.formats import Files, checkpoint_entries, formats_in, read_json
 from models_core.saving.atomic import replace_directory, save_errors, sync_directory
 from models_core.saving.companions import CONFIG, WEIGHTS_KEY, companions_of
 from models_core.saving.config_json import config_json
@@ -188,7 +188,7 @@ def config_text(
   Raises:
     ConfigError: if reading the text would give a different configuration.
   """
-  former = read_json(base, CONFIG) if base is not None and CONFIG in base.names() else {}
+  former = {} if base is None else _former_config(base)
   former.pop(WEIGHTS_KEY, None)
   # What is written is plain: a statement that the base was quantised would no longer be true.
   if base is not None and any(former.get(key) for key in QUANTISATION_KEYS):
@@ -198,6 +198,23 @@ def config_text(
     former["text_config"] = {key: value for key, value in text.items() if key not in QUANTISATION_KEYS}
   raw = config_json(family, config, former, _main_dtype(parameters, tensors).name)
   return json.dumps(raw, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _former_config(base: Files) -> dict[str, Any]:
+  """The configuration of the base, from its config.json or the header of its weights; empty if neither has it.
+
+  A header says what no field of a model does, such as the length of the context.
+  """
+  if CONFIG in base.names():
+    return read_json(base, CONFIG)
+  for format in formats_in(base):
+    if format.name in HEADER_CONFIGS:
+      try:
+        return dict(HEADER_CONFIGS[format.name](format.read(base)))
+      except (CheckpointError, ConfigError) as error:
+        # The model says all that its logits depend on.
+        _log.warning("config.json holds what the model says alone, as the base's cannot be read: %s", error)
+  return {}
 
 
 def _main_dtype(parameters: Mapping[str, Shaped], tensors: Sequence[SavedTensor]) -> np.dtype:
