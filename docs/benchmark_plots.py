@@ -50,7 +50,7 @@ INTRODUCTION = (
   " within one table carry over to other machines."
 )
 _HEADING = re.compile(r"^## (.+): `(\w+)\.py`$", re.MULTILINE)
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 class Point(NamedTuple):

@@ -115,6 +115,11 @@ def test_prompts_that_cannot_be(model):
   with pytest.raises(ConfigError, match=r"has 100 tokens and 1 new one, .* shorten"):
     model.stream("w1 " * 100)
   assert len(model.generate("w1 " * 90).split()) <= 10
+  for prompt in ("w1", [{"role": "user", "content": "w1"}]):
+    with pytest.raises(
+      ConfigError, match=r"temperature, top_k: a part of the sampling: give sampling=Sampling\(t"
+    ):
+      model.generate(prompt, top_k=5, temperature=0.7)
   with pytest.raises(
     ConfigError, match="tools: variables of a chat template, but the prompt is no conversation"
   ):

@@ -26,6 +26,8 @@ from models_core.loading import LoadPlan
 
 # New tokens of an answer for which no limit is given, at most.
 _NEW_TOKENS = 256
+# What other libraries take beside the prompt.
+_OF_SAMPLING = frozenset(field.name for field in dataclasses.fields(Sampling))
 # A text, a conversation, or token ids.
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -63,10 +65,13 @@ class TextSettings:
       **variables: of the chat template, such as `tools`; as `Tokenizer.render` takes them.
 
     Raises:
-      ConfigError: if the prompt is empty, or its template fails; if variables come with a text.
+      ConfigError: if the prompt is empty, or its template fails; if variables come with a text, or belong to the sampling.
     """
     if len(prompt) == 0:
       raise ConfigError("the prompt is empty: give a text to continue, or at least one message to answer")
+    if misplaced := sorted(variables.keys() & _OF_SAMPLING):
+      fields = ", ".join(f"{name}=..." for name in misplaced)
+      raise ConfigError(f"{', '.join(misplaced)}: a part of the sampling: give sampling=Sampling({fields})")
     plain = isinstance(prompt, str) or not isinstance(prompt[0], Mapping)
     if plain and variables:
       raise ConfigError(
