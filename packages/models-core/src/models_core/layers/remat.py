@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from models_core.layers.stand_in import StandIn
+from models_core.layers.stand_in import Arguments, StandIn
 
 M = TypeVar("M", bound=Callable[..., Any])
 
@@ -90,15 +90,14 @@ def _recomputed(module: Any, policy: Callable[..., Any] | None) -> Any:
 
   def call(*args: Any, **kwargs: Any) -> Any:
     graphdef, state = nnx.split(module)
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    arguments, arrays = Arguments.split((args, kwargs))
     stand_ins = []
 
     @functools.partial(jax.checkpoint, prevent_cse=not _in_scan.get(), policy=policy)
     def run(state: Any, arrays: dict[int, jax.Array]) -> Any:
       stand_in = StandIn(module, graphdef, state)
       stand_ins.append(stand_in)
-      args, kwargs = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+      args, kwargs = arguments.join(arrays)
       out = stand_in.module(*args, **kwargs)
       return out, [leaf.value for leaf in stand_in.changes()]
 

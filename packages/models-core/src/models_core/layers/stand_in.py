@@ -8,10 +8,12 @@ closes over the model; and a run that fails leaves the model as it was.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from flax import nnx
 
 # A leaf of a variable's value, and the variable's metadata -> the leaf to take in its place.
@@ -32,6 +34,31 @@ class Leaf(NamedTuple):
   value: Any
   metadata: Mapping[str, Any]
   replaces: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+  """The arguments of a call without their arrays.
+
+  Attributes:
+    structure: the tree of the arguments.
+    others: the leaves that are no arrays, such as the frequencies of RoPE; None in the place of each array.
+  """
+
+  structure: Any
+  others: tuple[Any, ...]
+
+  @classmethod
+  def split(cls, arguments: Any) -> tuple[Arguments, dict[int, Any]]:
+    """Takes arguments apart: all but the arrays, and the arrays by their place among the leaves."""
+    leaves, structure = jax.tree.flatten(arguments)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+    return cls(structure, tuple(None if i in arrays else leaf for i, leaf in enumerate(leaves))), arrays
+
+  def join(self, arrays: Mapping[int, Any]) -> Any:
+    """The arguments with these arrays."""
+    leaves = [arrays.get(i, other) for i, other in enumerate(self.others)]
+    return jax.tree.unflatten(self.structure, leaves)
 
 
 class StandIn:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from models_core.layers.stand_in import StandIn
+from models_core.layers.stand_in import Arguments, StandIn
 
 _active: contextvars.ContextVar[bool] = contextvars.ContextVar("one_trace", default=False)
 
@@ -42,27 +42,23 @@ def layer_function() -> Callable[[Any], Callable[..., Any]] | None:
 
   changing: set[Any] = set()
 
-  # Arguments that are no arrays, such as the frequencies of RoPE, are static; layers of a run share them.
-  def call(kind: Any, structure: Any, others: Any, state: Any, arrays: dict[int, jax.Array]) -> Any:
+  # Layers of a run share the arguments that are static.
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def call(kind: Any, arguments: Arguments, state: Any, arrays: dict[int, Any]) -> Any:
     graph, _ = kind
     stand_in = StandIn(nnx.merge(graph, state), graph, state)
-    leaves = [arrays.get(i, other) for i, other in enumerate(others)]
-    out = stand_in.module(*jax.tree.unflatten(structure, leaves))
+    out = stand_in.module(*arguments.join(arrays))
     if stand_in.is_changed():
       changing.add(kind)
     return out
-
-  traced = jax.jit(call, static_argnums=(0, 1, 2))
 
   def function_of(layer: Any) -> Callable[..., Any]:
     def function(*args: Any) -> Any:
       graph, state = nnx.split(layer)
       # Attributes may be equal and differ, such as 1 and True.
       kind = (graph, repr(graph))
-      leaves, structure = jax.tree.flatten(args)
-      arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
-      others = tuple(None if i in arrays else leaf for i, leaf in enumerate(leaves))
-      out = traced(kind, structure, others, state, arrays)
+      arguments, arrays = Arguments.split(args)
+      out = call(kind, arguments, state, arrays)
       # What a layer changes in itself, others may read. The compiler drops what was traced.
       return layer(*args) if kind in changing else out
 
