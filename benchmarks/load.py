@@ -9,6 +9,7 @@ exclusive or, which must give what the files' tensors give: in whatever order an
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import math
@@ -548,6 +549,8 @@ def measure(kind: str, variant: str, directory: pathlib.Path, devices: int, cold
   if load is None:
     seconds = floor.read(directory)
     return {"load": seconds, "cpu": 0, "first read": 0, "peak": 1, "faults": 0, "bytes": size}
+  # What imports leave is collected now: else it falls to whichever load makes enough objects.
+  gc.collect()
   peak = PeakMemory()
   peak.start()
   faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

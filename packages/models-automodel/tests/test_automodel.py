@@ -332,8 +332,7 @@ def test_a_config_that_does_not_fit_is_refused(edit_config, changes, error, mess
 def test_a_family_that_is_not_installed_is_refused_with_the_command_that_installs_it(
   edit_config, monkeypatch
 ):
-  here = {name: entry for name, entry in families.installed().items() if name != "qwen3"}
-  monkeypatch.setattr(families, "installed", lambda: here)
+  monkeypatch.setattr(families, "entry_of", lambda category: None)
   with pytest.raises(
     ImportError, match=r"is a qwen3 model: (uv )?pip install .*models-automodel.*\[qwen\]"
   ) as caught:

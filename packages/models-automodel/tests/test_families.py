@@ -134,6 +134,8 @@ class TestThirdParties:
     announce("llama3", "1 / 0\n")
     model, _ = AutoModel.from_pretrained(checkpoint[0], progress=False)
     assert type(model) is FAMILY.model_class
+    # Whoever looks at all families is told.
+    assert "llama3" in families.known()
     assert "their_llama3 announces a family llama3, which is of models-llama: it is not used" in caplog.text
 
   def test_list_shows_them(self, announce, capsys):

@@ -42,6 +42,20 @@ def installed() -> dict[str, importlib.metadata.EntryPoint]:
   return found
 
 
+def entry_of(category: str) -> importlib.metadata.EntryPoint | None:
+  """The entry point of one family; None if its package is missing.
+
+  A family of this project is looked up in its own package: a search of all packages takes as long as to plan a model.
+  """
+  if (owner := models_naming.distribution_of(category)) is None:
+    return installed().get(category)
+  try:
+    points = importlib.metadata.distribution(owner.name).entry_points
+  except importlib.metadata.PackageNotFoundError:
+    return None
+  return next(iter(points.select(group=GROUP, name=category)), None)
+
+
 def known() -> list[str]:
   """The names of all families that can be loaded: those that were registered, and those that are installed."""
   return list(dict.fromkeys([*_registered, *installed()]))
@@ -75,7 +89,7 @@ def check_installed(model_id: str) -> None:
   for family, ids in models_naming.known_model_ids().items():
     if model_id in ids:
       category = next(info.category for info in models_naming.FAMILIES.values() if info.family == family)
-      if category not in installed():
+      if entry_of(category) is None:
         raise _missing(category, model_id)
 
 
@@ -100,8 +114,7 @@ def family_module(category: str, wanted_by: str) -> ModuleType:
   Raises:
     MissingFamilyError: the package is missing or cannot be imported; the message holds the remedy.
   """
-  entry = installed().get(category)
-  if entry is None:
+  if (entry := entry_of(category)) is None:
     raise _missing(category, wanted_by)
   try:
     return importlib.import_module(entry.module)
@@ -125,7 +138,9 @@ def load_family(category: str, wanted_by: str) -> Family:
   if (family := _registered.get(category)) is not None:
     return family
   module = family_module(category, wanted_by)
-  named = _named(installed()[category])
+  entry = entry_of(category)
+  assert entry is not None
+  named = _named(entry)
   if not hasattr(module, "FAMILY"):
     raise MissingFamilyError(f"{named} has no attribute FAMILY: repair or uninstall it")
   _check_version(module.FAMILY, named)

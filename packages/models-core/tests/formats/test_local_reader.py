@@ -20,6 +20,7 @@ from models_core.formats import byte_reader
 from models_core.formats.byte_reader import BytesCheckpoint, LocalReader
 from models_core.formats.checkpoint import Format, Header
 from models_core.formats.files import LocalFiles
+from models_core.formats.reader import Extent
 from models_core.formats.safetensors import read_safetensors
 from models_core.formats.tensors import Codec, TensorInfo
 
@@ -77,6 +78,47 @@ class TestRuns:
     monkeypatch.setattr(byte_reader.os, "preadv", a_part)
     with opened(save({"x": x})) as (tensors, made):
       np.testing.assert_array_equal(made.read_elements(tensors["x"], 3, 40), x.reshape(-1)[3:43])
+
+  @pytest.mark.parametrize("most", ["all", "two buffers", "seven bytes", "what the system likes"])
+  def test_neighbours_are_read_together(self, most, save, x, monkeypatch):
+    calls = []
+    preadv = os.preadv
+
+    def counted(descriptor, buffers, offset):
+      calls.append((len(buffers), offset))
+      # As little as it likes: all of the first buffer, and a part of the second one.
+      some = buffers if most != "what the system likes" else [buffers[0], *(b[:5] for b in buffers[1:2])]
+      return preadv(descriptor, some, offset)
+
+    monkeypatch.setattr(byte_reader.os, "preadv", counted)
+    if most == "two buffers":
+      monkeypatch.setattr(byte_reader, "_MOST_BUFFERS", 2)
+    if most == "seven bytes":
+      monkeypatch.setattr(byte_reader, "_MOST_BYTES", 7)
+    counts = []
+    with opened(save({"a": x, "b": x + 1, "c": x + 2}), on_bytes=counts.append) as (tensors, made):
+      # The whole of a, the end of b, the whole of c: b and c are neighbours, and nothing is read into no memory.
+      wanted = [("a", 0, 192), ("b", 100, 0), ("b", 128, 64), ("c", 0, 100), ("c", 100, 92)]
+      extents = [Extent(tensors[name], start, np.empty(count, np.uint8)) for name, start, count in wanted]
+      made.read_extents(extents)
+      for (name, start, count), extent in zip(wanted, extents, strict=True):
+        stored = (x + "abc".index(name)).tobytes()
+        assert extent.buffer.tobytes() == stored[start : start + count]
+      begin = tensors["a"].start
+      if most == "all":
+        assert calls == [(1, begin), (3, begin + 192 + 128)]
+      if most == "two buffers":
+        assert calls == [(1, begin), (2, begin + 192 + 128), (1, begin + 384 + 100)]
+    assert counts == [448]
+
+  def test_a_file_that_ends_within_one_of_several_neighbours_names_it(self, save, x):
+    checkpoint = save({"a": x, "b": x, "c": x})
+    with opened(checkpoint) as (tensors, made):
+      name = tensors["b"].file
+      os.truncate(os.path.join(made.where, name), tensors["b"].start + 10)
+      extents = [Extent(tensors[name], 0, np.empty(192, np.uint8)) for name in "abc"]
+      with pytest.raises(CheckpointError, match="the file ends within b: it has changed"):
+        made.read_extents(extents)
 
   def test_many_threads_have_memory_of_their_own(self, save, x):
     together, found = threading.Barrier(6), {}

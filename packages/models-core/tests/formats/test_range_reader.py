@@ -1,6 +1,7 @@
 """Reading files in place: which ranges are requested, how many at a time, and what an error does."""
 
 import collections
+import contextlib
 import threading
 
 import ml_dtypes
@@ -12,6 +13,7 @@ from models_core.errors import CheckpointError
 from models_core.formats import byte_reader
 from models_core.formats.byte_reader import LocalReader, RangeReader
 from models_core.formats.files import LocalFiles, RangeFiles
+from models_core.formats.reader import Extent
 from models_core.formats.safetensors import read_safetensors
 from models_core.loading.abstract import abstract_model
 from models_core.loading.loader import load_arrays
@@ -110,6 +112,25 @@ def test_a_large_read_is_many_ranges_at_a_time(remote, rng, small_ranges):
   opened.close()
   np.testing.assert_array_equal(target, x)
   assert len(files.ranges) == 8
+
+
+def test_neighbours_are_one_request_where_they_fit_into_one(remote, rng, small_ranges):
+  stored = {
+    name: rng.integers(0, 255, size, np.uint8)
+    for name, size in zip("abcdef", [10, 20, 50, 70, 3, 9], strict=True)
+  }
+  files = remote(stored)
+  checkpoint = read_safetensors(files)
+  with contextlib.closing(checkpoint.open(["model.safetensors"])) as opened:
+    del files.ranges[:]
+    # All but e, so that f is a request of its own.
+    extents = [Extent(checkpoint.tensors[name], 0, np.zeros_like(stored[name])) for name in "abcdf"]
+    opened.read_extents(extents)
+  for extent in extents:
+    np.testing.assert_array_equal(extent.buffer, stored[extent.info.name])
+  first = checkpoint.tensors["a"].start
+  bounds = sorted((start - first, stop - first) for _, start, stop in files.ranges)
+  assert bounds == [(0, 64), (64, 128), (128, 150), (153, 162)]
 
 
 def test_a_failed_range_fails_the_read_after_the_others_are_done(remote, rng, small_ranges):

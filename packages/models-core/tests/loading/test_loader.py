@@ -584,6 +584,7 @@ class TestTransfers:
   @pytest.mark.parametrize("parameters", [1, 3, 1000])
   def test_host_memory_of_transfers_is_bounded(self, parameters, made, tensors, accelerator, monkeypatch):
     monkeypatch.setattr(opened_plan, "_IN_FLIGHT", parameters * self.NBYTES)
+    monkeypatch.setattr(opened_plan, "_WINDOW", 1)
     arrays = load_arrays(made)
     for name, array in arrays.items():
       np.testing.assert_array_equal(array.values(), tensors[name])
@@ -598,6 +599,7 @@ class TestTransfers:
     self, made, tensors, accelerator, monkeypatch
   ):
     monkeypatch.setattr(opened_plan, "_IN_FLIGHT", self.NBYTES - 1)
+    monkeypatch.setattr(opened_plan, "_WINDOW", 1)
     for name, array in load_arrays(made).items():
       np.testing.assert_array_equal(array.values(), tensors[name])
     assert max(accelerator) == 2 * self.NBYTES

@@ -224,7 +224,18 @@ class WritableSource(Protocol):
 
 @functools.cache
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-  return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+  """The entry points of all installed sources, by name. A search of all packages takes as long as to plan a model."""
+  return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)} | _own()
+
+
+@functools.cache
+def _own() -> dict[str, importlib.metadata.EntryPoint]:
+  """The entry points of this package's sources, by name."""
+  try:
+    own = importlib.metadata.distribution("models-sources").entry_points
+  except importlib.metadata.PackageNotFoundError:
+    return {}
+  return {point.name: point for point in own.select(group=GROUP)}
 
 
 def source_names() -> tuple[str, ...]:
@@ -244,9 +255,10 @@ def get_source(name: str) -> Source:
   Raises:
     InvalidNameError: no installed package announces a source of that name.
   """
-  if name not in _entry_points():
+  point = _own().get(name) or _entry_points().get(name)
+  if point is None:
     raise InvalidNameError(
       f"there is no source {name!r}: available are {', '.join(source_names()) or 'none'}; "
       f"another package can announce one with an entry point in the group {GROUP!r}"
     )
-  return cast(Source, _entry_points()[name].load())
+  return cast(Source, point.load())

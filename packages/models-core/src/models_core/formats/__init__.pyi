@@ -5,7 +5,7 @@ from .json_files import read_json
 from .kinds import strangeness
 from .memory import ALIGNMENT, aligned_empty
 from .orbax import METADATA, ORBAX, read_orbax
-from .reader import CellReader, OnBytes, RunReader, TensorReader
+from .reader import CellReader, Extent, OnBytes, RunReader, TensorReader
 from .registry import FORMATS, checkpoint_entries, formats_in, weight_files
 from .safetensors import (
   CODES,
@@ -36,6 +36,7 @@ __all__ = [
   "CellReader",
   "Checkpoint",
   "Codec",
+  "Extent",
   "Files",
   "Format",
   "GgufCheckpoint",

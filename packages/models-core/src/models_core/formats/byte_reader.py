@@ -20,12 +20,14 @@ from models_core.errors import CheckpointError
 from models_core.formats.checkpoint import Checkpoint, Header
 from models_core.formats.files import Files, RangeFiles, read_errors
 from models_core.formats.memory import ALIGNMENT, aligned_empty
-from models_core.formats.reader import OnBytes, RunReader
+from models_core.formats.reader import Extent, OnBytes, RunReader
 from models_core.formats.tensors import Index, TensorInfo
 from models_core.threads import THREADS
 
 # Bytes of one request to a store: large enough to make its latency negligible.
 RANGE = 8 << 20
+# Buffers and bytes that one call of the system fills: what both Linux and macOS allow.
+_MOST_BUFFERS, _MOST_BYTES = 1024, 1 << 30
 # Concurrent requests to a store. They wait for the network, so there may be more of them than cores.
 _REQUESTS = 32
 
@@ -61,8 +63,8 @@ class ByteReader(abc.ABC):
     self._scratch = threading.local()
 
   @abc.abstractmethod
-  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    """Fills a uint8 buffer with a tensor's bytes, from the tensor's byte `start` on."""
+  def _fill(self, extents: Sequence[Extent]) -> None:
+    """Fills the buffers of some extents."""
 
   @abc.abstractmethod
   def close(self) -> None:
@@ -74,8 +76,12 @@ class ByteReader(abc.ABC):
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
     """Fills `target`, contiguous memory of the tensor's dtype, with the elements from `element` on."""
-    self._fill(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))
-    self._on_bytes(target.nbytes)
+    self.read_extents([Extent(info, element * info.dtype.itemsize, target.reshape(-1).view(np.uint8))])
+
+  def read_extents(self, extents: Sequence[Extent]) -> None:
+    """Fills the buffers of some extents, in the order in which they lie in files. Neighbours are read together."""
+    self._fill(extents)
+    self._on_bytes(sum(extent.buffer.nbytes for extent in extents))
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
     """Reads and decodes elements, whole blocks where there is a codec; valid until this thread's next call."""
@@ -87,7 +93,7 @@ class ByteReader(abc.ABC):
     scratch = getattr(self._scratch, "buffer", None)
     if scratch is None or scratch.nbytes < nbytes:
       scratch = self._scratch.buffer = aligned_empty((max(nbytes, self.chunk),), np.dtype(np.uint8))
-    self._fill(info, start, scratch[:nbytes])
+    self._fill([Extent(info, start, scratch[:nbytes])])
     self._on_bytes(nbytes)
     return scratch[:nbytes].view(info.dtype) if codec is None else codec.decode(scratch[:nbytes])
 
@@ -157,6 +163,48 @@ def _most_files() -> int:
 
   limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
   return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+
+
+def _neighbours(extents: Sequence[Extent], most: int) -> Iterator[list[Extent]]:
+  """Yields groups of at most `most` extents, each of which begins where the one before it ends. Empty ones are left out."""
+  group: list[Extent] = []
+  end = None
+  for extent in extents:
+    if not extent.buffer.nbytes:
+      continue
+    if group and ((extent.info.file, extent.offset) != end or len(group) == most):
+      yield group
+      group = []
+    group.append(extent)
+    end = (extent.info.file, extent.offset + extent.buffer.nbytes)
+  if group:
+    yield group
+
+
+def _ranges(neighbours: Sequence[Extent]) -> Iterator[tuple[int, list[memoryview]]]:
+  """Yields the ranges of a file that one request each reads: where they begin, and the memory that they go to."""
+  start, views, room = neighbours[0].offset, [], RANGE
+  for extent in neighbours:
+    view = extent.buffer.data
+    while view:
+      views.append(view[:room])
+      view, room = view[room:], room - len(views[-1])
+      if not room:
+        yield start, views
+        start, views, room = start + RANGE, [], RANGE
+  if views:
+    yield start, views
+
+
+def _after(views: Sequence[memoryview], count: int) -> list[memoryview]:
+  """What is left of some memory after its first `count` bytes."""
+  rest = []
+  for view in views:
+    skipped = min(count, len(view))
+    count -= skipped
+    if skipped < len(view):
+      rest.append(view[skipped:])
+  return rest
 
 
 @final
@@ -249,18 +297,27 @@ class LocalReader(ByteReader):
       file.close()
     self._open.clear()
 
-  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    view, file = buffer.data, self._file(info.file)
-    offset, done = info.start + start, 0
-    while done < len(view):
-      with read_errors(f"{self.where}/{info.file}"):
-        count = os.preadv(file.descriptor, [view[done : done + (1 << 30)]], offset + done)
-      if not count:
-        raise CheckpointError(
-          f"{self.where}/{info.file}",
-          [f"the file ends within {info.name}: it has changed since its header was read; load it again"],
-        )
-      done += count
+  def _fill(self, extents: Sequence[Extent]) -> None:
+    for neighbours in _neighbours(extents, _MOST_BUFFERS):
+      first = neighbours[0]
+      views = [extent.buffer.data for extent in neighbours]
+      file, done, nbytes = self._file(first.info.file), 0, sum(map(len, views))
+      while True:
+        with read_errors(f"{self.where}/{first.info.file}"):
+          at_once = views if nbytes - done <= _MOST_BYTES else [views[0][:_MOST_BYTES]]
+          count = os.preadv(file.descriptor, at_once, first.offset + done)
+        done += count
+        if done == nbytes:
+          break
+        views = _after(views, count)
+        if not count:
+          ends = next(e for e in neighbours if e.offset + e.buffer.nbytes > first.offset + done)
+          raise CheckpointError(
+            f"{self.where}/{first.info.file}",
+            [
+              f"the file ends within {ends.info.name}: it has changed since its header was read; load it again"
+            ],
+          )
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
     """Maps elements of the file as read-only memory.
@@ -306,16 +363,16 @@ class RangeReader(ByteReader):
     """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
 
-  def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
-    view, offset = buffer.data, info.start + start
-    if len(view) <= RANGE:
-      if view:
-        self._files.read_into(info.file, offset, view)
-      return
-    reads = [
-      self._pool.submit(self._files.read_into, info.file, offset + at, view[at : at + RANGE])
-      for at in range(0, len(view), RANGE)
+  def _fill(self, extents: Sequence[Extent]) -> None:
+    ranges = [
+      (neighbours[0].info.file, *part)
+      for neighbours in _neighbours(extents, len(extents))
+      for part in _ranges(neighbours)
     ]
+    if len(ranges) == 1:
+      self._read_range(*ranges[0])
+      return
+    reads = [self._pool.submit(self._read_range, *one) for one in ranges]
     try:
       for read in reads:
         read.result()
@@ -324,6 +381,16 @@ class RangeReader(ByteReader):
       for read in reads:
         read.cancel()
       concurrent.futures.wait(reads)
+
+  def _read_range(self, name: str, start: int, views: Sequence[memoryview]) -> None:
+    """Fills memory with the bytes of a file from `start` on, by one request."""
+    if len(views) == 1:
+      self._files.read_into(name, start, views[0])
+      return
+    whole = memoryview(bytearray(sum(map(len, views))))
+    self._files.read_into(name, start, whole)
+    for view in views:
+      view[:], whole = whole[: len(view)], whole[len(view) :]
 
   def map_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray | None:
     """Returns None: there is no local file to map."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,26 @@ from models_core.formats.tensors import Index, TensorInfo
 
 # Called with the number of bytes that were just read.
 OnBytes = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extent:
+  """Bytes of a tensor, and the memory that they go to.
+
+  Attributes:
+    info: of the tensor, which has no codec.
+    start: the first of the bytes, counted from the tensor's first one.
+    buffer: uint8 memory for them.
+  """
+
+  info: TensorInfo
+  start: int
+  buffer: np.ndarray
+
+  @property
+  def offset(self) -> int:
+    """The first of the bytes, counted from the file's first one."""
+    return self.info.start + self.start
 
 
 class TensorReader(Protocol):
@@ -64,6 +85,9 @@ class RunReader(Protocol):
 
   def read_into(self, info: TensorInfo, element: int, target: np.ndarray) -> None:
     """Fills `target`, contiguous memory of the tensor's dtype, with the elements from `element` on."""
+
+  def read_extents(self, extents: Sequence[Extent]) -> None:
+    """Fills the buffers of some extents, in the order in which they lie in files. Neighbours are read together."""
 
   def read_elements(self, info: TensorInfo, element: int, count: int) -> np.ndarray:
     """Reads and decodes `count` elements from `element` on; the array [count] is valid until this thread's next call.

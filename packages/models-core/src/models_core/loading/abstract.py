@@ -87,6 +87,8 @@ def abstract_model(
   check_mesh_of_plan(mesh)
   graphdef, state = abstract_state(functools.partial(model_class, config))
   parameters = {}
+  # Layers are alike: few declarations differ.
+  placed: dict[tuple[Any, ...], tuple[NamedSharding | SingleDeviceSharding, tuple[Misfit, ...]]] = {}
   for path, variable in nnx.to_flat_state(state):
     metadata = variable.get_metadata()
     name, value = dotted(path), variable.get_value()
@@ -94,24 +96,29 @@ def abstract_model(
       raise TypeError(
         f"{name} has the dtype {value.dtype}, which is not numeric: build the model without a random state of its own"
       )
-    spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
+    declared = (value.shape, tuple(metadata.get("out_sharding") or ()), tuple(metadata.get("heads", ())))
     try:
-      fitted, misfits = (
-        (spec, ()) if mesh is None else fit(value.shape, spec, mesh, metadata.get("heads", ()))
-      )
+      sharding, misfits = placed.get(declared) or placed.setdefault(declared, _placed(*declared, mesh))
     except ShardingError as error:
       raise ShardingError(f"{name}: {error}") from None
     parameters[name] = AbstractParameter(
-      name,
-      tuple(value.shape),
-      np.dtype(value.dtype),
-      named(mesh, fitted),
-      metadata.get("init", "normal"),
-      misfits,
+      name, tuple(value.shape), np.dtype(value.dtype), sharding, metadata.get("init", "normal"), misfits
     )
   if strict and (notes := misfit_notes(parameters)):
     raise ShardingError("strict_sharding: the mesh cannot hold these shardings:\n  - " + "\n  - ".join(notes))
   return AbstractModel(parameters, config, letter_sizes(config), graphdef, state)
+
+
+def _placed(
+  shape: tuple[int, ...],
+  entries: tuple[Any, ...],
+  heads: tuple[int | None, ...],
+  mesh: Mesh | AbstractMesh | None,
+) -> tuple[NamedSharding | SingleDeviceSharding, tuple[Misfit, ...]]:
+  """The declared sharding of a parameter, as far as the mesh can hold it, and the axes that it cannot hold."""
+  spec = PartitionSpec(*entries)
+  fitted, misfits = (spec, ()) if mesh is None else fit(shape, spec, mesh, heads)
+  return named(mesh, fitted), misfits
 
 
 def misfit_notes(parameters: Mapping[str, AbstractParameter]) -> list[str]:

@@ -23,6 +23,7 @@ from models_core.errors import CheckpointError
 from models_core.formats import (
   ALIGNMENT,
   CellReader,
+  Extent,
   Index,
   RunReader,
   TensorInfo,
@@ -34,7 +35,7 @@ from models_core.loading import boxes, streams
 from models_core.loading.planned import PlannedParameter
 from models_core.weights import Piece, arrange, part_shape
 
-# Most bytes that one task of a thread fills. Small tensors, such as experts, share a task of a quarter of it.
+# Most bytes that one task of a thread fills. Small tensors that are cast share a task of a quarter of it.
 _TASK = 32 << 20
 
 # The elements that a shard takes of what a piece fills, and the view of the shard's buffer that they go to.
@@ -47,13 +48,11 @@ class Shard:
 
   Attributes:
     index: bounds of the shard within the parameter, one slice for each axis.
-    devices: the devices that hold the shard.
     buffer: host memory for the elements of the shard.
     filled: whether the buffer is the mapped file itself, so that nothing has to be read.
   """
 
   index: Index
-  devices: tuple[jax.Device, ...]
   buffer: np.ndarray
   filled: bool
 
@@ -67,19 +66,24 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
     alias: whether a shard's buffer may be the mapped file itself.
   """
   shape, sharding = planned.parameter.shape, planned.parameter.sharding
-  holders: dict[tuple, list[jax.Device]] = {}
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = bounds_of(index or (), shape)
-    holders.setdefault(bounds, []).append(device)
-  indices = [tuple(slice(*bound) for bound in bounds) for bounds in holders]
-  run = _run_of(planned, reader) if alias else None
-  mapped = [None if run is None else _mapped(planned, run, index, reader) for index in indices]
+  indices = _indices(sharding, shape)
   shard_shape = sharding.shard_shape(shape)
+  mapped = _mapped(planned, indices, reader) if alias else []
+  mapped += [None] * (len(indices) - len(mapped))
   free = _buffers(sum(part is None for part in mapped), shard_shape, planned.dtype)
   return [
-    Shard(index, tuple(devices), next(free) if part is None else part.reshape(shard_shape), part is not None)
-    for index, devices, part in zip(indices, holders.values(), mapped, strict=True)
+    Shard(index, next(free) if part is None else part.reshape(shard_shape), part is not None)
+    for index, part in zip(indices, mapped, strict=True)
   ]
+
+
+# A model has many parameters of few shapes and shardings.
+@functools.lru_cache(maxsize=256)
+def _indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[Index, ...]:
+  """The index of each distinct shard that this process's devices hold."""
+  held = sharding.addressable_devices_indices_map(shape).values()
+  distinct = dict.fromkeys(bounds_of(index or (), shape) for index in held)
+  return tuple(tuple(slice(*bound) for bound in bounds) for bounds in distinct)
 
 
 def _buffers(count: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -100,16 +104,23 @@ def _run_of(planned: PlannedParameter, reader: TensorReader) -> int | None:
   return piece.run
 
 
-def _mapped(planned: PlannedParameter, run: int, index: Index, reader: TensorReader) -> np.ndarray | None:
-  """The mapped memory of a shard's elements; None if they are not contiguous, or cannot be mapped."""
+def _mapped(
+  planned: PlannedParameter, indices: Sequence[Index], reader: TensorReader
+) -> list[np.ndarray | None]:
+  """The mapped memory of shards' elements, None for one that cannot be mapped; shorter if no more can be."""
   shape = planned.parameter.shape
-  if not _is_whole(index, shape):
-    return None
+  if (run := _run_of(planned, reader)) is None or not _is_whole(indices[0], shape):
+    return []
   assert reader.runs is not None
-  rows = index[0] if index else slice(0, 1)
   row = math.prod(shape[1:])
   info = reader.tensors[planned.pieces[0].tensor]
-  return reader.runs.map_elements(info, run + rows.start * row, (rows.stop - rows.start) * row)
+  mapped: list[np.ndarray | None] = []
+  for index in indices:
+    rows = index[0] if index else slice(0, 1)
+    mapped.append(reader.runs.map_elements(info, run + rows.start * row, (rows.stop - rows.start) * row))
+    if mapped[0] is None:
+      break
+  return mapped
 
 
 def _is_whole(index: Index, shape: tuple[int, ...]) -> bool:
@@ -123,6 +134,7 @@ def tasks(
   """The tasks that fill the shards of some parameters, for several threads to run in any order."""
   streamed: dict[str, list[streams.Share]] = {}
   boxed: dict[str, list[Iterator[Callable[[], None]]]] = {}
+  extents: list[Extent] = []
   small: list[Callable[[], None]] = []
   small_nbytes = 0
   for planned, shards in filled:
@@ -140,6 +152,10 @@ def tasks(
         continue
       if not shape:  # a scalar is one row of one element
         shape, targets = (1,), [((slice(0, 1),), target[None]) for _, target in targets]
+      straight, targets = _straight(run, info, shape, targets)
+      extents += straight
+      if not targets:
+        continue
       step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
       last = max(index[0].stop for index, _ in targets)
       for start in range(min(index[0].start for index, _ in targets), last, step):
@@ -151,6 +167,9 @@ def tasks(
         if small_nbytes >= _TASK // 4:
           yield functools.partial(_run_all, small)
           small, small_nbytes = [], 0
+  if extents:
+    assert reader.runs is not None
+    yield from _extent_tasks(extents, reader.runs)
   if small:
     yield functools.partial(_run_all, small)
   for several in boxed.values():
@@ -180,6 +199,40 @@ def _target(piece: Piece, shard: Shard) -> _Target | None:
   return tuple(index), shard.buffer[(*at, ...)]
 
 
+def _straight(
+  base: int, info: TensorInfo, shape: tuple[int, ...], targets: list[_Target]
+) -> tuple[list[Extent], list[_Target]]:
+  """The extents of a file that go verbatim into buffers, and the targets whose elements must be cast or split."""
+  if info.codec is not None:
+    return [], targets
+  row = math.prod(shape[1:]) * info.dtype.itemsize
+  extents: list[Extent] = []
+  rest: list[_Target] = []
+  for index, target in targets:
+    if target.dtype == info.dtype and target.flags.c_contiguous and _is_whole(index, shape):
+      start = base * info.dtype.itemsize + index[0].start * row
+      extents.append(Extent(info, start, target.reshape(-1).view(np.uint8)))
+    else:
+      rest.append((index, target))
+  return extents, rest
+
+
+def _extent_tasks(extents: Sequence[Extent], reader: RunReader) -> Iterator[Callable[[], None]]:
+  """The tasks that read extents. Each task reads neighbours in a file, which takes a single call of the system."""
+  several: list[Extent] = []
+  nbytes = 0
+  for extent in sorted(extents, key=lambda extent: (extent.info.file, extent.offset)):
+    for at in range(0, extent.buffer.nbytes, _TASK):
+      part = Extent(extent.info, extent.start + at, extent.buffer[at : at + _TASK])
+      if nbytes + part.buffer.nbytes > _TASK:
+        yield functools.partial(reader.read_extents, several)
+        several, nbytes = [], 0
+      several.append(part)
+      nbytes += part.buffer.nbytes
+  if several:
+    yield functools.partial(reader.read_extents, several)
+
+
 def _fill_rows(
   base: int,
   info: TensorInfo,
@@ -190,24 +243,15 @@ def _fill_rows(
   chunk: int,
   reader: RunReader,
 ) -> None:
-  """Fills rows [start, stop) of what a piece fills. The tensor holds all of it contiguously, from element `base` on."""
+  """Fills rows [start, stop) of what a piece fills, through scratch memory.
+
+  The tensor holds all of it contiguously, from element `base` on.
+  """
   row = math.prod(shape[1:])
-  straight: list[_Target] = []
-  through: list[_Target] = []
-  for index, target in targets:
-    as_it_is = info.codec is None and target.dtype == info.dtype and target.flags.c_contiguous
-    (straight if as_it_is and _is_whole(index, shape) else through).append((index, target))
-  for index, target in straight:
-    low, high = max(start, index[0].start), min(stop, index[0].stop)
-    if low < high:
-      part = target[low - index[0].start : high - index[0].start]
-      reader.read_into(info, base + low * row, part)
-  if not through:
-    return
   step = max(1, chunk // max(1, row * info.dtype.itemsize))
   for low in range(start, stop, step):
     high = min(low + step, stop)
-    wanted = [(i, t) for i, t in through if i[0].start < high and low < i[0].stop]
+    wanted = [(i, t) for i, t in targets if i[0].start < high and low < i[0].stop]
     if not wanted:
       continue
     data = reader.read_elements(info, base + low * row, (high - low) * row).reshape(high - low, *shape[1:])

@@ -29,6 +29,8 @@ from models_core.weights import Tied
 
 # Bytes that a process reads before it synchronises with the others.
 _BATCH = 128 << 20
+# Bytes of parameters whose tensors are read side by side.
+_WINDOW = 64 << 20
 # Bytes of host memory that wait for their transfer to an accelerator.
 _IN_FLIGHT = 2 << 30
 
@@ -196,8 +198,8 @@ def _place(
       arrays[planned.parameter.name].block_until_ready()
     in_flight -= sum(shard.buffer.nbytes for shard in shards)
 
-  for group in _groups(parameters, reader):
-    filled = [(planned, shards_of(planned, reader, alias=on_cpu)) for planned in group]
+  for window in _windows(_groups(parameters, reader)):
+    filled = [(planned, shards_of(planned, reader, alias=on_cpu)) for planned in window]
     size = sum(shard.buffer.nbytes for _, shards in filled for shard in shards)
     while under_way and not on_cpu and in_flight + size > _IN_FLIGHT:
       place_first()
@@ -216,6 +218,23 @@ def _groups(parameters: Sequence[PlannedParameter], reader: TensorReader) -> lis
     is_fused = reader.cells is not None and len(planned.pieces) == 1
     groups.setdefault(planned.pieces[0].tensor if is_fused else planned.parameter.name, []).append(planned)
   return list(groups.values())
+
+
+def _windows(groups: Iterable[Sequence[PlannedParameter]]) -> Iterator[list[PlannedParameter]]:
+  """Joins groups, until they have the bytes of a window. Threads read the tensors of one, file by file, in large pieces.
+
+  While a thread reads a piece it does not need Python's lock, which other threads may hold for milliseconds.
+  """
+  window: list[PlannedParameter] = []
+  nbytes = 0
+  for group in groups:
+    window += group
+    nbytes += sum(planned.nbytes for planned in group)
+    if nbytes >= _WINDOW:
+      yield window
+      window, nbytes = [], 0
+  if window:
+    yield window
 
 
 def _is_cpu(parameters: Iterable[PlannedParameter]) -> bool:

@@ -11,11 +11,13 @@ A `Piece` is a layout that is resolved for one tensor and the parameter's shape.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,43 +106,86 @@ def pieces(
   Raises:
     ValueError: if the layout does not fit the parameter's shape, which is an error in the table.
   """
-  theirs, ours = _joined(*parse_layout(form.layout))
-  if len(ours) != len(shape):
-    raise ValueError(
-      f"the layout {form.layout!r} has {len(ours)} axes, but the parameter has shape {tuple(shape)}"
-    )
-  sizes = _sizes(ours, shape, form.layout, letters)
   counted, numbers = row.stack or ("", range(0))
+  stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
+  if counted and counted not in stacked:
+    stacked.insert(0, counted)
+  axes = _axes(form.layout, form.name, tuple(shape), tuple(stacked), tuple(letters.items()))
   if counted and shape[0] != len(numbers):
     raise ValueError(
       f"{row.ours} has shape {tuple(shape)}, of {shape[0]} layers, but by its name it holds {len(numbers)}"
     )
-  stacked = [name for name in PLACEHOLDER.findall(form.name) if name not in placeholders]
-  if counted and counted not in stacked:
-    stacked.insert(0, counted)
-  flat_ours = [axis for group in ours for axis in group]
-  flat_theirs = [axis for group in theirs for axis in group]
-  kept = [axis for axis in flat_theirs if "/" not in axis]
-  if sorted(kept + stacked) != sorted(flat_ours):
-    raise ValueError(f"the layout {form.layout!r} of {form.name} names different axes on its two sides")
-  sizes = {**letters, **sizes}
-  split = tuple(_size(axis, sizes) for axis in flat_theirs)
-  order = tuple(kept.index(axis) for axis in flat_ours if axis not in stacked)
-  tensor_shape = tuple(math.prod(_size(axis, sizes) for axis in group) for group in theirs)
   conversion = row.conversion(letters) if callable(row.conversion) else row.conversion
   result = []
-  for index in np.ndindex(*(sizes[axis] for axis in stacked)):
+  for index in itertools.product(*map(range, axes.stacked)):
     at = dict(zip(stacked, index, strict=True))
-    target = tuple(at.get(group[0], slice(None)) for group in ours)
+    target = tuple(at.get(group[0], slice(None)) for group in axes.ours)
     values = {**placeholders, **at} | ({counted: numbers[at[counted]]} if counted else {})
     name = form.name.format(**values)
-    select = tuple(_part(axis, values) if "/" in axis else slice(None) for axis in flat_theirs)
-    if any(isinstance(part, int) and part >= size for part, size in zip(select, split, strict=True)):
+    select = tuple(_part(axis, values) if "/" in axis else slice(None) for axis in axes.theirs)
+    if any(isinstance(part, int) and part >= size for part, size in zip(select, axes.split, strict=True)):
       raise ValueError(
         f"the layout {form.layout!r} selects a part that a fused axis does not have: parts are counted from 0"
       )
-    result.append(Piece(name, tensor_shape, split, select, order, target, conversion))
+    result.append(Piece(name, axes.shape, axes.split, select, axes.order, target, conversion))
   return result
+
+
+class _Axes(NamedTuple):
+  """A layout, resolved for parameters of one shape.
+
+  Attributes:
+    theirs: the axes of the split tensor.
+    ours: the axes that make up each axis of the parameter.
+    stacked: the numbers of tensors along each stacked axis.
+    shape: of the tensor.
+    split: as in `Piece`.
+    order: as in `Piece`.
+  """
+
+  theirs: list[str]
+  ours: list[list[str]]
+  stacked: tuple[int, ...]
+  shape: tuple[int, ...]
+  split: tuple[int, ...]
+  order: tuple[int, ...]
+
+
+# Layers are alike: a model has a hundred times as many parameters as layouts and shapes.
+@functools.lru_cache(maxsize=1024)
+def _axes(
+  layout: str, name: str, shape: tuple[int, ...], stacked: tuple[str, ...], given: tuple[tuple[str, int], ...]
+) -> _Axes:
+  """Resolves a layout.
+
+  Args:
+    layout: of the tensors.
+    name: of the tensors, with placeholders, for messages.
+    shape: of the parameter.
+    stacked: placeholders along which tensors are stacked.
+    given: sizes of letters.
+
+  Raises:
+    ValueError: if the layout does not fit the shape.
+  """
+  theirs, ours = _joined(*parse_layout(layout))
+  if len(ours) != len(shape):
+    raise ValueError(f"the layout {layout!r} has {len(ours)} axes, but the parameter has shape {shape}")
+  letters = dict(given)
+  sizes = {**letters, **_sizes(ours, shape, layout, letters)}
+  flat_ours = [axis for group in ours for axis in group]
+  flat_theirs = [axis for group in theirs for axis in group]
+  kept = [axis for axis in flat_theirs if "/" not in axis]
+  if sorted([*kept, *stacked]) != sorted(flat_ours):
+    raise ValueError(f"the layout {layout!r} of {name} names different axes on its two sides")
+  return _Axes(
+    flat_theirs,
+    ours,
+    tuple(sizes[axis] for axis in stacked),
+    tuple(math.prod(_size(axis, sizes) for axis in group) for group in theirs),
+    tuple(_size(axis, sizes) for axis in flat_theirs),
+    tuple(kept.index(axis) for axis in flat_ours if axis not in stacked),
+  )
 
 
 def _part(axis: str, values: Mapping[str, Any]) -> int:

@@ -37,6 +37,7 @@ BASE = "model."
 
 # A number in a name, such as `{i}`.
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_NUMBER = re.compile(r"[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,10 @@ class WeightTable:
     self.ignored = tuple(ignored)
     self.tied = tuple(tied)
     self.absence = absence
+    # By the name of what they may describe: a model has many parameters, and each has few rows.
+    self._rows: dict[str, list[Row]] = {}
+    for row in self.rows:
+      self._rows.setdefault(_without_numbers(PLACEHOLDER.sub("0", row.ours)), []).append(row)
 
   def __repr__(self) -> str:
     return f"WeightTable({len(self.rows)} rows)"
@@ -189,9 +194,10 @@ class WeightTable:
 
   def rows_of(self, parameter: str) -> list[tuple[Row, dict[str, str]]]:
     """All rows of a parameter, each with the values of the placeholders in the parameter's name."""
+    rows = self._rows.get(_without_numbers(parameter), ())
     # A row of one parameter alone counts before one with placeholders.
-    found: list[tuple[Row, dict[str, str]]] = [(row, {}) for row in self.rows if row.ours == parameter]
-    found = found or [(row, at) for row in self.rows if (at := row.match(parameter)) is not None]
+    found: list[tuple[Row, dict[str, str]]] = [(row, {}) for row in rows if row.ours == parameter]
+    found = found or [(row, at) for row in rows if (at := row.match(parameter)) is not None]
     if found or (layers := layers_of(parameter)) is None:
       return found
     stacks = []
@@ -319,6 +325,10 @@ def _in_front(letter: str, layout: str) -> str:
 def variable_forms(name: str, *layouts: str) -> list[Form]:
   """The forms of a tensor in the tree of a Flax state: if it is saved with its variables, names end in `.value`."""
   return [Form(one, layout) for one in (name, f"{name}.value") for layout in layouts]
+
+
+def _without_numbers(name: str) -> str:
+  return _NUMBER.sub("#", name)
 
 
 def _numbers_open(name: str) -> str:
