@@ -21,6 +21,7 @@ from models_automodel import (
   ModelSource,
   ShardingError,
   SourceFilesError,
+  automodel,
   call_model_config,
   families,
   get_model_module,
@@ -394,3 +395,15 @@ def test_the_package_is_typed():
   import models_automodel
 
   assert (pathlib.Path(models_automodel.__file__).parent / "py.typed").exists()
+
+
+def test_the_system_reads_ahead_while_a_load_is_planned(checkpoint, monkeypatch, tmp_path):
+  directory = checkpoint[0]
+  asked = []
+  monkeypatch.setattr(automodel, "read_ahead", lambda files, names: asked.append((files.path, names)))
+  AutoModel.plan(directory)
+  # A later call reads the cache alone.
+  AutoModel.from_pretrained(directory, dtype="bfloat16", cache_dir=tmp_path / "cache", progress=False)
+  assert not asked
+  AutoModel.from_pretrained(directory, progress=False)
+  assert asked == [(str(directory), ["model.safetensors"])]

@@ -87,10 +87,10 @@ def folder(tmp_path):
   return tmp_path / "model"
 
 
-def check(found, files):
+def check(found, files, most=2):
   opens, parsed = found
   assert {name for name in opens if name.endswith(".safetensors")} == set(files)
-  assert max(opens.values()) <= 2, opens
+  assert max(opens.values()) <= most, opens
   assert parsed == len(files)
 
 
@@ -99,7 +99,9 @@ def names_of(folder):
 
 
 def test_from_pretrained(folder, count):
-  check(count(folder, lambda: AutoModel.from_pretrained(folder, progress=False)), names_of(folder))
+  check(
+    count(folder, lambda: AutoModel.from_pretrained(folder, progress=False)), names_of(folder), most=3
+  )  # once more by whoever reads the first bytes ahead
 
 
 @pytest.mark.parametrize("to", ["huggingface", "orbax"])

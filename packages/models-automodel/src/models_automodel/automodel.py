@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Unpack
 
 from flax import nnx
@@ -18,7 +18,7 @@ from models_automodel import intermediate
 from models_automodel.adapters import base_error, base_of, merge_adapter
 from models_automodel.errors import ModelNameError, SourceFilesError, source_errors
 from models_automodel.families import family_of_config, register
-from models_automodel.finding import AdapterFoundError, Found, find
+from models_automodel.finding import AdapterFoundError, find
 from models_automodel.keywords import ConfigFields, Keywords
 from models_automodel.overrides import cut, override
 from models_automodel.progress import weights_bar
@@ -30,10 +30,10 @@ from models_core.adapters import Adapter, fingerprint_of, load_peft_adapter, mer
 from models_core.dtypes import as_dtype
 from models_core.errors import CheckpointError, ConfigError, ModelsError
 from models_core.family import Family
-from models_core.formats import SAFETENSORS, Files, RangeFiles
+from models_core.formats import SAFETENSORS, Checkpoint, Files, RangeFiles, read_ahead
 from models_core.layers import CausalLM
 from models_core.loading import AbstractModel, LoadPlan, abstract_model, load_arrays, log_notes, plan_load
-from models_core.processes import together
+from models_core.processes import processes_of, together
 from models_core.saving import Base, flatten, is_companion, path_of, save_parameters_to_safetensors
 from models_core.score_model import ScoreModel, family_of, score_family
 from models_core.shard_cache import ShardCache
@@ -257,9 +257,16 @@ class AutoModel:
       subfolder=subfolder,
       variant=variant,
     )
-    where = agree_on_revision(mesh, where, functools.partial(_open, where))
-    with together(mesh):
-      return cls._plan(find(where, config, ignore_config_keys), mesh, dtype, layers, strict_sharding, fields)
+    return _planned(
+      where,
+      mesh,
+      dtype=dtype,
+      config=config,
+      ignore_config_keys=ignore_config_keys,
+      layers=layers,
+      strict_sharding=strict_sharding,
+      **fields,
+    )
 
   @staticmethod
   def register(family: Family) -> None:
@@ -278,19 +285,28 @@ class AutoModel:
     """
     register(family)
 
-  @staticmethod
-  def _plan(
-    found: Found,
-    mesh: Mesh | AbstractMesh | None,
-    dtype: Any,
-    layers: range | None,
-    strict_sharding: bool,
-    fields: ConfigFields,
-  ) -> LoadPlan:
+
+def _planned(
+  where: Where,
+  mesh: Mesh | AbstractMesh | None,
+  *,
+  begin: Callable[[Checkpoint], None] = lambda checkpoint: None,
+  dtype: Any = None,
+  config: Any = None,
+  ignore_config_keys: Collection[str] = (),
+  layers: range | None = None,
+  strict_sharding: bool = False,
+  **fields: Unpack[ConfigFields],
+) -> LoadPlan:
+  """The plan of a checkpoint. `begin` is called when its headers are read; all else is as for `AutoModel.plan`."""
+  where = agree_on_revision(mesh, where, functools.partial(_open, where))
+  with together(mesh):
+    found = find(where, config, ignore_config_keys)
     whole = override(found.config, fields, _keywords())
     final = cut(whole, layers)
     with source_errors():
       checkpoint = found.checkpoint
+      begin(checkpoint)
     family = family_of(found.family, checkpoint)
     model = abstract_model(family.model_class, final, mesh, strict=strict_sharding)
     # A tensor that holds all layers still holds those that were cut.
@@ -385,8 +401,10 @@ def prepare(
   check_mesh(mesh)
   cache = None if cache_dir is None else ShardCache.of(cache_dir, max_cache_size)
   ignored = tuple(sorted(kwargs.get("ignore_config_keys", ())))
+  if cache is None and (mesh is None or len(processes_of(mesh)) == 1):
+    kwargs["begin"] = _read_ahead
   with contextlib.suppress(AdapterFoundError):
-    return Prepared(AutoModel.plan(where, mesh, **kwargs), None, mesh, where.progress, cache, ignored)
+    return Prepared(_planned(where, mesh, **kwargs), None, mesh, where.progress, cache, ignored)
   where = agree_on_revision(mesh, where, functools.partial(_open, where))
   with together(mesh):
     files = _open(where)
@@ -394,7 +412,7 @@ def prepare(
     if kwargs.get("layers") is not None:
       raise ConfigError(f"{files.path} is a LoRA adapter: layers= is for models; load {base.model_id} alone")
   try:
-    plan = AutoModel.plan(base, mesh, **kwargs)
+    plan = _planned(base, mesh, **kwargs)
   except (ConfigError, ModelNameError, SourceFilesError) as error:
     raise base_error(files, base.model_id, error) from error
   assert plan.family is not None
@@ -402,6 +420,12 @@ def prepare(
     adapter = load_peft_adapter(files, plan.family, plan.config)
   _log.warning("%s: a LoRA adapter, merged into its base %s", files.path, plan.checkpoint.files.path)
   return Prepared(plan, adapter, mesh, where.progress, cache, ignored)
+
+
+def _read_ahead(checkpoint: Checkpoint) -> None:
+  """Has the system begin to read a checkpoint's files."""
+  tensors = (part for info in checkpoint.tensors.values() for part in info.stored)
+  read_ahead(checkpoint.files, list(dict.fromkeys(part.file for part in tensors)))
 
 
 def _family_of_model(model: Any, config: Any) -> Family:

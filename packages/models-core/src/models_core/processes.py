@@ -7,7 +7,7 @@ bytes as an array on the mesh's own devices, so that processes outside the mesh 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -76,20 +76,20 @@ def together(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
     raise ProcessError(f"process {', '.join(failed)} failed: the error raised there says why")
 
 
-def check_same(mesh: Mesh | None, what: str, fingerprint: bytes) -> None:
+def check_same(mesh: Mesh | None, what: str, fingerprint: Callable[[], bytes]) -> None:
   """Checks that all processes of a mesh see the same thing.
 
   Args:
     mesh: all of its processes must call this; None is this process alone.
     what: the thing, for the error message, such as "checkpoint".
-    fingerprint: bytes that identify it, of the same length in all processes.
+    fingerprint: returns bytes that identify it, of the same length in all processes. It is called if there are several.
 
   Raises:
     ProcessError: in all processes, if the fingerprints differ.
   """
   if mesh is None or len(processes_of(mesh)) == 1:
     return
-  found = exchange(mesh, fingerprint)
+  found = exchange(mesh, fingerprint())
   first = min(found)
   if others := [str(process) for process, theirs in found.items() if theirs != found[first]]:
     raise ProcessError(

@@ -1,5 +1,5 @@
 from .checkpoint import Checkpoint, Format, Header
-from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in, open_file
+from .files import Files, LocalFiles, RangeFiles, as_files, dead_entries, names_in, open_file, read_ahead
 from .gguf import GGUF, GgufCheckpoint, read_gguf
 from .json_files import read_json
 from .kinds import strangeness
@@ -64,6 +64,7 @@ __all__ = [
   "names_in",
   "open_file",
   "open_folder",
+  "read_ahead",
   "read_gguf",
   "read_json",
   "read_orbax",

@@ -185,10 +185,14 @@ def _read_index(files: Files, index: str) -> Mapping[str, str]:
     weight_map = read_json(files, index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
       raise ValueError("it has no weight_map")
+    paths: dict[str, str] = {}
     for file in weight_map.values():
+      if isinstance(file, str) and file in paths:
+        continue
       if not isinstance(file, str) or not is_inside(file):
         raise ValueError(f"it lists {file!r}, which is not a file name within the directory")
-    return {tensor: posixpath.normpath(file) for tensor, file in weight_map.items()}
+      paths[file] = posixpath.normpath(file)
+    return {tensor: paths[file] for tensor, file in weight_map.items()}
   except ConfigError as error:
     raise CheckpointError(files.path, [str(error)]) from None
   except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -63,5 +64,6 @@ def check_floats(
   return (), f"{stated}, but all weights are plain floating-point numbers: it is not read"
 
 
+@functools.cache
 def _is_float(dtype: np.dtype) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.inexact))

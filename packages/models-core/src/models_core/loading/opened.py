@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,7 +101,7 @@ class OpenedPlan:
       return self._reader
 
   def _open(self) -> TensorReader:
-    check_same(self._mesh, "checkpoint", _fingerprint(self._checkpoint))
+    check_same(self._mesh, "checkpoint", functools.partial(_fingerprint, self._checkpoint))
     with together(self._mesh):
       files = files_of_process(self._checkpoint, self._parameters.values(), self._ties)
       reader = self._checkpoint.open(files, self._on_bytes)
