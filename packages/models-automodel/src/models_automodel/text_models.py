@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -56,22 +57,30 @@ def load_text_model(
 def _compiling(
   prepared: Prepared, settings: TextSettings, first_call: Callable[[TextSettings], Mapping[str, Any]] | None
 ) -> Iterator[None]:
-  """Compiles what a first call runs, in a thread, until the end of the block and beyond it if that takes longer."""
+  """Compiles what a first call runs, in a thread: at the end of the block, what its first token needs is compiled."""
   if first_call is None:
     yield
     return
   arguments = dict(first_call(settings))
   prompt = arguments.pop("prompt")
+  ready = threading.Event()
+
+  def compile() -> None:
+    # What fails here fails in the call itself, too, where the caller sees it.
+    try:
+      settings.planned(prepared.plan, prompt, **arguments).compile(on_first=ready.set)
+    finally:
+      ready.set()
+
   thread = concurrent.futures.ThreadPoolExecutor(1, "compile")
-  compiling = thread.submit(settings.compile, prepared.plan, prompt, **arguments)
+  thread.submit(compile)
   thread.shutdown(wait=False)
   yield
-  if compiling.done():
+  if ready.is_set():
     return
   line = StatusLine()
   if prepared.progress:
     line.show("compiling ...")
-  # What fails here fails in the call itself, too, where the caller sees it.
-  compiling.exception()
+  ready.wait()
   if prepared.progress:
     line.clear()

@@ -91,7 +91,7 @@ def load_model(
     options: of the command.
     where: the place of the checkpoint.
     mesh: of the model, or None.
-    first_call: the arguments of `TextSettings.compile` that the options do not tell: the first prompt, or one like it. What
+    first_call: the arguments of `TextSettings.planned` that the options do not tell: the first prompt, or one like it. What
       it runs is compiled while the weights are read.
     tokens_of: checks the prompt, and returns how many tokens the KV cache needs, before any weights are read.
     **kwargs: of `load_text_model`.

@@ -83,7 +83,7 @@ class TextSettings:
       [int(i) for i in cast(Sequence[int], prompt)] if plain else self.tokenizer.chat(prompt, **variables)
     )
 
-  def compile(
+  def planned(
     self,
     plan: LoadPlan,
     prompt: Prompt,
@@ -93,8 +93,8 @@ class TextSettings:
     sampling: Sampling | None = None,
     in_session: bool = False,
     **variables: Any,
-  ) -> None:
-    """Compiles what `TextModel.stream` with the same arguments runs, for the model that a plan loads.
+  ) -> Stream:
+    """What `TextModel.stream` with the same arguments runs, for the model that a plan loads: to compile it.
 
     Args:
       plan: of the model.
@@ -108,7 +108,7 @@ class TextSettings:
     limit, stops = self.check([ids], max_new_tokens, stop)
     shapes = plan.shapes()
     session = Session(shapes) if in_session else None
-    self.run(shapes, [ids], limit, stops, sampling, session=session).compile()
+    return self.run(shapes, [ids], limit, stops, sampling, session=session)
 
   def run(
     self,

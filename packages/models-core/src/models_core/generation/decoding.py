@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from models_core.errors import CacheError, ConfigError
-from models_core.generation.placement import Placed
+from models_core.generation.placement import Placed, compiling
 from models_core.generation.prefixes import Beginning, Prefix
 from models_core.generation.programs import (
   LONGEST,
@@ -230,6 +231,10 @@ def _seen(rows: Sequence[np.ndarray], num_embed: int) -> np.ndarray:
   return seen
 
 
+# Programs of `decode_program` that were compiled: for which numbers of rows, and slots of a row.
+_compiled: weakref.WeakKeyDictionary[Any, set[tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
 class Stream(Iterator[Piece]):
   """Pieces of new tokens; `stream` makes it."""
 
@@ -238,6 +243,7 @@ class Stream(Iterator[Piece]):
     self._request = request
     self._steps = steps_of(request.sampling)
     self._settings = (numbers_of(request.sampling), ends_of(request.stop))
+    self._size = (len(request.prompts), request.cache_size)
     # Tokens of a row that have not been dispatched.
     self._left = request.max_new_tokens
     # Rows that the caller ended.
@@ -253,17 +259,26 @@ class Stream(Iterator[Piece]):
     """Ends a row from outside, such as at a stop string. A piece that is being computed may still hold tokens of it."""
     self._ended[row] = True
 
-  def compile(self) -> None:
+  def compile(self, on_first: Callable[[], Any] = lambda: None) -> None:
     """Compiles what all pieces run, for a model that has a `jax.ShapeDtypeStruct` in the place of each array.
 
     A stream of the loaded model with the same options then compiles nothing. This one cannot be iterated over.
+
+    Args:
+      on_first: is called when what the first piece runs is compiled. A stream of the loaded model may begin then: it
+        waits for the rest where it comes to it.
     """
     if self._left:
       self._begin()
-    # Only from the second time on, the rows come from the loop itself.
-    for _ in range(2):
-      if self._left:
-        self._decode()
+    if not self._left:
+      on_first()
+      return
+    with compiling(self._loop()):
+      on_first()
+      # Only from the second time on, the rows come from the loop itself.
+      for _ in range(2):
+        if self._left:
+          self._decode()
 
   def __next__(self) -> Piece:
     """The next piece.
@@ -280,12 +295,20 @@ class Stream(Iterator[Piece]):
       )
     if self._rows is None and self._left:
       self._running = self._begin()
+      # The first token does not wait for the compiler.
+      dispatched = self._size in _compiled.get(self._loop(), ())
+    else:
+      dispatched = True
+      if self._running is None and self._left and not self._ended.all():
+        self._running = self._decode()
+        if isinstance(beginning, Continued):
+          self._keep(beginning)  # the loop overwrites the cache that the session holds
     current, self._running = self._running, None
     if current is None:
       self._rows, self._cache, self._left = None, None, 0
       raise StopIteration
     # Dispatched before the current piece is read, so that the device never waits for the host.
-    if self._left and not self._ended.all():
+    if dispatched and self._left and not self._ended.all():
       self._running = self._decode()
     tokens, log_probs, ended = (np.asarray(current[name]) for name in ("tokens", "log_probs", "ended"))
     if ended.all():
@@ -333,13 +356,20 @@ class Stream(Iterator[Piece]):
     )
     beginning.session.held = self._held
 
+  def _loop(self) -> Callable[..., tuple[Cache, Rows, Drawn]]:
+    """The program of all tokens but the first."""
+    assert self._cache is not None
+    return decode_program(self._request.placed.structure, self._steps, Places.of(self._cache))
+
   def _decode(self) -> Drawn:
     """Lets the loop run."""
     assert self._cache is not None
     request = self._request
     count = min(self._left, request.interval)
-    program = decode_program(request.placed.structure, self._steps, Places.of(self._cache))
     ended, numbers = self._ended.copy(), (np.int32(count), *self._settings)
-    self._cache, self._rows, drawn = request.placed.run(program, self._cache, self._rows, ended, *numbers)
+    self._cache, self._rows, drawn = request.placed.run(
+      self._loop(), self._cache, self._rows, ended, *numbers
+    )
     self._left -= count
+    _compiled.setdefault(self._loop(), set()).add(self._size)
     return drawn
