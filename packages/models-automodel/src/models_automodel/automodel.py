@@ -260,6 +260,7 @@ class AutoModel:
     return _planned(
       where,
       mesh,
+      None,
       dtype=dtype,
       config=config,
       ignore_config_keys=ignore_config_keys,
@@ -289,8 +290,9 @@ class AutoModel:
 def _planned(
   where: Where,
   mesh: Mesh | AbstractMesh | None,
+  begin: Callable[[Checkpoint], None] | None,
+  /,
   *,
-  begin: Callable[[Checkpoint], None] = lambda checkpoint: None,
   dtype: Any = None,
   config: Any = None,
   ignore_config_keys: Collection[str] = (),
@@ -298,7 +300,7 @@ def _planned(
   strict_sharding: bool = False,
   **fields: Unpack[ConfigFields],
 ) -> LoadPlan:
-  """The plan of a checkpoint. `begin` is called when its headers are read; all else is as for `AutoModel.plan`."""
+  """The plan of a checkpoint. `begin` is called with its headers, once they are read; all else is as for `AutoModel.plan`."""
   where = agree_on_revision(mesh, where, functools.partial(_open, where))
   with together(mesh):
     found = find(where, config, ignore_config_keys)
@@ -306,7 +308,8 @@ def _planned(
     final = cut(whole, layers)
     with source_errors():
       checkpoint = found.checkpoint
-      begin(checkpoint)
+      if begin is not None:
+        begin(checkpoint)
     family = family_of(found.family, checkpoint)
     model = abstract_model(family.model_class, final, mesh, strict=strict_sharding)
     # A tensor that holds all layers still holds those that were cut.
@@ -401,10 +404,9 @@ def prepare(
   check_mesh(mesh)
   cache = None if cache_dir is None else ShardCache.of(cache_dir, max_cache_size)
   ignored = tuple(sorted(kwargs.get("ignore_config_keys", ())))
-  if cache is None and (mesh is None or len(processes_of(mesh)) == 1):
-    kwargs["begin"] = _read_ahead
+  begin = _read_ahead if cache is None and (mesh is None or len(processes_of(mesh)) == 1) else None
   with contextlib.suppress(AdapterFoundError):
-    return Prepared(_planned(where, mesh, **kwargs), None, mesh, where.progress, cache, ignored)
+    return Prepared(_planned(where, mesh, begin, **kwargs), None, mesh, where.progress, cache, ignored)
   where = agree_on_revision(mesh, where, functools.partial(_open, where))
   with together(mesh):
     files = _open(where)
@@ -412,7 +414,7 @@ def prepare(
     if kwargs.get("layers") is not None:
       raise ConfigError(f"{files.path} is a LoRA adapter: layers= is for models; load {base.model_id} alone")
   try:
-    plan = _planned(base, mesh, **kwargs)
+    plan = _planned(base, mesh, begin, **kwargs)
   except (ConfigError, ModelNameError, SourceFilesError) as error:
     raise base_error(files, base.model_id, error) from error
   assert plan.family is not None
