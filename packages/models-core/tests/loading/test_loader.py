@@ -787,3 +787,26 @@ class TestOpenedPlans:
     with made.open() as opened, concurrent.futures.ThreadPoolExecutor(8) as pool:
       readers = set(pool.map(lambda _: (ready.wait(), id(opened.reader))[1], range(8)))
     assert len(readers) == 1
+
+
+@pytest.mark.parametrize(
+  "spec", [P("tp", "fsdp"), P("fsdp", "tp"), P(None, "tp"), P(None, ("fsdp", "tp"))], ids=str
+)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_one_copy_fills_the_rows_of_all_shards_that_are_side_by_side(
+  spec, dtype, plan, save, rng, mesh, monkeypatch
+):
+  # Of 128 bytes and more, so that shards leave no gaps; experts are stacked, and split by columns.
+  experts = {f"e{i}": rng.normal(size=(8, 64)).astype(np.float32) for i in range(2)}
+  tensors = {"x": rng.normal(size=(64, 128)).astype(np.float32), **experts}
+  copies = []
+  cast_into = fill.cast_into
+  monkeypatch.setattr(fill, "cast_into", lambda *args: (copies.append(args[0].shape), cast_into(*args)))
+  table = WeightTable(("x", "x", "a b"), ("e", "e{i}", "a b -> i a b"))
+  parameters = {"x": ((64, 128), spec), "e": ((2, 8, 64), P(None, *spec))}
+  made = plan(save(tensors), parameters, table, mesh, dtype=dtype and np.dtype(dtype))
+  arrays = load_arrays(made)
+  for name, expected in (("x", tensors["x"]), ("e", np.stack(list(experts.values())))):
+    np.testing.assert_array_equal(np.asarray(arrays[name]), expected.astype(made.parameters[0].dtype))
+  if dtype is None:
+    assert len(copies) == 3 * (mesh.shape[spec[0]] if spec[0] else 1)

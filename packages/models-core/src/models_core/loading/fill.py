@@ -50,11 +50,13 @@ class Shard:
     index: bounds of the shard within the parameter, one slice for each axis.
     buffer: host memory for the elements of the shard.
     filled: whether the buffer is the mapped file itself, so that nothing has to be read.
+    all: [N, ...], the buffers of all shards of the parameter, in order; None if they do not lie side by side.
   """
 
   index: Index
   buffer: np.ndarray
   filled: bool
+  all: np.ndarray | None = None
 
 
 def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -> list[Shard]:
@@ -71,8 +73,12 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
   mapped = _mapped(planned, indices, reader) if alias else []
   mapped += [None] * (len(indices) - len(mapped))
   free = _buffers(sum(part is None for part in mapped), shard_shape, planned.dtype)
+  if len(free) == len(indices):
+    joined = free if isinstance(free, np.ndarray) else None
+    return [Shard(index, buffer, False, joined) for index, buffer in zip(indices, free, strict=True)]
+  unused = iter(free)
   return [
-    Shard(index, next(free) if part is None else part.reshape(shard_shape), part is not None)
+    Shard(index, next(unused) if part is None else part.reshape(shard_shape), part is not None)
     for index, part in zip(indices, mapped, strict=True)
   ]
 
@@ -80,19 +86,36 @@ def shards_of(planned: PlannedParameter, reader: TensorReader, *, alias: bool) -
 # A model has many parameters of few shapes and shardings.
 @functools.lru_cache(maxsize=256)
 def _indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[Index, ...]:
-  """The index of each distinct shard that this process's devices hold."""
+  """The index of each distinct shard that this process's devices hold, sorted."""
   held = sharding.addressable_devices_indices_map(shape).values()
-  distinct = dict.fromkeys(bounds_of(index or (), shape) for index in held)
+  distinct = sorted({bounds_of(index or (), shape) for index in held})
   return tuple(tuple(slice(*bound) for bound in bounds) for bounds in distinct)
 
 
-def _buffers(count: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
-  """Some arrays in one piece of memory, each of which a CPU device can alias."""
+@functools.lru_cache(maxsize=256)
+def _neighbours(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+  """Shards that follow one another along a single axis: of each group the first one, how many, and the axis."""
+  indices = _indices(sharding, shape)
+  groups: list[tuple[int, int, int]] = []
+  for i, (index, last) in enumerate(zip(indices[1:], indices, strict=False), 1):
+    differing = [axis for axis, (a, b) in enumerate(zip(index, last, strict=True)) if a != b]
+    first, count, axis = groups[-1] if groups else (0, 1, differing[-1])
+    if differing == [axis] and index[axis].start == last[axis].stop:
+      groups[-1:] = [(first, count + 1, axis)]
+    else:
+      groups = [*(groups or [(0, 1, axis)]), (i, 1, axis)]
+  return tuple(groups)
+
+
+def _buffers(count: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | list[np.ndarray]:
+  """Some arrays in one piece of memory, each of which a CPU device can alias; one array of all if they leave no gaps."""
   nbytes = math.prod(shape) * dtype.itemsize
   step = -(-nbytes // ALIGNMENT) * ALIGNMENT
   memory = aligned_empty((count * step,), np.dtype(np.uint8))
-  for start in (number * step for number in range(count)):
-    yield memory[start : start + nbytes].view(dtype).reshape(shape)
+  if step == nbytes:
+    return memory.view(dtype).reshape(count, *shape)
+  starts = (number * step for number in range(count))
+  return [memory[start : start + nbytes].view(dtype).reshape(shape) for start in starts]
 
 
 def _run_of(planned: PlannedParameter, reader: TensorReader) -> int | None:
@@ -156,6 +179,8 @@ def tasks(
       extents += straight
       if not targets:
         continue
+      if not straight and (joined := _joined(piece, planned, info, shards)):
+        targets = joined
       step = max(1, _TASK // max(1, math.prod(shape[1:]) * info.dtype.itemsize))
       last = max(index[0].stop for index, _ in targets)
       for start in range(min(index[0].start for index, _ in targets), last, step):
@@ -217,6 +242,36 @@ def _straight(
   return extents, rest
 
 
+def _joined(
+  piece: Piece, planned: PlannedParameter, info: TensorInfo, shards: Sequence[Shard]
+) -> list[_Target]:
+  """Targets of several shards that follow one another along an axis, so that one copy fills the rows of all.
+
+  Of a weight that is split by columns, for example, [R, C] in four shards, the target is a view [R, 4, C / 4]. There
+  are none where numbers are cast, or the buffers do not lie side by side.
+  """
+  buffers = shards[0].all
+  if buffers is None or planned.dtype != info.dtype:
+    return []
+  kept = [axis for axis, position in enumerate(piece.target) if not isinstance(position, int)]
+  targets: list[_Target] = []
+  for first, count, axis in _neighbours(planned.parameter.sharding, planned.parameter.shape):
+    index = shards[first].index
+    if axis not in kept[1:]:
+      return []
+    at = []
+    for bounds, position in zip(index, piece.target, strict=True):
+      if isinstance(position, int) and not bounds.start <= position < bounds.stop:
+        break
+      at.append(position - bounds.start if isinstance(position, int) else slice(None))
+    else:
+      several = slice(index[axis].start, shards[first + count - 1].index[axis].stop)
+      part = tuple(several if a == axis else index[a] for a in kept)
+      view = buffers[(slice(first, first + count), *at)]
+      targets.append((part, np.moveaxis(view, 0, kept.index(axis))))
+  return targets
+
+
 def _extent_tasks(extents: Sequence[Extent], reader: RunReader) -> Iterator[Callable[[], None]]:
   """The tasks that read extents. Each task reads neighbours in a file, which takes a single call of the system."""
   several: list[Extent] = []
@@ -258,7 +313,8 @@ def _fill_rows(
     for index, target in wanted:
       first, last = max(low, index[0].start), min(high, index[0].stop)
       part = target[first - index[0].start : last - index[0].start]
-      cast_into(part, data[first - low : last - low][(slice(None), *index[1:])])
+      source = data[first - low : last - low][(slice(None), *index[1:])]
+      cast_into(part, source.reshape(part.shape))
 
 
 def _box_tasks(
