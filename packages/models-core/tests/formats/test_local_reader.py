@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -110,6 +111,20 @@ class TestRuns:
       if most == "two buffers":
         assert calls == [(1, begin), (2, begin + 192 + 128), (1, begin + 384 + 100)]
     assert counts == [448]
+
+  def test_more_files_than_may_be_open_and_a_system_that_takes_no_advice(self, save_sharded, x, monkeypatch):
+    def refuses(*args):
+      raise OSError(errno.ESPIPE, "illegal seek")
+
+    monkeypatch.setattr(byte_reader.os, "posix_fadvise", refuses)
+    monkeypatch.setattr(byte_reader, "_most_files", lambda: 1)
+    folder = save_sharded({f"{n}.safetensors": {f"{n}": x + n, f"other{n}": x} for n in range(4)})
+    with opened(folder, names=[]) as (tensors, made):
+      extents = [Extent(tensors[str(n)], 0, np.empty(192, np.uint8)) for n in (0, 1, 2, 3)]
+      made.read_extents(extents)
+      assert len(made._open) == 1
+    for n, extent in enumerate(extents):
+      assert extent.buffer.tobytes() == (x + n).tobytes()
 
   def test_a_file_that_ends_within_one_of_several_neighbours_names_it(self, save, x):
     checkpoint = save({"a": x, "b": x, "c": x})

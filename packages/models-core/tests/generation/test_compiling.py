@@ -147,3 +147,36 @@ def test_a_program_that_cannot_be_compiled_keeps_nobody_waiting(monkeypatch):
     planned.compile()
   found = generate(make(None, config), [[1, 2, 3]], max_new_tokens=9)
   assert len(found.tokens[0]) == 9
+
+
+def test_a_loaded_model_is_compiled_for_without_waiting_for_itself():
+  stream(make(None, Config(windows=(None, 93))), [[1, 2, 3]], max_new_tokens=9).compile()
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_stream_that_was_interrupted_is_at_its_end_and_leaves_nothing_wrong_to_its_session(at, monkeypatch):
+  model = make(None, Config(windows=(None, None)))
+  whole = generate(model, [[1, 2, 3]], max_new_tokens=12).tokens[0].tolist()
+  session = Session(model)
+  pieces = stream(model, [[1, 2, 3]], max_new_tokens=12, interval=3, session=session)
+  decode, calls = pieces._decode, []
+
+  def interrupted():
+    calls.append(None)
+    if len(calls) == at + 1:
+      raise KeyboardInterrupt
+    return decode()
+
+  monkeypatch.setattr(pieces, "_decode", interrupted)
+  found = []
+
+  def read():
+    for piece in pieces:
+      found.extend(piece.tokens[0].tolist())
+
+  with pytest.raises(KeyboardInterrupt):
+    read()
+  assert list(pieces) == []
+  assert found == whole[: len(found)]
+  again = generate(model, [[1, 2, 3, *found]], max_new_tokens=12 - len(found), session=session)
+  assert found + again.tokens[0].tolist() == whole

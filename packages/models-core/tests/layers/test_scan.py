@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models_core.digest import digest
-from models_core.layers import by_layer, dotted, take_layer
+from models_core.layers import by_layer, decoder_layers, dotted, take_layer
+from models_core.layers.parameters import parameter as new_parameter
 from models_core.layers.remat import RematConfig
 from models_core.loading.abstract import abstract_model
 from models_core.sharding import ShardingConfig
@@ -127,3 +128,32 @@ def test_policies_change_no_gradient(name):
   expected, found = (parameters(grad(pair(None, remat_config=RematConfig(one))[1])) for one in ("none", name))
   for path, value in expected.items():
     np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-6)
+
+
+class _Numbered(nnx.Module):
+  """A layer that knows its number, has its own width or a parameter of all layers."""
+
+  def __init__(self, kind, i, shared, rngs):
+    self.number = i if kind == "numbered" else 0
+    self.w = new_parameter((4, 4 + i if kind == "wider" else 4), P(), rngs=rngs)
+    if kind == "shared":
+      self.table = shared
+
+
+@pytest.mark.parametrize("kind", ["alike", "numbered", "wider", "shared"])
+@pytest.mark.parametrize("names", [[None] * 4, [["full"]] * 4, list("abab")], ids=str)
+def test_layers_without_values_are_those_with_values(kind, names):
+  class Model(nnx.Module):
+    def __init__(self, config, *, rngs):
+      self.shared = new_parameter((2,), P(), rngs=rngs)
+      self.layers = decoder_layers(config, names, lambda i: _Numbered(kind, i, self.shared, rngs))
+
+  model = Model(None, rngs=nnx.Rngs(0))
+  structure = abstract_model(Model, None)
+  state = dict(nnx.to_flat_state(nnx.state(model)))
+  assert {name: p.shape for name, p in structure.parameters.items()} == {
+    ".".join(map(str, path)): variable.get_value().shape for path, variable in state.items()
+  }
+  filled = structure.fill({name: np.zeros(p.shape, np.float32) for name, p in structure.parameters.items()})
+  assert [layer.number for layer in filled.layers] == [layer.number for layer in model.layers]
+  assert len({id(layer.w) for layer in filled.layers}) == 4

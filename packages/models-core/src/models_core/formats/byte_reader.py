@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import mmap
@@ -300,10 +301,12 @@ class LocalReader(ByteReader):
   def _fill(self, extents: Sequence[Extent]) -> None:
     groups = list(_neighbours(extents, _MOST_BUFFERS))
     if len(groups) > 1 and hasattr(os, "posix_fadvise"):
-      # A disk reads several places at a time, if it is asked for all of them.
+      # A disk reads several places at a time, if it is asked for all of them. A system that refuses reads them anyway.
       for first, *_ in groups:
-        nbytes = first.buffer.nbytes
-        os.posix_fadvise(self._file(first.info.file).descriptor, first.offset, nbytes, os.POSIX_FADV_WILLNEED)
+        if (opened := self._open.get(first.info.file)) is not None:
+          with contextlib.suppress(OSError):
+            nbytes = first.buffer.nbytes
+            os.posix_fadvise(opened.descriptor, first.offset, nbytes, os.POSIX_FADV_WILLNEED)
     for neighbours in groups:
       first = neighbours[0]
       views = [extent.buffer.data for extent in neighbours]

@@ -220,6 +220,8 @@ def _drop(paths: Sequence[str], nbytes: int) -> None:
   # Where the system cannot do this, files are read when they are needed.
   with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
     for path in paths:
+      if not nbytes:
+        break
       with open(path, "rb") as file:
         while nbytes and (count := os.sendfile(nowhere.fileno(), file.fileno(), file.tell(), nbytes)):
           nbytes -= count

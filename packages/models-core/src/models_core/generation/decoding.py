@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models_core.errors import CacheError, ConfigError
-from models_core.generation.placement import Placed, compiling
+from models_core.generation.placement import Placed
 from models_core.generation.prefixes import Beginning, Prefix
 from models_core.generation.programs import (
   LONGEST,
@@ -231,8 +232,10 @@ def _seen(rows: Sequence[np.ndarray], num_embed: int) -> np.ndarray:
   return seen
 
 
-# Programs of `decode_program` that were compiled: for which numbers of rows, and slots of a row.
-_compiled: weakref.WeakKeyDictionary[Any, set[tuple[int, int]]] = weakref.WeakKeyDictionary()
+# Programs of `decode_program` that were compiled, and for what: `Stream._size`.
+_compiled: weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+# Those that a thread compiles. A stream that needs one waits for it, instead of compiling it a second time.
+_under_way: dict[tuple[Any, tuple[Any, ...]], threading.Event] = {}
 
 
 class Stream(Iterator[Piece]):
@@ -243,7 +246,10 @@ class Stream(Iterator[Piece]):
     self._request = request
     self._steps = steps_of(request.sampling)
     self._settings = (numbers_of(request.sampling), ends_of(request.stop))
-    self._size = (len(request.prompts), request.cache_size)
+    kinds = frozenset(leaf.dtype for leaf in request.placed.leaves)
+    # What the program of the loop is compiled for, besides what it is made of.
+    self._size = (len(request.prompts), request.cache_size, request.cache_dtype, request.placed.mesh, kinds)
+    self._loop: Any = None
     # Tokens of a row that have not been dispatched.
     self._left = request.max_new_tokens
     # Rows that the caller ended.
@@ -273,12 +279,19 @@ class Stream(Iterator[Piece]):
     if not self._left:
       on_first()
       return
-    with compiling(self._loop()):
+    done = threading.Event()
+    is_alone = _under_way.setdefault((self._loop, self._size), done) is done
+    try:
       on_first()
       # Only from the second time on, the rows come from the loop itself.
       for _ in range(2):
         if self._left:
           self._decode()
+      _compiled.setdefault(self._loop, set()).add(self._size)
+    finally:
+      if is_alone:
+        del _under_way[self._loop, self._size]
+        done.set()
 
   def __next__(self) -> Piece:
     """The next piece.
@@ -293,23 +306,29 @@ class Stream(Iterator[Piece]):
       raise ConfigError(
         "another stream has continued the session of this one: end a stream before the next begins"
       )
+    try:
+      return self._next()
+    except BaseException:
+      # What was under way is lost, and nothing that follows it would be right.
+      self._rows, self._cache, self._running, self._left = None, None, None, 0
+      raise
+
+  def _next(self) -> Piece:
+    beginning = self._request.beginning
+    may_dispatch = True
     if self._rows is None and self._left:
       self._running = self._begin()
       # The first token does not wait for the compiler.
-      dispatched = self._size in _compiled.get(self._loop(), ())
-    else:
-      dispatched = True
-      if self._running is None and self._left and not self._ended.all():
-        self._running = self._decode()
-        if isinstance(beginning, Continued):
-          self._keep(beginning)  # the loop overwrites the cache that the session holds
+      may_dispatch = self._size in _compiled.get(self._loop, ())
+    elif self._running is None and self._left and not self._ended.all():
+      self._running = self._dispatch()
     current, self._running = self._running, None
     if current is None:
       self._rows, self._cache, self._left = None, None, 0
       raise StopIteration
     # Dispatched before the current piece is read, so that the device never waits for the host.
-    if dispatched and self._left and not self._ended.all():
-      self._running = self._decode()
+    if may_dispatch and self._left and not self._ended.all():
+      self._running = self._dispatch()
     tokens, log_probs, ended = (np.asarray(current[name]) for name in ("tokens", "log_probs", "ended"))
     if ended.all():
       self._running, self._left = None, 0
@@ -336,6 +355,7 @@ class Stream(Iterator[Piece]):
     begin = begin_program(structure, self._steps)
     self._rows, drawn = placed.run(begin, hidden, *rows, *self._settings)
     self._cache = cache
+    self._loop = decode_program(structure, self._steps, Places.of(cache))
     self._left -= 1
     return drawn
 
@@ -356,10 +376,16 @@ class Stream(Iterator[Piece]):
     )
     beginning.session.held = self._held
 
-  def _loop(self) -> Callable[..., tuple[Cache, Rows, Drawn]]:
-    """The program of all tokens but the first."""
-    assert self._cache is not None
-    return decode_program(self._request.placed.structure, self._steps, Places.of(self._cache))
+  def _dispatch(self) -> Drawn:
+    """Lets the loop run, when it is compiled."""
+    if (compiling := _under_way.get((self._loop, self._size))) is not None:
+      compiling.wait()
+    if isinstance(beginning := self._request.beginning, Continued):
+      # The loop overwrites the cache.
+      beginning.session.held = None
+    drawn = self._decode()
+    _compiled.setdefault(self._loop, set()).add(self._size)
+    return drawn
 
   def _decode(self) -> Drawn:
     """Lets the loop run."""
@@ -367,9 +393,6 @@ class Stream(Iterator[Piece]):
     request = self._request
     count = min(self._left, request.interval)
     ended, numbers = self._ended.copy(), (np.int32(count), *self._settings)
-    self._cache, self._rows, drawn = request.placed.run(
-      self._loop(), self._cache, self._rows, ended, *numbers
-    )
+    self._cache, self._rows, drawn = request.placed.run(self._loop, self._cache, self._rows, ended, *numbers)
     self._left -= count
-    _compiled.setdefault(self._loop(), set()).add(self._size)
     return drawn

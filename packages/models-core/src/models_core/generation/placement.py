@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,23 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from models_core.errors import ConfigError
 from models_core.layers import CausalLM, one_trace
-
-# Programs that threads compile. Who calls one of them waits for it, instead of compiling it a second time.
-_under_way: dict[Any, threading.Event] = {}
-
-
-@contextlib.contextmanager
-def compiling(program: Any) -> Iterator[None]:
-  """Context in which this thread compiles a program. Other threads that call it meanwhile wait for the end."""
-  if program in _under_way:
-    yield
-    return
-  done = _under_way[program] = threading.Event()
-  try:
-    yield
-  finally:
-    del _under_way[program]
-    done.set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +79,6 @@ class Placed:
 
   def run(self, program: Callable[..., Any], *args: Any) -> Any:
     """Calls `program(leaves, *args)` with the mesh in context."""
-    if (done := _under_way.get(program)) is not None:
-      done.wait()
     with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
       return program(self.leaves, *args)
 
@@ -118,8 +98,7 @@ class Planned(Placed):
 
   def run(self, program: Any, *args: Any) -> Any:
     """Compiles `program(leaves, *args)`, and returns what it would, with a shape in the place of each array."""
-    context = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-    with compiling(program), context:
+    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
       lowered = program.lower(self.leaves, *args)
       compiled = lowered.compile()
     return jax.tree.map(

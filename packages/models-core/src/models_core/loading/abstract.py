@@ -96,7 +96,8 @@ def abstract_model(
       raise TypeError(
         f"{name} has the dtype {value.dtype}, which is not numeric: build the model without a random state of its own"
       )
-    declared = (value.shape, tuple(metadata.get("out_sharding") or ()), tuple(metadata.get("heads", ())))
+    spec = PartitionSpec(*(metadata.get("out_sharding") or ()))
+    declared = (tuple(value.shape), spec, tuple(metadata.get("heads") or ()))
     try:
       sharding, misfits = placed.get(declared) or placed.setdefault(declared, _placed(*declared, mesh))
     except ShardingError as error:
@@ -111,12 +112,11 @@ def abstract_model(
 
 def _placed(
   shape: tuple[int, ...],
-  entries: tuple[Any, ...],
+  spec: PartitionSpec,
   heads: tuple[int | None, ...],
   mesh: Mesh | AbstractMesh | None,
 ) -> tuple[NamedSharding | SingleDeviceSharding, tuple[Misfit, ...]]:
   """The declared sharding of a parameter, as far as the mesh can hold it, and the axes that it cannot hold."""
-  spec = PartitionSpec(*entries)
   fitted, misfits = (spec, ()) if mesh is None else fit(shape, spec, mesh, heads)
   return named(mesh, fitted), misfits
 
