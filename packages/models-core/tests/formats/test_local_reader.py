@@ -113,15 +113,19 @@ class TestRuns:
     assert counts == [448]
 
   def test_more_files_than_may_be_open_and_a_system_that_takes_no_advice(self, save_sharded, x, monkeypatch):
-    def refuses(*args):
+    asked = []
+
+    def refuses(descriptor, start, nbytes, advice):
+      asked.append(nbytes)
       raise OSError(errno.ESPIPE, "illegal seek")
 
     monkeypatch.setattr(byte_reader.os, "posix_fadvise", refuses)
     monkeypatch.setattr(byte_reader, "_most_files", lambda: 1)
     folder = save_sharded({f"{n}.safetensors": {f"{n}": x + n, f"other{n}": x} for n in range(4)})
-    with opened(folder, names=[]) as (tensors, made):
+    with opened(folder) as (tensors, made):
       extents = [Extent(tensors[str(n)], 0, np.empty(192, np.uint8)) for n in (0, 1, 2, 3)]
       made.read_extents(extents)
+      assert asked == [192]  # of the one file that was open
       assert len(made._open) == 1
     for n, extent in enumerate(extents):
       assert extent.buffer.tobytes() == (x + n).tobytes()

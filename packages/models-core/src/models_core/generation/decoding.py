@@ -309,7 +309,7 @@ class Stream(Iterator[Piece]):
     try:
       return self._next()
     except BaseException:
-      # What was under way is lost, and nothing that follows it would be right.
+      # At the end, or what was under way is lost, and nothing that follows it would be right.
       self._rows, self._cache, self._running, self._left = None, None, None, 0
       raise
 
@@ -324,7 +324,6 @@ class Stream(Iterator[Piece]):
       self._running = self._dispatch()
     current, self._running = self._running, None
     if current is None:
-      self._rows, self._cache, self._left = None, None, 0
       raise StopIteration
     # Dispatched before the current piece is read, so that the device never waits for the host.
     if may_dispatch and self._left and not self._ended.all():

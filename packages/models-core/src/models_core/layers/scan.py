@@ -66,9 +66,10 @@ def _without_values(kinds: Sequence[Any], make: Callable[[int], nnx.Module]) -> 
   made: dict[int, nnx.Module] = {}
   for own in numbers.values():
     made |= {i: make(i) for i in (own[0], own[-1])}
-    one, other = nnx.split(made[own[0]]), nnx.split(made[own[-1]])
-    copied = len(own) > 2 and _are_alike(one, other)
-    made |= {i: nnx.merge(*one, copy=True) if copied else make(i) for i in own[1:-1]}
+    if between := own[1:-1]:
+      one, other = nnx.split(made[own[0]]), nnx.split(made[own[-1]])
+      copied = _are_alike(one, other)
+      made |= {i: nnx.merge(*one, copy=True) if copied else make(i) for i in between}
   return [made[i] for i in range(len(kinds))]
 
 

@@ -93,7 +93,9 @@ def _indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[I
 
 
 @functools.lru_cache(maxsize=256)
-def _neighbours(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+def _side_by_side(
+  sharding: jax.sharding.Sharding, shape: tuple[int, ...]
+) -> tuple[tuple[int, int, int], ...]:
   """Shards that follow one another along a single axis: of each group the first one, how many, and the axis."""
   indices = _indices(sharding, shape)
   groups: list[tuple[int, int, int]] = []
@@ -255,7 +257,7 @@ def _joined(
     return []
   kept = [axis for axis, position in enumerate(piece.target) if not isinstance(position, int)]
   targets: list[_Target] = []
-  for first, count, axis in _neighbours(planned.parameter.sharding, planned.parameter.shape):
+  for first, count, axis in _side_by_side(planned.parameter.sharding, planned.parameter.shape):
     index = shards[first].index
     if axis not in kept[1:]:
       return []
