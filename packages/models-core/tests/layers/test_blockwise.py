@@ -5,22 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models_core.layers import blockwise
 from models_core.layers.attention import attend
 from models_core.layers.blockwise import block_sizes
 from models_core.layers.cache import extend_cache, init_layer
-from models_core.layers.visibility import block_ranges, visible_keys
+from models_core.layers.visibility import block_ranges, dense_mask, visible_keys
 
-B, T, N, K, H = 2, 200, 4, 2, 16
+B, T, N, K, H = 2, 456, 4, 2, 16
 RNG = np.random.default_rng(0)
 Q, OUT = (RNG.normal(size=(B, T, N, H)).astype(np.float32) for _ in range(2))
 KEYS, VALUES = (RNG.normal(size=(B, T, K, H)).astype(np.float32) for _ in range(2))
 STRAIGHT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 # Padding of different lengths on the left; three sequences in each row; positions in any order.
 LEFT = np.maximum(STRAIGHT - np.array([[13], [70]]), -1).astype(np.int32)
-SEGMENTS = np.stack([np.repeat([0, 1, 2], lengths) for lengths in ([50, 20, 130], [128, 64, 8])])
-PACKED = np.stack(
-  [np.concatenate([np.arange(n) for n in lengths]) for lengths in ([50, 20, 130], [128, 64, 8])]
-)
+LENGTHS = [50, 20, 386], [128, 256, 72]
+SEGMENTS = np.stack([np.repeat([0, 1, 2], lengths) for lengths in LENGTHS])
+PACKED = np.stack([np.concatenate([np.arange(n) for n in lengths]) for lengths in LENGTHS])
 SHUFFLED = np.stack([RNG.permutation(T) for _ in range(B)]).astype(np.int32)
 MASK = RNG.random((B, T, T)) < 0.3
 MASK[0, 5] = MASK[1, 150] = False  # queries that see no key
@@ -43,8 +43,15 @@ def close(ours, expected, bound: float) -> None:
   assert np.abs(ours - expected).max() <= bound * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 2.0)])
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+  """Several blocks of 64 queries and of 128 keys in sequences that would be one block."""
+  monkeypatch.setattr(blockwise, "block_sizes", lambda *args: (64, 128))
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 2.0), (300, None)])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("small_blocks")
 def test_results_and_gradients_are_those_of_attention_at_once(case, window, soft_cap) -> None:
   positions, mask, segments = (None if x is None else jnp.asarray(x) for x in CASES[case])
 
@@ -71,14 +78,15 @@ def test_results_and_gradients_are_those_of_attention_at_once(case, window, soft
 
 @pytest.mark.parametrize("ring", [False, True], ids=["all slots", "ring"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.usefixtures("small_blocks")
 def test_chunks_in_a_cache(ring: bool, masked: bool) -> None:
   window = 90 if ring else None
   mask = jnp.asarray(MASK if masked else np.ones((B, T, T), bool)) if masked else None
 
   def run(implementation):
-    layer = init_layer(B, 230, K, H, "float32", mesh=None, spec=jax.sharding.PartitionSpec(), window=window)
+    layer = init_layer(B, 480, K, H, "float32", mesh=None, spec=jax.sharding.PartitionSpec(), window=window)
     out = []
-    for cut in (slice(0, 70), slice(70, 71), slice(71, 200)):
+    for cut in (slice(0, 200), slice(200, 201), slice(201, T)):
       positions = jnp.asarray(LEFT[:, cut])
       visible = visible_keys(positions, layer, None if mask is None else mask[:, cut], window=window)
       layer, k, v = extend_cache(layer, jnp.asarray(KEYS[:, cut]), jnp.asarray(VALUES[:, cut]), positions)
@@ -144,6 +152,25 @@ def test_blocks_that_no_query_sees_are_skipped() -> None:
   np.testing.assert_array_equal([first, end], [[0, 0, 0, 0], [2, 4, 6, 8]])
 
 
+@pytest.mark.parametrize("window", [None, 30, 300])
+@pytest.mark.parametrize("case", [name for name in CASES if "mask" not in name])
+def test_no_key_outside_the_ranges_is_seen(case, window) -> None:
+  positions, _, segments = (None if x is None else jnp.asarray(x) for x in CASES[case])
+  visible = visible_keys(positions, None, None, segments, window)
+  seen = np.asarray(dense_mask(visible))
+  first, end = np.asarray(block_ranges(visible, 64, 128))
+  blocks = np.arange(T) // 128
+  for i in range(-(-T // 64)):
+    visited = (blocks >= first[i]) & (blocks < end[i])
+    assert not seen[:, 64 * i : 64 * (i + 1), ~visited].any()
+
+
+def test_packed_sequences_visit_their_own_keys_alone() -> None:
+  positions = jnp.arange(1024, dtype=jnp.int32)[None]
+  first, end = block_ranges(visible_keys(positions % 256, segment_ids=positions // 256), 256, 128)
+  np.testing.assert_array_equal([first, end], [[0, 2, 4, 6], [2, 4, 6, 8]])
+
+
 def test_temporaries_grow_linearly() -> None:
   def temporaries(T: int, gradient: bool) -> int:
     q, k = (jax.ShapeDtypeStruct((1, T, n, 64), jnp.float32) for n in (8, 2))
@@ -170,10 +197,15 @@ def test_a_mask_is_cut_block_by_block_and_never_copied(dtype) -> None:
   assert temporaries(jax.ShapeDtypeStruct((1, T, T), dtype)) <= temporaries(None) + T * T / 4
 
 
-def test_blocks_stay_in_the_cache_of_a_core() -> None:
+def test_blocks_stay_in_the_caches_of_a_cpu() -> None:
   for rows in (1, 14, 32, 256):
-    for T in (128, 512, 100_000):
+    for T in (64, 128, 512, 100_000):
       queries, keys = block_sizes(rows, T, T, "cpu")
       assert queries % 64 == 0
       assert keys % 128 == 0
-      assert (queries, keys) == (64, 128) or rows * queries * keys <= 1 << 19
+      assert queries < 2 * T
+      assert queries * keys <= 1 << 14 or rows * queries * keys <= 1 << 20
+  assert block_sizes(14, 1024, 1024, "cpu") == (256, 256)
+  assert block_sizes(32, 1024, 1024, "cpu") == (256, 128)
+  assert block_sizes(8 * 32, 1024, 1024, "cpu") == (128, 128)
+  assert block_sizes(32, 8192, 8192, "tpu") == (512, 512)

@@ -2,7 +2,7 @@
 
 Keys are visited a block at a time, with a running maximum and sum of the softmax (arXiv:2112.05682); the backward pass
 computes each block again (arXiv:2205.14135). Blocks that no query of a block sees are skipped: a causal prefill visits
-half of them, a layer with a sliding window visits as many as its window needs.
+half of them, a layer with a sliding window visits as many as its window needs, packed sequences visit their own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask
 
 # A float that every product exceeds, and that exp can subtract from minus infinity.
 _LOWEST = -1e30
-# Products in a block, so that they stay near the unit that computes them: 2 MB of float32 in the cache of a core, 32 MB in
-# the memory of a TPU's core. Larger blocks go to the main memory and back.
-_PRODUCTS = {"cpu": 1 << 19}
-_PRODUCTS_ELSEWHERE = 1 << 23
+# Products in a block of all heads, so that they stay near the unit that computes them: 4 MB of float32 in the caches of a
+# CPU, 32 MB in the memory of a TPU's core. Larger blocks go to the main memory and back. With many heads, each has at
+# least the second number: smaller matrices are multiplied at a lower rate.
+_PRODUCTS = {"cpu": (1 << 20, 1 << 14)}
+_PRODUCTS_ELSEWHERE = 1 << 23, 1 << 13
 _MOST = 512
 
 Blocks = tuple[int, int]
@@ -49,12 +50,15 @@ def block_sizes(rows: int, T: int, S: int, platform: str) -> Blocks:
     S: number of keys.
     platform: "cpu", "gpu" or "tpu".
   """
-  products = _PRODUCTS.get(platform, _PRODUCTS_ELSEWHERE)
+  of_all, of_one = _PRODUCTS.get(platform, _PRODUCTS_ELSEWHERE)
+  products = max(of_all // rows, of_one)
   queries, keys = QUERIES, KEYS
-  while queries < min(T, _MOST) and 2 * queries * keys * rows <= products:
-    queries *= 2
-  while keys < min(S, _MOST) and 2 * queries * keys * rows <= products:
-    keys *= 2
+  most_queries, most_keys = min(T, _MOST), min(S, _MOST)
+  while 2 * queries * keys <= products and (queries < most_queries or keys < most_keys):
+    if queries < most_queries and (queries <= keys or keys >= most_keys):
+      queries *= 2
+    else:
+      keys *= 2
   return queries, keys
 
 

@@ -67,8 +67,10 @@ class VisibleKeys(TypedDict, total=False):
   counted: Counted
 
 
-class Extremes(TypedDict):
-  """The least and greatest slots and positions of each block, over all rows: they tell which blocks see one another.
+class Extremes(TypedDict, total=False):
+  """The least and greatest slots, positions and segments of each block, over all rows.
+
+  They tell which blocks see one another.
 
   Attributes:
     last_query_slot: int [blocks of queries].
@@ -77,14 +79,22 @@ class Extremes(TypedDict):
     first_slot: int [blocks of keys].
     first_position: int [blocks of keys], of keys that are no padding.
     last_position: int [blocks of keys].
+    first_query_segment: int [blocks of queries], of packed sequences.
+    last_query_segment: int [blocks of queries], of packed sequences.
+    first_segment: int [blocks of keys], of packed sequences.
+    last_segment: int [blocks of keys], of packed sequences.
   """
 
-  last_query_slot: jax.Array
-  last_query_position: jax.Array
-  first_query_position: jax.Array
-  first_slot: jax.Array
-  first_position: jax.Array
-  last_position: jax.Array
+  last_query_slot: Required[jax.Array]
+  last_query_position: Required[jax.Array]
+  first_query_position: Required[jax.Array]
+  first_slot: Required[jax.Array]
+  first_position: Required[jax.Array]
+  last_position: Required[jax.Array]
+  first_query_segment: jax.Array
+  last_query_segment: jax.Array
+  first_segment: jax.Array
+  last_segment: jax.Array
 
 
 def is_causal(visible: VisibleKeys) -> bool:
@@ -165,13 +175,17 @@ def block_ranges(visible: VisibleKeys, queries: int, keys: int) -> tuple[jax.Arr
     int32 [number of blocks of queries], twice.
   """
   extremes: Mapping[str, Any] = visible["extremes"]
-  query = lambda name, reduce: _reduced(extremes[name][None], queries // QUERIES, reduce)[:, None]
-  key = lambda name, reduce: _reduced(extremes[name][None], keys // KEYS, reduce)[None, :]
-  seen = key("first_slot", jnp.min) <= query("last_query_slot", jnp.max)
+  reduce = lambda name, size: _reduced(extremes[name][None], size, _least_or_greatest(name))
+  query = lambda name: reduce(name, queries // QUERIES)[:, None]
+  key = lambda name: reduce(name, keys // KEYS)[None, :]
+  seen = key("first_slot") <= query("last_query_slot")
   if is_causal(visible):
-    seen &= key("first_position", jnp.min) <= query("last_query_position", jnp.max)
+    seen &= key("first_position") <= query("last_query_position")
   if "window" in visible:
-    seen &= key("last_position", jnp.max) > query("first_query_position", jnp.min) - visible["window"]
+    seen &= key("last_position") > query("first_query_position") - visible["window"]
+  if "query_segments" in visible:
+    seen &= key("first_segment") <= query("last_query_segment")
+    seen &= key("last_segment") >= query("first_query_segment")
   blocks = jnp.arange(seen.shape[1], dtype=jnp.int32)
   first = jnp.min(jnp.where(seen, blocks, seen.shape[1]), axis=1)
   end = jnp.max(jnp.where(seen, blocks + 1, 0), axis=1)
@@ -182,23 +196,37 @@ def _extremes(visible: VisibleKeys) -> Extremes:
   """The extremes of blocks of QUERIES queries and KEYS keys."""
   queries, keys, slots = visible["query_positions"], visible["key_positions"], visible["key_slots"]
   without_padding = lambda x: jnp.where(x >= 0, x, _LARGEST)
-  return {
-    "last_query_slot": _reduced(visible["query_slots"], QUERIES, jnp.max),
-    "last_query_position": _reduced(queries, QUERIES, jnp.max),
+  of_queries = {
+    "last_query_slot": visible["query_slots"],
+    "last_query_position": queries,
     # Padding sees nothing, unless a mask says so.
-    "first_query_position": _reduced(
-      without_padding(queries) if is_causal(visible) else queries, QUERIES, jnp.min
-    ),
-    "first_slot": _reduced(without_padding(slots), KEYS, jnp.min),
-    "first_position": _reduced(without_padding(keys), KEYS, jnp.min),
-    "last_position": _reduced(keys, KEYS, jnp.max),
+    "first_query_position": without_padding(queries) if is_causal(visible) else queries,
   }
+  of_keys = {
+    "first_slot": without_padding(slots),
+    "first_position": without_padding(keys),
+    "last_position": keys,
+  }
+  if "query_segments" in visible:
+    of_queries |= dict.fromkeys(("first_query_segment", "last_query_segment"), visible["query_segments"])
+    of_keys |= dict.fromkeys(("first_segment", "last_segment"), visible["key_segments"])
+  found: Any = {
+    name: _reduced(x, size, _least_or_greatest(name))
+    for arrays, size in ((of_queries, QUERIES), (of_keys, KEYS))
+    for name, x in arrays.items()
+  }
+  return found
+
+
+def _least_or_greatest(name: str) -> Callable[..., jax.Array]:
+  """How an extreme is found: that of the first is the least."""
+  return jnp.min if name.startswith("first_") else jnp.max
 
 
 def _reduced(x: jax.Array, size: int, reduce: Callable[..., jax.Array]) -> jax.Array:
   """Takes the least or the greatest of each block of x [B, L], over all rows; the last block may be incomplete."""
   B, L = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=_LARGEST if reduce is jnp.min else -1)
+  x = jnp.pad(x, ((0, 0), (0, -L % size)), mode="edge")
   return reduce(x.reshape(B, -1, size), axis=(0, 2))
 
 
