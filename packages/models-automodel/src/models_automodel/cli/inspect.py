@@ -131,6 +131,10 @@ def _show(options: argparse.Namespace) -> None:
     "kv_cache_bytes": whole,
     "kv_cache_bytes_with_rings": ring,
   }
+  if options.mesh is not None:
+    parts = (p.sharding.shard_shape(p.shape) for p in model.parameters.values())
+    devices = math.prod(options.mesh.values())
+    shown |= {"num_devices": devices, "num_parameters_per_device": sum(map(math.prod, parts))}
   if options.sharding:
     shown["sharding"] = {name: Split.of(p).axes for name, p in model.parameters.items()}
   if options.json:
@@ -156,6 +160,9 @@ def _print_shown(shown: dict[str, Any], shapes: dict[str, list[list[int]]]) -> N
     print(f"  {len(same):4} x {name} {' or '.join(map(str, sorted({tuple(s): s for s in same}.values())))}")
   total, whole, ring = shown["num_parameters"], shown["kv_cache_bytes"], shown["kv_cache_bytes_with_rings"]
   print(f"  {total:,} in all: {gib(2 * total)} in bfloat16, {gib(4 * total)} in float32")
+  if "num_devices" in shown:
+    devices, part = shown["num_devices"], shown["num_parameters_per_device"]
+    print(f"  {part:,} on each of {devices} devices: {gib(2 * part)} in bfloat16, {gib(4 * part)} in float32")
   print(f"KV cache: {gib(whole)} for one sequence of {shown['context']:,} tokens in bfloat16")
   if ring < whole:
     print(f"  {gib(ring)} with ring=True: layers with a sliding window keep only the tokens in the window")

@@ -51,12 +51,19 @@ class AttentionCase:
 
   def __str__(self) -> str:
     has = [name for name in ("window", "mask", "packed", "counted") if getattr(self, name)]
+    if self.sequence_shards > 1:
+      has.append(f"queries divided into {self.sequence_shards} parts")
     needs = f", {', '.join(has)}" if has else ""
     cap = "" if self.soft_cap is None else f", soft cap {self.soft_cap}"
     return (
       f"{self.dtype} q [{self.rows}, {self.queries}, {self.heads}, {self.head_dim}], k and v "
       f"[{self.rows}, {self.keys}, {self.kv_heads}, {self.head_dim}] on {self.platform}{needs}{cap}"
     )
+
+
+def joined(*reasons: str | None) -> str | None:
+  """All reasons that there are, in one sentence; None if there is none."""
+  return "; ".join(filter(None, reasons)) or None
 
 
 def why_no_fixed_mask(case: AttentionCase) -> str | None:

@@ -231,6 +231,9 @@ class CausalLM(SamplerMappings, nnx.Module):
         hidden, _ = model(tokens, skip_lm_head=True)
         loss = model.mean_cross_entropy(hidden[:, :-1], tokens[:, 1:])
 
+    Where Explicit axes of a mesh divide T, JAX refuses these slices: give all hidden states, targets that are rolled by one
+    before they are placed on the mesh, and weights whose last one is 0.
+
     Args:
       hidden: [B, T, D], of a call with `skip_lm_head=True`.
       targets: int [B, T], from 0 to V - 1; where the weight is 0, any integer.

@@ -6,21 +6,20 @@ import functools
 
 import jax
 
-from models_core.layers.attention_case import AttentionCase, why_no_fixed_mask
+from models_core.layers.attention_case import AttentionCase, joined, why_no_fixed_mask
 from models_core.layers.visibility import VisibleKeys
 
 
 def why_not_cudnn(case: AttentionCase) -> str | None:
   """Why the kernel cannot take a case, in one sentence; None if it can."""
-  if case.platform not in ("gpu", "cuda"):
-    return f"it runs on NVIDIA's GPUs only, and this is a {case.platform}"
-  if (reason := why_no_fixed_mask(case)) is not None:
-    return reason
-  if case.packed:
-    return "its rows hold several sequences"
-  if case.soft_cap is not None:
-    return "it has a soft cap"
-  return _refusal(case.queries, case.heads, case.kv_heads, case.head_dim, case.dtype)
+  has_gpu = case.platform in ("gpu", "cuda")
+  reasons = joined(
+    None if has_gpu else f"it runs on NVIDIA's GPUs only, and this is a {case.platform}",
+    why_no_fixed_mask(case),
+    "its rows hold several sequences" if case.packed else None,
+    None if case.soft_cap is None else "it has a soft cap",
+  )
+  return reasons or _refusal(case.queries, case.heads, case.kv_heads, case.head_dim, case.dtype)
 
 
 @functools.cache

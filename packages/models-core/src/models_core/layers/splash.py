@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from models_core.layers.attention_case import AttentionCase, why_no_fixed_mask
+from models_core.layers.attention_case import AttentionCase, joined, why_no_fixed_mask
 from models_core.layers.visibility import VisibleKeys
 
 # Sizes of a block of queries and of keys; the largest that pads the sequence by a quarter at most is taken.
@@ -14,9 +14,8 @@ _BLOCKS = (128, 256, 512)
 
 def why_not_splash(case: AttentionCase) -> str | None:
   """Why the kernel cannot take a case, in one sentence; None if it can."""
-  if case.platform != "tpu":
-    return f"it runs on TPUs only, and this is a {case.platform}"
-  return why_no_fixed_mask(case)
+  elsewhere = None if case.platform == "tpu" else f"it runs on TPUs only, and this is a {case.platform}"
+  return joined(elsewhere, why_no_fixed_mask(case))
 
 
 def attend_splash(
