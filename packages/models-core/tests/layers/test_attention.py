@@ -44,7 +44,12 @@ CHOICES = [
   ({"platform": "gpu", "soft_cap": 30.0}, "blockwise", "cudnn", "soft cap"),
   ({"platform": "gpu", "packed": True}, "blockwise", "cudnn", "several sequences"),
   # On a CPU, too, it says what a GPU would refuse.
-  ({"platform": "cpu", "soft_cap": 30.0}, "blockwise", "cudnn", "GPUs only, and this is a cpu; it has a soft cap"),
+  (
+    {"platform": "cpu", "soft_cap": 30.0},
+    "blockwise",
+    "cudnn",
+    "GPUs only, and this is a cpu; it has a soft cap",
+  ),
   # Where cuDNN is not installed, as here, JAX says so.
   ({"platform": "gpu"}, "blockwise", "cudnn", "JAX says: cuDNN is not detected"),
 ]

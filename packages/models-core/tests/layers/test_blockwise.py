@@ -139,6 +139,63 @@ def test_inside_shard_map_and_on_explicit_axes() -> None:
       close(one, theirs, 2e-6)
 
 
+@pytest.mark.parametrize("divided", [("d",), (None, "d")], ids=["rows", "sequence"])
+def test_positions_and_segments_on_explicit_axes(divided) -> None:
+  explicit = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+  spec = jax.sharding.PartitionSpec(*divided)
+  put = lambda x: jax.device_put(x, jax.sharding.NamedSharding(explicit, spec))
+  positions = np.tile(np.arange(512, dtype=np.int32), (2, 1))
+  q = RNG.normal(size=(2, 512, 2, 8)).astype(np.float32)
+
+  @jax.jit
+  def run(q, positions):
+    visible = visible_keys(positions, segment_ids=positions // 200)
+    return attend(q, q, q, visible, scale=0.3, spec=spec)
+
+  with jax.set_mesh(explicit):
+    found = run(put(q), put(positions))
+  close(found, run(q, positions), 2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "dense"])
+@pytest.mark.parametrize("array", [0, 1, 2], ids=["query", "key", "value"])
+def test_nan_is_never_hidden(array, implementation) -> None:
+  arrays = [jnp.asarray(x) for x in (Q, KEYS, VALUES)]
+  arrays[array] = arrays[array].at[0, 100, 0, 0].set(jnp.nan)
+  run = lambda *arrays: attend(
+    *arrays, visible_keys(jnp.asarray(STRAIGHT)), scale=0.3, implementation=implementation
+  )
+  is_nan = np.isnan(np.asarray(run(*arrays))).any(axis=-1)  # [B, T, N]
+  expected = np.zeros((B, T, N), bool)
+  if array == 0:
+    expected[0, 100, 0] = True
+  else:
+    expected[0, 100:, : N // K] = True
+  assert (is_nan >= expected).all()
+  assert not is_nan[1].any()
+  assert not is_nan[:, :, N // K :].any()
+
+
+def test_segments_are_integers_of_the_shape_of_positions() -> None:
+  positions = jnp.asarray(STRAIGHT)
+  with pytest.raises(TypeError, match="segment_ids are float32, expected integers"):
+    visible_keys(positions, segment_ids=jnp.zeros((B, T)))
+  with pytest.raises(ValueError, match=r"segment_ids have shape \(456,\), expected \[B, T\]"):
+    visible_keys(positions, segment_ids=jnp.zeros(T, jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "uint32", "int32"])
+@pytest.mark.usefixtures("small_blocks")
+def test_segments_of_any_integers(dtype) -> None:
+  q, k, v, positions = (jnp.asarray(x) for x in (Q, KEYS, VALUES, PACKED))
+  segments = jnp.asarray(SEGMENTS != 1 if dtype == "bool" else SEGMENTS).astype(dtype)
+  if dtype in ("uint32", "int32"):
+    segments = segments - 1  # also the greatest number, and negative ones
+  visible = visible_keys(positions, segment_ids=segments)
+  run = lambda kind: attend(q, k, v, visible, scale=0.3, implementation=kind)
+  close(run("blockwise"), run("dense"), 2e-6)
+
+
 def test_blocks_that_no_query_sees_are_skipped() -> None:
   positions = jnp.asarray(np.tile(np.arange(1024, dtype=np.int32), (1, 1)))
   first, end = block_ranges(visible_keys(positions), 256, 128)

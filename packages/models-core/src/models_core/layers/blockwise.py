@@ -147,8 +147,8 @@ def _forward(
   # A block of results takes the place of its queries. Zeros in their place would be there for all layers from the start.
   carry = _as_varying((q, k, v, visible), q), zeros((B, K, G, T))
   out, sums = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
-  # Of a query that sees no key, the greatest product is the lowest number.
-  return (out, sums[:, 0, 0] > _LOWEST / 2), (q, k, v, visible, out, sums)
+  # Of a query that sees no key, the greatest product is the lowest number. A product may be NaN: that is one of a key.
+  return (out, ~(sums[:, 0, 0] <= _LOWEST / 2)), (q, k, v, visible, out, sums)
 
 
 def _backward(

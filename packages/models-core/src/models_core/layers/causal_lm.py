@@ -151,7 +151,7 @@ class CausalLM(SamplerMappings, nnx.Module):
 
     Raises:
       CacheError: if the cache has too few free slots or another number of rows.
-      TypeError: if tokens are not integers.
+      TypeError: if tokens or segment_ids are not integers.
       ValueError: if shapes do not fit, if both tokens and inputs_embeds are given or neither, if attention_mask holds
         floats, if segment_ids come with a cache, or if logits of routers are asked of a model without experts.
     """

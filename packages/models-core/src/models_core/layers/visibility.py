@@ -226,7 +226,9 @@ def _least_or_greatest(name: str) -> Callable[..., jax.Array]:
 def _reduced(x: jax.Array, size: int, reduce: Callable[..., jax.Array]) -> jax.Array:
   """Takes the least or the greatest of each block of x [B, L], over all rows; the last block may be incomplete."""
   B, L = x.shape
-  x = jnp.pad(x, ((0, 0), (0, -L % size)), mode="edge")
+  limits = jnp.finfo(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype)
+  neutral = jnp.asarray(limits.max if reduce is jnp.min else limits.min, x.dtype)
+  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=neutral)
   return reduce(x.reshape(B, -1, size), axis=(0, 2))
 
 
@@ -257,7 +259,9 @@ def visible_keys(
     Visibility of the S keys that `extend_cache` returns, in the same order.
 
   Raises:
-    ValueError: if the mask has the wrong shape or holds floats, or if segment_ids come with a cache.
+    TypeError: if segment_ids are not integers.
+    ValueError: if the mask or segment_ids have the wrong shape, if the mask holds floats, or if segment_ids come with a
+      cache.
   """
   B, T = positions.shape
   if layer is None:
@@ -288,7 +292,18 @@ def visible_keys(
     else:
       visible["mask"] = _fit_mask(mask, B, T, key_slots.shape[1])
   if segment_ids is not None:
-    visible["query_segments"] = visible["key_segments"] = segment_ids
+    segments = jnp.asarray(segment_ids)
+    if segments.dtype == bool:
+      segments = segments.astype(jnp.int32)
+    if not jnp.issubdtype(segments.dtype, jnp.integer):
+      raise TypeError(
+        f"segment_ids are {segments.dtype}, expected integers: the number of each token's sequence"
+      )
+    if segments.shape not in ((B, T), (1, T)):
+      raise ValueError(
+        f"segment_ids have shape {segments.shape}, expected [B, T], the shape {(B, T)} of positions"
+      )
+    visible["query_segments"] = visible["key_segments"] = segments
   if window is not None:
     visible["window"] = jnp.int32(window)
   if counted and layer is None and mask is None:
