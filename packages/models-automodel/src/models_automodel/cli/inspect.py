@@ -162,7 +162,9 @@ def _print_shown(shown: dict[str, Any], shapes: dict[str, list[list[int]]]) -> N
   print(f"  {total:,} in all: {gib(2 * total)} in bfloat16, {gib(4 * total)} in float32")
   if "num_devices" in shown:
     devices, part = shown["num_devices"], shown["num_parameters_per_device"]
-    print(f"  {part:,} on each of {devices} devices: {gib(2 * part)} in bfloat16, {gib(4 * part)} in float32")
+    print(
+      f"  {part:,} on each of {devices} device{'s' * (devices != 1)}: {gib(2 * part)} in bfloat16, {gib(4 * part)} in float32"
+    )
   print(f"KV cache: {gib(whole)} for one sequence of {shown['context']:,} tokens in bfloat16")
   if ring < whole:
     print(f"  {gib(ring)} with ring=True: layers with a sliding window keep only the tokens in the window")

@@ -82,8 +82,10 @@ def of_show(shown: Mapping[str, Any], shapes: Mapping[str, Sequence[Sequence[int
   memory.add_row("weights in bfloat16", readable(2 * total))
   memory.add_row("weights in float32", readable(4 * total))
   if "num_devices" in shown:
-    what = f"weights in bfloat16 on each of {shown['num_devices']} devices"
-    memory.add_row(what, readable(2 * shown["num_parameters_per_device"]))
+    devices, part = shown["num_devices"], shown["num_parameters_per_device"]
+    where = f"on each of {devices} device{'s' * (devices != 1)}"
+    memory.add_row(f"weights in bfloat16, {where}", readable(2 * part))
+    memory.add_row(f"weights in float32, {where}", readable(4 * part))
   whole, ring = shown["kv_cache_bytes"], shown["kv_cache_bytes_with_rings"]
   memory.add_row(f"KV cache of {shown['context']:,} tokens in bfloat16", readable(whole))
   if ring < whole:

@@ -62,20 +62,20 @@ class AttentionCase:
 
 
 def joined(*reasons: str | None) -> str | None:
-  """All reasons that there are, in one sentence; None if there is none."""
+  """The given reasons, separated by semicolons; None if all are None."""
   return "; ".join(filter(None, reasons)) or None
 
 
 def why_no_fixed_mask(case: AttentionCase) -> str | None:
   """Why a kernel whose mask is fixed when it is traced cannot take a case, in one sentence; None if it can."""
-  if case.products_replaced:
-    return "a library replaces JAX's products, and must see them as they are"
-  if case.is_symbolic:
-    return "its sizes are symbolic"
   if case.mask:
-    return "it has a mask of its own, which the kernel would read as [B, T, S]"
-  if not case.counted:
-    return "it has positions or a cache, and the kernel knows only tokens that count from 0: pass neither"
-  if case.sequence_shards > 1:
-    return f"a mesh divides its sequence into {case.sequence_shards} parts"
-  return None
+    unknown = "it has a mask of its own, which the kernel would read as [B, T, S]"
+  else:
+    unknown = "it has positions or a cache, and the kernel knows only tokens that count from 0: pass neither"
+  parts = case.sequence_shards
+  return joined(
+    "a library replaces JAX's products, and must see them as they are" if case.products_replaced else None,
+    "its sizes are symbolic" if case.is_symbolic else None,
+    None if case.counted and not case.mask else unknown,
+    f"a mesh divides its sequence into {parts} parts" if parts > 1 else None,
+  )

@@ -2,7 +2,8 @@
 
 Keys are visited a block at a time, with a running maximum and sum of the softmax (arXiv:2112.05682); the backward pass
 computes each block again (arXiv:2205.14135). Blocks that no query of a block sees are skipped: a causal prefill visits
-half of them, a layer with a sliding window visits as many as its window needs, packed sequences visit their own.
+half of them, a layer with a sliding window visits as many as its window needs, and packed sequences skip blocks of the
+sequences before them.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from models_core.layers.visibility import KEYS, QUERIES, VisibleKeys, block_mask
 
 # A float that every product exceeds, and that exp can subtract from minus infinity.
 _LOWEST = -1e30
-# Products in a block of all heads, so that they stay near the unit that computes them: 4 MB of float32 in the caches of a
-# CPU, 32 MB in the memory of a TPU's core. Larger blocks go to the main memory and back. With many heads, each has at
-# least the second number: smaller matrices are multiplied at a lower rate.
+# Limits of the products in one block, of all heads together and of one head; the larger one counts. 4 MB of float32 fit
+# the caches of a CPU, 32 MB the memory of a TPU's core: larger blocks go to the main memory and back. Blocks of one head
+# below the second limit are multiplied at a lower rate.
 _PRODUCTS = {"cpu": (1 << 20, 1 << 14)}
-_PRODUCTS_ELSEWHERE = 1 << 23, 1 << 13
+_PRODUCTS_ELSEWHERE = 1 << 23, QUERIES * KEYS
+# Most queries, and most keys, in a block.
 _MOST = 512
 
 Blocks = tuple[int, int]
@@ -49,6 +51,9 @@ def block_sizes(rows: int, T: int, S: int, platform: str) -> Blocks:
     T: number of queries.
     S: number of keys.
     platform: "cpu", "gpu" or "tpu".
+
+  Returns:
+    Numbers of queries, a multiple of QUERIES, and of keys, a multiple of KEYS.
   """
   of_all, of_one = _PRODUCTS.get(platform, _PRODUCTS_ELSEWHERE)
   products = max(of_all // rows, of_one)
@@ -147,7 +152,8 @@ def _forward(
   # A block of results takes the place of its queries. Zeros in their place would be there for all layers from the start.
   carry = _as_varying((q, k, v, visible), q), zeros((B, K, G, T))
   out, sums = lax.fori_loop(jnp.int32(0), jnp.int32(T // blocks[0]), rows, carry)
-  # Of a query that sees no key, the greatest product is the lowest number. A product may be NaN: that is one of a key.
+  # Of a query that sees no key, the greatest product is the lowest number. NaN counts as seen, or the mean of v would hide
+  # it: a comparison with NaN is False, hence the negation.
   return (out, ~(sums[:, 0, 0] <= _LOWEST / 2)), (q, k, v, visible, out, sums)
 
 

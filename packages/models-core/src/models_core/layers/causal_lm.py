@@ -22,7 +22,7 @@ from models_core.layers.parameters import value_of
 from models_core.layers.rope import Rotary
 from models_core.layers.router import keep_router_logits, take_router_logits
 from models_core.layers.sampler_mappings import SamplerMappings
-from models_core.layers.visibility import VisibleKeys, visible_keys
+from models_core.layers.visibility import VisibleKeys, checked_segments, visible_keys
 from models_core.sharding import axis_names
 
 
@@ -151,7 +151,7 @@ class CausalLM(SamplerMappings, nnx.Module):
 
     Raises:
       CacheError: if the cache has too few free slots or another number of rows.
-      TypeError: if tokens or segment_ids are not integers.
+      TypeError: if tokens are not integers, or segment_ids neither integers nor booleans.
       ValueError: if shapes do not fit, if both tokens and inputs_embeds are given or neither, if attention_mask holds
         floats, if segment_ids come with a cache, or if logits of routers are asked of a model without experts.
     """
@@ -231,8 +231,8 @@ class CausalLM(SamplerMappings, nnx.Module):
         hidden, _ = model(tokens, skip_lm_head=True)
         loss = model.mean_cross_entropy(hidden[:, :-1], tokens[:, 1:])
 
-    Where Explicit axes of a mesh divide T, JAX refuses these slices: give all hidden states, targets that are rolled by one
-    before they are placed on the mesh, and weights whose last one is 0.
+    Where Explicit axes of a mesh divide T, JAX refuses these slices, because T - 1 tokens cannot be divided: pass all hidden
+    states, targets that are rolled by one before they are placed on the mesh, and the weight 0 for the last ones.
 
     Args:
       hidden: [B, T, D], of a call with `skip_lm_head=True`.
@@ -440,4 +440,5 @@ def _checked_inputs(
         f"segment_ids have shape {segment_ids.shape}, expected [B, T], the shape {inputs.shape[:2]} of {name}"
         f"{'' if embeds is None else ' without D'}"
       )
+    segment_ids = checked_segments(segment_ids, *segment_ids.shape)
   return inputs, positions, segment_ids

@@ -18,6 +18,7 @@ def why_not_cudnn(case: AttentionCase) -> str | None:
     why_no_fixed_mask(case),
     "its rows hold several sequences" if case.packed else None,
     None if case.soft_cap is None else "it has a soft cap",
+    None if case.dtype in ("bfloat16", "float16") else f"it takes bfloat16 and float16, not {case.dtype}",
   )
   return reasons or _refusal(case.queries, case.heads, case.kv_heads, case.head_dim, case.dtype)
 

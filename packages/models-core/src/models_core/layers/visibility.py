@@ -7,12 +7,12 @@ Visibility follows from the positions of tokens, so that neither padding nor a p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from models_core.layers import cache as cache_lib
 
@@ -67,34 +67,32 @@ class VisibleKeys(TypedDict, total=False):
   counted: Counted
 
 
-class Extremes(TypedDict, total=False):
-  """The least and greatest slots, positions and segments of each block, over all rows.
-
-  They tell which blocks see one another.
+class Extremes(TypedDict):
+  """The least and greatest slots, positions and segments of each block in each row: they tell which blocks see one another.
 
   Attributes:
-    last_query_slot: int [blocks of queries].
-    last_query_position: int [blocks of queries].
-    first_query_position: int [blocks of queries].
-    first_slot: int [blocks of keys].
-    first_position: int [blocks of keys], of keys that are no padding.
-    last_position: int [blocks of keys].
-    first_query_segment: int [blocks of queries], of packed sequences.
-    last_query_segment: int [blocks of queries], of packed sequences.
-    first_segment: int [blocks of keys], of packed sequences.
-    last_segment: int [blocks of keys], of packed sequences.
+    last_query_slot: int [B, blocks of queries].
+    last_query_position: int [B, blocks of queries].
+    first_query_position: int [B, blocks of queries].
+    first_slot: int [B, blocks of keys].
+    first_position: int [B, blocks of keys], of keys that are no padding.
+    last_position: int [B, blocks of keys].
+    first_query_segment: int [B, blocks of queries], of packed sequences, as the next three.
+    last_query_segment: int [B, blocks of queries].
+    first_segment: int [B, blocks of keys].
+    last_segment: int [B, blocks of keys].
   """
 
-  last_query_slot: Required[jax.Array]
-  last_query_position: Required[jax.Array]
-  first_query_position: Required[jax.Array]
-  first_slot: Required[jax.Array]
-  first_position: Required[jax.Array]
-  last_position: Required[jax.Array]
-  first_query_segment: jax.Array
-  last_query_segment: jax.Array
-  first_segment: jax.Array
-  last_segment: jax.Array
+  last_query_slot: jax.Array
+  last_query_position: jax.Array
+  first_query_position: jax.Array
+  first_slot: jax.Array
+  first_position: jax.Array
+  last_position: jax.Array
+  first_query_segment: NotRequired[jax.Array]
+  last_query_segment: NotRequired[jax.Array]
+  first_segment: NotRequired[jax.Array]
+  last_segment: NotRequired[jax.Array]
 
 
 def is_causal(visible: VisibleKeys) -> bool:
@@ -174,18 +172,23 @@ def block_ranges(visible: VisibleKeys, queries: int, keys: int) -> tuple[jax.Arr
   Returns:
     int32 [number of blocks of queries], twice.
   """
-  extremes: Mapping[str, Any] = visible["extremes"]
-  reduce = lambda name, size: _reduced(extremes[name][None], size, _least_or_greatest(name))
-  query = lambda name: reduce(name, queries // QUERIES)[:, None]
-  key = lambda name: reduce(name, keys // KEYS)[None, :]
-  seen = key("first_slot") <= query("last_query_slot")
+  extremes = visible["extremes"]
+  of_queries = lambda reduce, x: reduce(x, queries // QUERIES)[:, :, None]
+  of_keys = lambda reduce, x: reduce(x, keys // KEYS)[:, None, :]
+  seen = of_keys(_least, extremes["first_slot"]) <= of_queries(_greatest, extremes["last_query_slot"])
   if is_causal(visible):
-    seen &= key("first_position") <= query("last_query_position")
+    seen &= of_keys(_least, extremes["first_position"]) <= of_queries(
+      _greatest, extremes["last_query_position"]
+    )
   if "window" in visible:
-    seen &= key("last_position") > query("first_query_position") - visible["window"]
+    first_query = of_queries(_least, extremes["first_query_position"])
+    seen &= of_keys(_greatest, extremes["last_position"]) > first_query - visible["window"]
   if "query_segments" in visible:
-    seen &= key("first_segment") <= query("last_query_segment")
-    seen &= key("last_segment") >= query("first_query_segment")
+    last_query = of_queries(_greatest, extremes["last_query_segment"])
+    first_query = of_queries(_least, extremes["first_query_segment"])
+    seen &= of_keys(_least, extremes["first_segment"]) <= last_query
+    seen &= of_keys(_greatest, extremes["last_segment"]) >= first_query
+  seen = jnp.any(seen, axis=0)  # a block that any row sees is visited for all
   blocks = jnp.arange(seen.shape[1], dtype=jnp.int32)
   first = jnp.min(jnp.where(seen, blocks, seen.shape[1]), axis=1)
   end = jnp.max(jnp.where(seen, blocks + 1, 0), axis=1)
@@ -196,40 +199,39 @@ def _extremes(visible: VisibleKeys) -> Extremes:
   """The extremes of blocks of QUERIES queries and KEYS keys."""
   queries, keys, slots = visible["query_positions"], visible["key_positions"], visible["key_slots"]
   without_padding = lambda x: jnp.where(x >= 0, x, _LARGEST)
-  of_queries = {
-    "last_query_slot": visible["query_slots"],
-    "last_query_position": queries,
+  found: Extremes = {
+    "last_query_slot": _greatest(visible["query_slots"], QUERIES),
+    "last_query_position": _greatest(queries, QUERIES),
     # Padding sees nothing, unless a mask says so.
-    "first_query_position": without_padding(queries) if is_causal(visible) else queries,
-  }
-  of_keys = {
-    "first_slot": without_padding(slots),
-    "first_position": without_padding(keys),
-    "last_position": keys,
+    "first_query_position": _least(without_padding(queries) if is_causal(visible) else queries, QUERIES),
+    "first_slot": _least(without_padding(slots), KEYS),
+    "first_position": _least(without_padding(keys), KEYS),
+    "last_position": _greatest(keys, KEYS),
   }
   if "query_segments" in visible:
-    of_queries |= dict.fromkeys(("first_query_segment", "last_query_segment"), visible["query_segments"])
-    of_keys |= dict.fromkeys(("first_segment", "last_segment"), visible["key_segments"])
-  found: Any = {
-    name: _reduced(x, size, _least_or_greatest(name))
-    for arrays, size in ((of_queries, QUERIES), (of_keys, KEYS))
-    for name, x in arrays.items()
-  }
+    found["first_query_segment"] = _least(visible["query_segments"], QUERIES)
+    found["last_query_segment"] = _greatest(visible["query_segments"], QUERIES)
+    found["first_segment"] = _least(visible["key_segments"], KEYS)
+    found["last_segment"] = _greatest(visible["key_segments"], KEYS)
   return found
 
 
-def _least_or_greatest(name: str) -> Callable[..., jax.Array]:
-  """How an extreme is found: that of the first is the least."""
-  return jnp.min if name.startswith("first_") else jnp.max
+def _least(x: jax.Array, size: int) -> jax.Array:
+  """The least of each block of x, int [B, L] -> [B, blocks]."""
+  return jnp.min(_blocks(x, size, jnp.iinfo(x.dtype).max), axis=2)
 
 
-def _reduced(x: jax.Array, size: int, reduce: Callable[..., jax.Array]) -> jax.Array:
-  """Takes the least or the greatest of each block of x [B, L], over all rows; the last block may be incomplete."""
+def _greatest(x: jax.Array, size: int) -> jax.Array:
+  """The greatest of each block of x, int [B, L] -> [B, blocks]."""
+  return jnp.max(_blocks(x, size, jnp.iinfo(x.dtype).min), axis=2)
+
+
+def _blocks(x: jax.Array, size: int, filler: int) -> jax.Array:
+  """Blocks of x, int [B, L] -> [B, blocks, size]; the filler completes the last one."""
   B, L = x.shape
-  limits = jnp.finfo(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype)
-  neutral = jnp.asarray(limits.max if reduce is jnp.min else limits.min, x.dtype)
-  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=neutral)
-  return reduce(x.reshape(B, -1, size), axis=(0, 2))
+  # Segments may be negative, or unsigned: the filler is a number of their dtype that changes no extreme.
+  x = jnp.pad(x, ((0, 0), (0, -L % size)), constant_values=jnp.asarray(filler, x.dtype))
+  return x.reshape(B, -(-L // size), size)
 
 
 def visible_keys(
@@ -251,7 +253,7 @@ def visible_keys(
     layer: cache to which this call's keys will be appended; None if the queries' own tokens are the only keys.
     mask: bool or int [B, T or 1, S] over all slots of the cache, in place of the causal rule; a shorter one is padded
       with False.
-    segment_ids: int [B, T]; tokens of different segments do not see each other. Only without a cache.
+    segment_ids: int or bool [B, T]; tokens of different segments do not see each other. Only without a cache.
     window: sliding window in tokens: a query at position p sees no key before position p - window + 1.
     counted: whether positions are known to count from 0 in every row.
 
@@ -259,10 +261,12 @@ def visible_keys(
     Visibility of the S keys that `extend_cache` returns, in the same order.
 
   Raises:
-    TypeError: if segment_ids are not integers.
+    TypeError: if positions are not integers, or segment_ids neither integers nor booleans.
     ValueError: if the mask or segment_ids have the wrong shape, if the mask holds floats, or if segment_ids come with a
       cache.
   """
+  if not jnp.issubdtype(positions.dtype, jnp.integer):
+    raise TypeError(f"positions are {positions.dtype}, expected integers: positions.astype(int) makes them")
   B, T = positions.shape
   if layer is None:
     query_slots = key_slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -292,23 +296,34 @@ def visible_keys(
     else:
       visible["mask"] = _fit_mask(mask, B, T, key_slots.shape[1])
   if segment_ids is not None:
-    segments = jnp.asarray(segment_ids)
-    if segments.dtype == bool:
-      segments = segments.astype(jnp.int32)
-    if not jnp.issubdtype(segments.dtype, jnp.integer):
-      raise TypeError(
-        f"segment_ids are {segments.dtype}, expected integers: the number of each token's sequence"
-      )
-    if segments.shape not in ((B, T), (1, T)):
-      raise ValueError(
-        f"segment_ids have shape {segments.shape}, expected [B, T], the shape {(B, T)} of positions"
-      )
-    visible["query_segments"] = visible["key_segments"] = segments
+    visible["query_segments"] = visible["key_segments"] = checked_segments(segment_ids, B, T)
   if window is not None:
     visible["window"] = jnp.int32(window)
   if counted and layer is None and mask is None:
     visible["counted"] = Counted(window)
   return with_extremes(visible)
+
+
+def checked_segments(segment_ids: ArrayLike, B: int, T: int) -> jax.Array:
+  """Segments of tokens as integers: [B, T], where either B may be 1.
+
+  Raises:
+    TypeError: if they are neither integers nor booleans.
+    ValueError: if they have another shape.
+  """
+  segments = jnp.asarray(segment_ids)
+  if segments.dtype == bool:
+    segments = segments.astype(jnp.int32)
+  if not jnp.issubdtype(segments.dtype, jnp.integer):
+    raise TypeError(
+      f"segment_ids are {segments.dtype}, expected integers that number the sequences of a row: segment_ids.astype(int) "
+      "makes them"
+    )
+  if segments.ndim != 2 or segments.shape[1] != T or (B not in (1, len(segments)) and len(segments) != 1):
+    raise ValueError(
+      f"segment_ids have shape {segments.shape}, expected [B, T], the shape {(B, T)} of positions"
+    )
+  return segments
 
 
 def keys_of_mask(mask: jax.Array) -> VisibleKeys:
