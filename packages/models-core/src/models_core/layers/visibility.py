@@ -68,7 +68,9 @@ class VisibleKeys(TypedDict, total=False):
 
 
 class Extremes(TypedDict):
-  """The least and greatest slots, positions and segments of each block in each row: they tell which blocks see one another.
+  """The least and greatest slots, positions and segments of each block in each row.
+
+  They tell which blocks see one another.
 
   Attributes:
     last_query_slot: int [B, blocks of queries].
@@ -319,7 +321,8 @@ def checked_segments(segment_ids: ArrayLike, B: int, T: int) -> jax.Array:
       f"segment_ids are {segments.dtype}, expected integers that number the sequences of a row: segment_ids.astype(int) "
       "makes them"
     )
-  if segments.ndim != 2 or segments.shape[1] != T or (B not in (1, len(segments)) and len(segments) != 1):
+  rows, tokens = segments.shape if segments.ndim == 2 else (None, None)
+  if tokens != T or (rows != B and 1 not in (rows, B)):
     raise ValueError(
       f"segment_ids have shape {segments.shape}, expected [B, T], the shape {(B, T)} of positions"
     )
